@@ -1,0 +1,140 @@
+"""What happened to each matrix: the record that reports, model cards and progress lines are made of."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from hf_lrq.calibration.targets import Target, TargetList
+from hf_lrq.decomposition import CompressedMatrix
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One compressed matrix.
+
+    Attributes:
+        name: module, with expert matrix and index where there are several.
+        kind: "linear", "conv1d" or "experts".
+        shape: (out, in).
+        codebook, bits, rank, factor_bits: as stored.
+        relative_error: e = sqrt(relative proxy loss), under the damped Gram.
+        trace: relative proxy loss after each iteration.
+        bits_per_weight: true bits, everything stored included.
+        bytes: of everything stored.
+        damping: fraction of the mean diagonal added to the Gram.
+        steps: what the damping needed beyond its first attempt.
+        n_tokens: calibration tokens seen; 0 is data-free.
+        seconds: spent on this matrix.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, int]
+    codebook: str
+    bits: int
+    rank: int
+    factor_bits: int
+    relative_error: float
+    trace: tuple[float, ...]
+    bits_per_weight: float
+    bytes: int
+    damping: float
+    steps: tuple[str, ...]
+    n_tokens: int
+    seconds: float
+
+    @classmethod
+    def of(cls, name: str, target: Target, matrix: CompressedMatrix, seconds: float) -> "LayerRecord":
+        """From the result of one `compress_matrix`."""
+        layout = matrix.layout
+        return cls(
+            name=name,
+            kind=target.kind,
+            shape=matrix.shape,
+            codebook=layout.codebook,
+            bits=target.spec.bits,
+            rank=layout.clamped_rank(*matrix.shape),
+            factor_bits=layout.factor_bits,
+            relative_error=math.sqrt(matrix.proxy_loss),
+            trace=matrix.trace,
+            bits_per_weight=matrix.bits_per_weight,
+            bytes=layout.bytes(*matrix.shape),
+            damping=matrix.damping,
+            steps=matrix.steps,
+            n_tokens=matrix.n_tokens,
+            seconds=seconds,
+        )
+
+
+@dataclass
+class CompressionReport:
+    """All matrices of one model.
+
+    Attributes:
+        layers: in the order of the model.
+        skipped: module name -> reason.
+        total_parameters, compressed_parameters: weights of the whole model, and of the compressed matrices.
+        warnings: everything that was not as it should be, in words.
+        seconds: of the whole compression.
+        calibration: how it was calibrated: method, sequences, tokens.
+    """
+
+    layers: list[LayerRecord] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    total_parameters: int = 0
+    compressed_parameters: int = 0
+    warnings: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    calibration: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def for_targets(cls, targets: TargetList) -> "CompressionReport":
+        """An empty report that knows what will be done."""
+        return cls(
+            skipped=dict(targets.skipped),
+            total_parameters=targets.total_parameters,
+            compressed_parameters=targets.compressed_parameters,
+        )
+
+    @property
+    def bits_per_weight(self) -> float:
+        """True bits per weight over all compressed matrices."""
+        weights = sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
+        return 8 * sum(layer.bytes for layer in self.layers) / max(weights, 1)
+
+    @property
+    def caldera_bits(self) -> float:
+        """Bits as the CALDERA paper counts them: codes and factors only, without scales, rotations and padding."""
+        weights = bits = 0.0
+        for layer in self.layers:
+            out_features, in_features = layer.shape
+            weights += out_features * in_features
+            bits += layer.bits * out_features * in_features
+            bits += layer.factor_bits * layer.rank * (out_features + in_features)
+        return bits / max(weights, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            **asdict(self),
+            "bits_per_weight": self.bits_per_weight,
+            "caldera_bits": self.caldera_bits,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "CompressionReport":
+        """Inverse of `to_dict`."""
+        known = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
+        known["layers"] = [
+            LayerRecord(
+                **{
+                    **layer,
+                    "shape": tuple(layer["shape"]),
+                    "trace": tuple(layer["trace"]),
+                    "steps": tuple(layer["steps"]),
+                }
+            )
+            for layer in known.get("layers", [])
+        ]
+        return cls(**known)

@@ -1,0 +1,185 @@
+"""Which matrices of a model are compressed, and why the others are not."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from hf_lrq.errors import CompressionError
+from hf_lrq.nn import LRQExpertStack, LRQLinear
+from hf_lrq.spec import CompressionSpec, LayerSpec
+
+EXPERT_MATRICES = ("gate_up_proj", "down_proj")
+# Flags of fused expert layers whose storage or arithmetic differs from plain [E, out, in] gated experts without bias.
+_UNSUPPORTED_EXPERTS = {"has_bias": True, "is_transposed": True, "is_concatenated": False, "has_gate": False}
+
+
+@dataclass(frozen=True)
+class Target:
+    """One matrix, or one stack of equal matrices, to compress.
+
+    Attributes:
+        name: of the module; for expert stacks that of the module that owns the stack.
+        kind: "linear", "conv1d" (weight stored [in, out]) or "experts".
+        out_features, in_features: of each matrix.
+        experts: number of matrices, 1 unless kind is "experts".
+        matrix: "weight", or which of the expert stacks.
+        spec: what to do.
+    """
+
+    name: str
+    kind: str
+    out_features: int
+    in_features: int
+    spec: LayerSpec
+    experts: int = 1
+    matrix: str = "weight"
+
+    @property
+    def parameters(self) -> int:
+        """Weights replaced."""
+        return self.experts * self.out_features * self.in_features
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of everything stored instead."""
+        return self.experts * self.spec.layout.bytes(self.out_features, self.in_features)
+
+    @property
+    def full_name(self) -> str:
+        """Module name, and for expert stacks the matrix: unique in the model."""
+        return self.name if self.kind != "experts" else f"{self.name}.{self.matrix}"
+
+
+@dataclass
+class TargetList:
+    """What `find_targets` found.
+
+    Attributes:
+        compressed: targets in the order of the model's modules.
+        skipped: module name -> reason.
+        total_parameters: of the whole model.
+        skipped_parameters: module name -> weights left as they are.
+    """
+
+    compressed: list[Target] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    skipped_parameters: dict[str, int] = field(default_factory=dict)
+    total_parameters: int = 0
+
+    @property
+    def compressed_parameters(self) -> int:
+        """Weights that are replaced."""
+        return sum(target.parameters for target in self.compressed)
+
+    @property
+    def share(self) -> float:
+        """Fraction of the model's parameters that is compressed."""
+        return self.compressed_parameters / max(self.total_parameters, 1)
+
+    def summary(self) -> str:
+        """One line: how many matrices and what share of the parameters."""
+        return (
+            f"{len(self.compressed)} matrices with {self.compressed_parameters:,} of {self.total_parameters:,} "
+            f"parameters ({self.share:.1%}) compressed; {len(self.skipped)} modules left as they are"
+        )
+
+
+def name_matches(name: str, patterns: Sequence[str]) -> str | None:
+    """The first pattern that is this module or a parent of it, by whole dotted components or as a regular expression.
+
+    "layers.1" matches "model.layers.1.mlp" but not "model.layers.11.mlp".
+    """
+    for pattern in patterns:
+        if f".{pattern}." in f".{name}.":
+            return pattern
+        try:
+            if re.fullmatch(rf"(?:.*\.)?(?:{pattern})(?:\..*)?", name):
+                return pattern
+        except re.error:
+            continue
+    return None
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is GPT-2's transposed linear, recognised without importing its library."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx")
+
+
+def has_fused_experts(module: nn.Module) -> bool:
+    """Whether the module owns stacks of expert matrices [E, out, in] as parameters."""
+    stacks = [module._parameters.get(matrix) for matrix in EXPERT_MATRICES]
+    return all(stack is not None and stack.ndim == 3 for stack in stacks)
+
+
+def find_targets(
+    model: nn.Module,
+    spec: CompressionSpec,
+    skip: Sequence[str] = (),
+    reasons: dict[str, str] | None = None,
+    bytes_per_weight: int = 2,
+) -> TargetList:
+    """Every linear layer, transposed linear and fused expert stack worth compressing.
+
+    Args:
+        model: weights may be on the meta device.
+        spec: what to do to each.
+        skip: names or patterns of modules to leave alone, see `name_matches`.
+        reasons: pattern -> why; patterns without an entry read "excluded by the configuration".
+        bytes_per_weight: of the uncompressed model; a layer that would not shrink is left alone.
+
+    Raises:
+        CompressionError: if nothing is left to compress.
+    """
+    reasons = reasons or {}
+    found = TargetList(total_parameters=sum(parameter.numel() for parameter in model.parameters()))
+    candidates = 0
+    for name, module in model.named_modules():
+        for target in _candidates(name, module, spec):
+            candidates += 1
+            reason = None
+            if (pattern := name_matches(target.name, skip)) is not None:
+                reason = reasons.get(pattern, "excluded by the configuration")
+            elif target.bytes >= bytes_per_weight * target.parameters:
+                reason = f"too small to gain: {target.bytes} bytes instead of {bytes_per_weight * target.parameters}"
+            elif target.kind == "experts" and (flag := _unsupported_flag(module)):
+                reason = f"fused experts with {flag} are not supported"
+            if reason is None:
+                found.compressed.append(target)
+            else:
+                found.skipped[target.full_name] = reason
+                found.skipped_parameters[target.full_name] = target.parameters
+    if not found.compressed:
+        listed = "; ".join(f"{name}: {why}" for name, why in list(found.skipped.items())[:10])
+        raise CompressionError(
+            f"{type(model).__name__} has no layer to compress: {candidates} linear layers found, all skipped"
+            f"{' (' + listed + ')' if listed else ''}. Lower the rank, or shorten modules_to_not_convert."
+        )
+    return found
+
+
+def _candidates(name: str, module: nn.Module, spec: CompressionSpec) -> list[Target]:
+    if isinstance(module, LRQLinear | LRQExpertStack):
+        return []
+    # Not isinstance: subclasses of nn.Linear often have a forward of their own.
+    if type(module) is nn.Linear:
+        return [Target(name, "linear", module.out_features, module.in_features, spec.for_layer(name))]
+    if is_conv1d(module):
+        rows, columns = module.get_parameter("weight").shape
+        return [Target(name, "conv1d", int(columns), int(rows), spec.for_layer(name))]
+    if has_fused_experts(module):
+        found = []
+        for matrix in EXPERT_MATRICES:
+            experts, rows, columns = module._parameters[matrix].shape  # type: ignore[union-attr]
+            chosen = spec.for_layer(f"{name}.{matrix}")
+            found.append(Target(name, "experts", rows, columns, chosen, experts, matrix))
+        return found
+    return []
+
+
+def _unsupported_flag(module: nn.Module) -> str | None:
+    for flag, unsupported in _UNSUPPORTED_EXPERTS.items():
+        if getattr(module, flag, not unsupported) == unsupported:
+            return f"{flag}={unsupported}"
+    return None if hasattr(module, "_apply_gate") else "no _apply_gate"

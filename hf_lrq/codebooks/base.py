@@ -1,0 +1,135 @@
+"""The codebook interface: a finite set of points for unit-variance weights, and the nearest-point map onto it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import ClassVar, Concatenate, ParamSpec
+
+import torch
+from torch import Tensor
+
+from hf_lrq.errors import SpecError
+
+P = ParamSpec("P")
+
+
+@dataclass(frozen=True)
+class Codebook(ABC):
+    """A finite set of 2**bits_per_code points in R^dim, scaled for inputs of unit variance.
+
+    A codebook knows nothing of row scales, Grams or layers. The points that `decode` returns are the format: they
+    never change within a format version.
+
+    Attributes:
+        bits: bits per weight, one of `available_bits`.
+        family: name of the family, for example "e8p".
+        dim: weights per code, 1 or 8.
+        available_bits: the bits per weight that this family comes in.
+        grouped: whether a row carries one scale per group of columns rather than one in all.
+
+    Raises:
+        SpecError: if the family does not come in `bits`.
+    """
+
+    bits: int
+
+    family: ClassVar[str]
+    dim: ClassVar[int]
+    available_bits: ClassVar[tuple[int, ...]]
+    grouped: ClassVar[bool] = False
+    chunk: ClassVar[int] = 1 << 18  # Vectors encoded at a time; bounds the memory for intermediates.
+
+    def __post_init__(self) -> None:
+        if self.bits not in self.available_bits:
+            allowed = ", ".join(map(str, self.available_bits))
+            raise SpecError(
+                f"Codebook family {self.family!r} has no {self.bits}-bit codebook. Choose bits from: {allowed}."
+            )
+
+    @property
+    def name(self) -> str:
+        """Family and bits, for example "e8p2"."""
+        return f"{self.family}{self.bits}"
+
+    @property
+    def bits_per_code(self) -> int:
+        """Bits of storage per code: bits * dim."""
+        return self.bits * self.dim
+
+    def encode(self, values: Tensor) -> Tensor:
+        """Code of the nearest point of each vector; residual codebooks are nearest stage by stage.
+
+        Args:
+            values: [..., dim] floating, finite, about unit variance. Computed in float32.
+
+        Returns:
+            [...] int64 codes. Equal inputs give equal codes; a NaN gives an unspecified valid code.
+
+        Raises:
+            ValueError: if the last axis is not `dim` long or the values are not floating.
+        """
+        if not values.is_floating_point():
+            raise ValueError(
+                f"Codebook {self.name!r} encodes floating values, got {values.dtype}. Convert with .float()."
+            )
+        if values.ndim == 0 or values.shape[-1] != self.dim:
+            raise ValueError(
+                f"Codebook {self.name!r} encodes vectors of {self.dim}, got values of shape {tuple(values.shape)}. "
+                f"Reshape to [..., {self.dim}], padding with zeros."
+            )
+        vectors = values.detach().reshape(-1, self.dim)
+        parts = [self._encode(part.float()) for part in torch.split(vectors, self.chunk)]
+        codes = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return codes.reshape(values.shape[:-1])
+
+    def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The points of codes; exact in float32, rounded once to `dtype`.
+
+        Args:
+            codes: [...] integers in [0, 2**bits_per_code).
+            dtype: of the result.
+
+        Returns:
+            [..., dim] values.
+
+        Raises:
+            IndexError: if a code is out of range (on a CPU; an assertion of the device elsewhere).
+        """
+        return self._decode(codes.reshape(-1), dtype).reshape(*codes.shape, self.dim)
+
+    @abstractmethod
+    def _encode(self, x: Tensor) -> Tensor:
+        """[n, dim] float32 -> [n] int64."""
+
+    @abstractmethod
+    def _decode(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """[n] integers -> [n, dim]."""
+
+
+def look_up(table: Tensor, codes: Tensor) -> Tensor:
+    """Rows of `table` [size, ...] at `codes` [n]: [n, ...]."""
+    return table.index_select(0, codes.long())
+
+
+def cached_table(build: Callable[P, Tensor]) -> Callable[Concatenate[torch.device, torch.dtype, P], Tensor]:
+    """Make `build`, which returns a constant CPU tensor, into a cached function of (device, dtype, *its arguments).
+
+    Built on first use, never at import. Two threads may both build a table: they are equal and the last one stays.
+    """
+    cache: dict[Hashable, Tensor] = {}
+
+    def table(device: torch.device, dtype: torch.dtype, /, *args: P.args, **kwargs: P.kwargs) -> Tensor:
+        key = (device, dtype, *args, *kwargs.items())
+        found = cache.get(key)
+        if found is None:
+            # The table outlives the caller's inference mode and default device.
+            with torch.inference_mode(False), torch.device("cpu"):
+                found = build(*args, **kwargs).to(device=device, dtype=dtype)
+            # Under a tensor mode (fake tensors and the like) it must not outlive that mode.
+            if type(found) is Tensor:
+                cache[key] = found
+        return found
+
+    return table

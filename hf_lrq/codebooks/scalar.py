@@ -1,0 +1,146 @@
+"""Codebooks of single weights: uniform grid, Lloyd-Max levels, NF4. Codes count the levels in ascending order."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_lrq.codebooks.base import Codebook, cached_table, look_up
+
+UNIFORM_STEPS = {
+    # J. Max (1960), Table II: the step of the equally spaced levels of least squared error for N(0, 1).
+    2: 0.9957,
+    3: 0.5860,
+    4: 0.3352,
+    # Not in that table: the minimiser of the same integral, found numerically (to 1e-12; the error is flat there).
+    8: 0.030762383,
+}
+
+# Positive half of the levels of least squared error for N(0, 1), the other half mirrors it: J. Max (1960), Table I,
+# with more digits from iterating "each level is the mean of its cell" to a fixed point in double precision.
+LLOYD_HALVES = {
+    2: (0.452780034636, 1.510417608499),
+    3: (0.245094178944, 0.756005281206, 1.343909278505, 2.151945704537),
+    4: (
+        0.128395029851,
+        0.388048299490,
+        0.656759118532,
+        0.942340456487,
+        1.256231197347,
+        1.618046386022,
+        2.069017226531,
+        2.732589570995,
+    ),
+}
+
+# Dettmers et al., QLoRA, 2023, appendix E.
+NF4_LEVELS = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+
+# The multiple of those levels of least squared error for N(0, 1), found numerically. The paper scales by the largest
+# weight of a group instead; for a unit-variance codebook that maximum is not known.
+NF4_SCALE = 2.86306292
+
+
+@dataclass(frozen=True)
+class ScalarCodebook(Codebook):
+    """Ascending levels; the code of a value is the number of midpoints between levels that lie below it."""
+
+    dim: ClassVar[int] = 1
+
+    @property
+    @abstractmethod
+    def levels(self) -> tuple[float, ...]:
+        """The 2**bits levels, ascending; code c means levels[c] rounded to float32."""
+
+    def _encode(self, x: Tensor) -> Tensor:
+        return torch.bucketize(x.squeeze(1).contiguous(), _midpoints(x.device, x.dtype, self))
+
+    def _decode(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        return look_up(_levels(codes.device, dtype, self), codes).unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class Uniform(ScalarCodebook):
+    """`int`: code c means (c + 1/2 - 2**(bits-1)) * step. The levels are symmetric and none is zero.
+
+    >>> Uniform(2).decode(torch.tensor([0, 1, 2, 3])).flatten().tolist()  # step 0.9957
+    [-1.4935500621795654, -0.49785000085830688, 0.49785000085830688, 1.4935500621795654]
+    """
+
+    family: ClassVar[str] = "int"
+    available_bits: ClassVar[tuple[int, ...]] = tuple(UNIFORM_STEPS)
+    grouped: ClassVar[bool] = True
+
+    @property
+    def step(self) -> float:
+        """Distance of neighbouring levels."""
+        return UNIFORM_STEPS[self.bits]
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        half = 2 ** (self.bits - 1)
+        return tuple((k + 0.5) * self.step for k in range(-half, half))
+
+    def _encode(self, x: Tensor) -> Tensor:
+        half = 2 ** (self.bits - 1)
+        cells = (x.squeeze(1) / self.step).floor_().clamp_(-half, half - 1)
+        return cells.add_(half).nan_to_num_(nan=0.0).long()
+
+
+@dataclass(frozen=True)
+class LloydMax(ScalarCodebook):
+    """`lloyd`: the levels of least squared error for N(0, 1)."""
+
+    family: ClassVar[str] = "lloyd"
+    available_bits: ClassVar[tuple[int, ...]] = tuple(LLOYD_HALVES)
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        positive = LLOYD_HALVES[self.bits]
+        return (*(-level for level in reversed(positive)), *positive)
+
+
+@dataclass(frozen=True)
+class NormalFloat(ScalarCodebook):
+    """`nf`: the quantile-based levels of QLoRA, times the scale of least squared error for N(0, 1). Has a zero."""
+
+    family: ClassVar[str] = "nf"
+    available_bits: ClassVar[tuple[int, ...]] = (4,)
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        return tuple(level * NF4_SCALE for level in NF4_LEVELS)
+
+
+@cached_table
+def _levels(book: ScalarCodebook) -> Tensor:
+    """[2**bits]."""
+    return torch.tensor(book.levels, dtype=torch.float32)
+
+
+@cached_table
+def _midpoints(book: ScalarCodebook) -> Tensor:
+    """[2**bits - 1], between neighbouring levels."""
+    levels = torch.tensor(book.levels, dtype=torch.float64)
+    return (levels[1:] + levels[:-1]) / 2

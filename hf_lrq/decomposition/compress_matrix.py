@@ -1,0 +1,185 @@
+"""From a spec to a compressed matrix: the one place where the strings of a spec become objects."""
+
+import functools
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_lrq.decomposition.gram import InputGram
+from hf_lrq.decomposition.incoherence import RandomHadamard
+from hf_lrq.decomposition.lowrank import LPLR, LowRankSolver, WhitenedSVD
+from hf_lrq.decomposition.qlr import Decomposition, Factors, decompose, outlier_start, svd_start, zero_start
+from hf_lrq.decomposition.quantizers import LDLQ, Quantizer, RoundToNearest
+from hf_lrq.errors import CompressionError
+from hf_lrq.layout import LayerLayout
+from hf_lrq.spec import LayerSpec
+
+SMALLEST_RMS, LARGEST_RMS = 1e-5, 1e4
+
+
+@dataclass(frozen=True, eq=False)
+class CompressedMatrix:
+    """Q + L R of the rotated weight, and the rotations.
+
+    Attributes:
+        decomposition: of U W V^T.
+        rotate_in: V on the inputs, or None.
+        rotate_out: U on the outputs, or None.
+        layout: how the matrix lies on disk.
+        damping: fraction of the mean diagonal that was added to the Gram.
+        steps: what the damping had to do beyond its first attempt.
+        n_tokens: of the Gram; 0 is data-free.
+    """
+
+    decomposition: Decomposition
+    rotate_in: RandomHadamard | None
+    rotate_out: RandomHadamard | None
+    layout: LayerLayout
+    damping: float
+    steps: tuple[str, ...]
+    n_tokens: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        quantized = self.decomposition.quantized
+        return quantized.packed.shape[0], quantized.in_features
+
+    @property
+    def proxy_loss(self) -> float:
+        """Relative proxy loss tr(E H E^T) / tr(W H W^T) under the damped Gram."""
+        return self.decomposition.proxy_loss
+
+    @property
+    def trace(self) -> tuple[float, ...]:
+        """Relative proxy loss after each iteration."""
+        return self.decomposition.trace
+
+    @property
+    def bits_per_weight(self) -> float:
+        """True bits per weight, everything stored included."""
+        return self.layout.bits_per_weight(*self.shape)
+
+    def dense(self) -> Tensor:
+        """The weight that the layer applies, [out, in] float32."""
+        W = self.decomposition.dense()
+        if self.rotate_in is not None:
+            W = self.rotate_in.undo(W)
+        if self.rotate_out is not None:
+            W = self.rotate_out.undo(W.T).T
+        return W
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Exactly what is stored, by name; see `layout.LayerLayout.tensors`."""
+        quantized, low_rank = self.decomposition.quantized, self.decomposition.low_rank
+        stored = {"weight": quantized.packed, "scales": quantized.scales}
+        if self.rotate_in is not None and self.rotate_out is not None:
+            stored |= {"rot_in": self.rotate_in.signs.half(), "rot_out": self.rotate_out.signs.half()}
+        if low_rank.rank:
+            stored |= {"lr_L": low_rank.L.data, "lr_R": low_rank.R.data}
+            if low_rank.L.scale is not None and low_rank.R.scale is not None:
+                stored |= {"lr_L_scale": low_rank.L.scale, "lr_R_scale": low_rank.R.scale}
+        return {name: tensor.contiguous() for name, tensor in stored.items()}
+
+
+def generator_for(seed: int, name: str) -> torch.Generator:
+    """A CPU generator that depends on the seed and a name only, so visiting order does not matter."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def input_rotation(seed: int, module_name: str, in_features: int, spec: LayerSpec) -> RandomHadamard | None:
+    """The rotation of a module's inputs: the same for all linears of one parent, so q, k, v share one transform."""
+    if spec.rotation == "none":
+        return None
+    parent = module_name.rpartition(".")[0]
+    return RandomHadamard.sample(in_features, generator_for(seed, f"{parent}/in{in_features}"), spec.rotation_block)
+
+
+def compress_matrix(
+    W: Tensor,
+    gram: InputGram | None,
+    spec: LayerSpec,
+    generator: torch.Generator,
+    rotate_in: RandomHadamard | None = None,
+) -> CompressedMatrix:
+    """Compress one weight matrix as `spec` says.
+
+    Args:
+        W: [out, in] weight, any float dtype; computed in float32 on its device.
+        gram: of the inputs; None compresses without data (H = I).
+        spec: what to do.
+        generator: source of every random choice; equal states give equal bytes.
+        rotate_in: rotation of the inputs, to share it between matrices; None draws one.
+
+    Raises:
+        CompressionError: if W is not a matrix, is empty, or holds NaN or Inf.
+    """
+    W = _checked(W)
+    gram = InputGram.identity(W.shape[1], W.device) if gram is None else gram
+    if len(gram.H) != W.shape[1]:
+        raise CompressionError(f"the Gram is for {len(gram.H)} inputs, the weight has {W.shape[1]} columns.")
+    H = gram.H.to(W.device)
+    rotate_out = None
+    if spec.rotation != "none":
+        rotate_in = rotate_in or RandomHadamard.sample(W.shape[1], generator, spec.rotation_block)
+        rotate_out = RandomHadamard.sample(W.shape[0], generator, spec.rotation_block)
+        rotated = rotate_out.apply(rotate_in.apply(W).T).T.contiguous()
+        H_rotated = rotate_in.rotate_gram(H)
+    else:
+        rotate_in, rotated, H_rotated = None, W, H
+    damped = InputGram(H_rotated, gram.n_tokens).damped(spec.damp_percent)
+    rank = min(spec.rank, *W.shape)
+    run = functools.partial(
+        decompose, rotated, damped, _quantizer(spec), _solver(spec), generator, marginal_damping=spec.marginal_damping
+    )
+    starts: dict[str, Callable[[], Factors]] = {
+        "zero": lambda: zero_start(W),
+        "svd": lambda: svd_start(rotated, damped, rank, generator),
+        "outlier": lambda: _rotate_factors(outlier_start(W, H, rank), rotate_in, rotate_out),
+    }
+    init = spec.init
+    if init == "auto":
+        trials = {name: run(start=make(), iters=1, refinements=0).proxy_loss for name, make in starts.items()}
+        init = min(trials, key=trials.__getitem__)
+    decomposition = run(start=starts[init](), iters=spec.iters, refinements=spec.refinements)
+    return CompressedMatrix(
+        decomposition, rotate_in, rotate_out, spec.layout, damped.damping, damped.steps, gram.n_tokens
+    )
+
+
+def _rotate_factors(factors: Factors, rotate_in: RandomHadamard | None, rotate_out: RandomHadamard | None) -> Factors:
+    """Factors of U L R V^T."""
+    L, R = factors
+    if rotate_in is None or rotate_out is None:
+        return L, R
+    return rotate_out.apply(L.T).T, rotate_in.apply(R)
+
+
+def _checked(W: Tensor) -> Tensor:
+    if W.ndim != 2 or 0 in W.shape:
+        raise CompressionError(f"a weight matrix has shape [out, in], got {tuple(W.shape)}.")
+    if not torch.isfinite(W).all():
+        bad = int((~torch.isfinite(W)).sum())
+        raise CompressionError(f"the weight holds {bad} values that are NaN or Inf. Repair or re-download the model.")
+    W = W.detach().float()
+    rms = W.square().mean().sqrt().item()
+    if rms != 0 and not SMALLEST_RMS <= rms <= LARGEST_RMS:
+        raise CompressionError(
+            f"the weight has a root mean square of {rms:.3g}; scales are stored in float16, which allows "
+            f"{SMALLEST_RMS:g} to {LARGEST_RMS:g}. Rescale the layer, or leave it out with modules_to_not_convert."
+        )
+    return W
+
+
+def _quantizer(spec: LayerSpec) -> Quantizer:
+    if spec.rounding == "nearest":
+        return RoundToNearest(spec.resolved_codebook, spec.group_size)
+    return LDLQ(spec.resolved_codebook, spec.group_size, sweeps=spec.sweeps)
+
+
+def _solver(spec: LayerSpec) -> LowRankSolver:
+    return WhitenedSVD(spec.rank) if spec.factor_bits == 16 else LPLR(spec.rank, bits=spec.factor_bits)

@@ -1,0 +1,176 @@
+"""The input Gram matrix H = E[x x^T] of a linear layer, and the proxy loss it defines.
+
+For a layer y = W x, replacing W by W^ changes the output by E|(W - W^) x|^2 = tr((W - W^) H (W - W^)^T). GPTQ, QuIP
+and CALDERA call H "the Hessian" (it is the Hessian of that loss in a row of W, up to a factor 2); here `gram` is the
+object and `H` the matrix.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hf_lrq.errors import CalibrationError
+
+FOLD_TOKENS = 2048  # float32 sums over so few tokens lose nothing that the float64 total would keep.
+DAMPING_CAP = 1.0
+
+
+class GramAccumulator:
+    """Sums x x^T over a stream of activations: float32 products of short pieces, folded into a float64 total.
+
+    Args:
+        in_features: n.
+        device: of the total, [n, n] float64.
+    """
+
+    def __init__(self, in_features: int, device: torch.device | str | None = None):
+        self.total = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
+        self.n_tokens = 0
+
+    def update(self, x: Tensor) -> None:
+        """Add the tokens of x [..., in].
+
+        Raises:
+            CalibrationError: if x holds NaN or Inf.
+        """
+        rows = x.detach().reshape(-1, x.shape[-1])
+        for piece in rows.split(FOLD_TOKENS):
+            piece = piece.float()
+            product = piece.T @ piece
+            # A non-finite activation always leaves a non-finite diagonal, so one check of n numbers covers all tokens.
+            if not torch.isfinite(product.diagonal()).all():
+                raise CalibrationError(
+                    "activations contain NaN or Inf (or squares that overflow float32). "
+                    "Calibrate in bfloat16 or float32, and check the model and this batch."
+                )
+            self.total += product
+        self.n_tokens += rows.shape[0]
+
+    def merge(self, other: "GramAccumulator") -> None:
+        """Add what another accumulator has seen."""
+        self.total += other.total.to(self.total.device)
+        self.n_tokens += other.n_tokens
+
+    def finish(self) -> "InputGram":
+        """The mean over all tokens.
+
+        Raises:
+            CalibrationError: if no token came, or all were zero.
+        """
+        if self.n_tokens == 0:
+            raise CalibrationError("no calibration tokens reached this layer. Route some through it, or use gram=None.")
+        return InputGram.from_matrix((self.total / self.n_tokens).float(), self.n_tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class InputGram:
+    """The second moment of a layer's inputs, not centred, not damped.
+
+    Attributes:
+        H: [in, in] float32, symmetric.
+        n_tokens: tokens averaged; 0 means data-free (H = I).
+    """
+
+    H: Tensor
+    n_tokens: int
+
+    @classmethod
+    def from_matrix(cls, H: Tensor, n_tokens: int) -> "InputGram":
+        """Wrap a given matrix.
+
+        Args:
+            H: [in, in] float, symmetric up to rounding.
+            n_tokens: how many tokens it averages.
+
+        Raises:
+            CalibrationError: if H is not square, not finite, not symmetric, or zero.
+        """
+        if H.ndim != 2 or H.shape[0] != H.shape[1]:
+            raise CalibrationError(f"a Gram matrix is square, got shape {tuple(H.shape)}.")
+        if not torch.isfinite(H).all():
+            raise CalibrationError("the Gram matrix contains NaN or Inf. Calibrate in bfloat16 or float32.")
+        diagonal = H.diagonal()
+        if not (diagonal > 0).any():
+            raise CalibrationError(
+                "the Gram matrix is zero: every calibration activation of this layer is zero. "
+                "Use other calibration data, or gram=None to compress without data."
+            )
+        if (H - H.T).abs().max() > 1e-3 * H.abs().max():
+            raise CalibrationError("the Gram matrix is not symmetric; pass X^T X / tokens.")
+        H = H.float()
+        return cls((H + H.T) / 2, n_tokens)
+
+    @classmethod
+    def from_inputs(cls, x: Tensor) -> "InputGram":
+        """Gram of activations x [..., in].
+
+        Raises:
+            CalibrationError: if x holds no token, or NaN or Inf.
+        """
+        accumulator = GramAccumulator(x.shape[-1], x.device)
+        accumulator.update(x)
+        return accumulator.finish()
+
+    @classmethod
+    def identity(cls, in_features: int, device: torch.device | None = None) -> "InputGram":
+        """The data-free Gram H = I."""
+        return cls(torch.eye(in_features, device=device), 0)
+
+    def damped(self, fraction: float) -> "DampedGram":
+        """Normalise to mean diagonal 1 and add `fraction` of it to the diagonal.
+
+        Where the Cholesky factorisation fails, the damping grows tenfold up to 1; then negative eigenvalues are cut.
+        Each step is recorded.
+        """
+        H = self.H / self.H.diagonal().mean()
+        steps: list[str] = []
+        while fraction <= DAMPING_CAP:
+            damped = H + fraction * torch.eye(len(H), device=H.device)
+            M, info = torch.linalg.cholesky_ex(damped)
+            if info.item() == 0 and torch.isfinite(M).all():
+                return DampedGram(damped, M, fraction, tuple(steps))
+            steps.append(f"Cholesky failed with damping {fraction:g}")
+            fraction *= 10
+        eigenvalues, vectors = torch.linalg.eigh(H.double())
+        steps.append(f"negative eigenvalues cut, the least was {eigenvalues.min().item():.3g}")
+        kept = (vectors * eigenvalues.clamp(min=0)) @ vectors.T
+        kept.diagonal().add_(DAMPING_CAP)
+        return DampedGram(kept.float(), torch.linalg.cholesky(kept).float(), DAMPING_CAP, tuple(steps))
+
+
+@dataclass(frozen=True, eq=False)
+class DampedGram:
+    """A positive definite Gram with mean diagonal near 1, and its factor.
+
+    Attributes:
+        H: [in, in] float32.
+        M: [in, in], lower triangular, M M^T = H.
+        damping: fraction of the mean diagonal that was added.
+        steps: what had to be done beyond the first attempt; empty when it succeeded.
+    """
+
+    H: Tensor
+    M: Tensor
+    damping: float
+    steps: tuple[str, ...] = field(default=())
+
+
+def weighted_square(E: Tensor, H: Tensor) -> float:
+    """tr(E H E^T), summed in float64."""
+    return ((E @ H) * E).sum(dtype=torch.float64).item()
+
+
+def proxy_loss(W: Tensor, W_hat: Tensor, H: Tensor) -> float:
+    """Relative proxy loss tr((W - W^) H (W - W^)^T) / tr(W H W^T); 0 is exact, 1 is as bad as W^ = 0.
+
+    An all-zero W has loss 0 if W^ is zero as well, else infinity.
+
+    >>> W, H = torch.eye(2), torch.diag(torch.tensor([1.0, 3.0]))
+    >>> proxy_loss(W, torch.tensor([[1.0, 0.0], [0.0, 0.0]]), H)
+    0.75
+    """
+    error, energy = weighted_square(W - W_hat, H), weighted_square(W, H)
+    if energy == 0:
+        return 0.0 if error == 0 else float("inf")
+    return error / energy

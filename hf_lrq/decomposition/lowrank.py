@@ -1,0 +1,139 @@
+"""Rank-constrained regression: the L R that best explains a residual under the proxy loss."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_lrq.decomposition.gram import DampedGram, weighted_square
+from hf_lrq.matrices import LowRank, quantize_factor
+
+EXACT_SIZE = 512  # Up to this many rows or columns a full SVD is as fast as iterating.
+OVERSAMPLING = 16
+POWER_ITERATIONS = 4
+LPLR_ITERATIONS = 8
+
+
+def truncated_svd(A: Tensor, rank: int, generator: torch.Generator, start: Tensor | None = None) -> tuple[Tensor, ...]:
+    """The leading singular triplets of A.
+
+    Small matrices get an exact SVD. Large ones get a randomised range finder with power iterations (Halko et al.,
+    2011, algorithm 4.4), started from `start` where the caller knows the row space approximately.
+
+    Args:
+        A: [m, n].
+        rank: k, at most min(m, n).
+        generator: of the random start.
+        start: [k, n] approximate right singular vectors, or None.
+
+    Returns:
+        U [m, k], sigma [k], Vt [k, n].
+    """
+    if min(A.shape) <= max(EXACT_SIZE, 2 * rank):
+        U, sigma, Vt = torch.linalg.svd(A, full_matrices=False)
+        return U[:, :rank], sigma[:rank], Vt[:rank]
+    width = min(rank + OVERSAMPLING, *A.shape)
+    fresh = width - (0 if start is None else len(start))
+    basis = torch.randn(A.shape[1], fresh, generator=generator, device=generator.device).to(A)
+    if start is not None:
+        basis = torch.cat((start.T, basis), 1)
+    Q = torch.linalg.qr(A @ basis).Q
+    for _ in range(POWER_ITERATIONS):
+        Q = torch.linalg.qr(A @ torch.linalg.qr(A.T @ Q).Q).Q
+    U, sigma, Vt = torch.linalg.svd(Q.T @ A, full_matrices=False)
+    return (Q @ U)[:, :rank], sigma[:rank], Vt[:rank]
+
+
+@dataclass(frozen=True)
+class LowRankSolver(ABC):
+    """Maps a residual and its input Gram to stored factors.
+
+    Attributes:
+        rank: r; clamped to the matrix.
+    """
+
+    rank: int
+
+    @abstractmethod
+    def solve(self, residual: Tensor, gram: DampedGram, generator: torch.Generator) -> LowRank:
+        """Factors of rank r for residual [out, in]."""
+
+
+@dataclass(frozen=True)
+class WhitenedSVD(LowRankSolver):
+    """The exact minimiser of tr((A - L R) H (A - L R)^T), stored in float16.
+
+    With H = M M^T the loss is |A M - L R M|_F^2, so L R M is the truncated SVD of A M (Eckart-Young), and R takes one
+    triangular solve. The singular values are shared equally, so both factors have the same scale.
+    """
+
+    def solve(self, residual: Tensor, gram: DampedGram, generator: torch.Generator) -> LowRank:
+        """See the class."""
+        L, R = whitened_factors(residual, gram, self.rank, generator)
+        return LowRank(quantize_factor(L, 16, rank_dim=1), quantize_factor(R, 16, rank_dim=0))
+
+
+def whitened_factors(
+    A: Tensor, gram: DampedGram, rank: int, generator: torch.Generator, start: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Balanced float32 L [out, r], R [r, in]: the best rank-r approximation of A in the metric of the Gram."""
+    rank = min(rank, *A.shape)
+    if rank == 0:
+        return A.new_zeros(A.shape[0], 0), A.new_zeros(0, A.shape[1])
+    U, sigma, Vt = truncated_svd(A @ gram.M, rank, generator, start)
+    L, R = U, torch.linalg.solve_triangular(gram.M, sigma[:, None] * Vt, upper=False, left=False)
+    return balance(L, R)
+
+
+def balance(L: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
+    """Rescale each rank so that its column of L and its row of R have the same root mean square; L R is unchanged."""
+    left, right = L.square().mean(0).sqrt(), R.square().mean(1).sqrt()
+    usable = (left > 0) & (right > 0)
+    ratio = torch.where(usable, (right / left.clamp(min=1e-30)).sqrt(), torch.ones_like(left)).clamp(min=1e-30)
+    return L * ratio, R / ratio[:, None]
+
+
+@dataclass(frozen=True)
+class LPLR(LowRankSolver):
+    """Low-precision factors: closed-form L and R updates alternate with rounding (CALDERA, 2024, algorithm 2).
+
+    Attributes:
+        bits: 8 or 4, with one scale per rank.
+        iters: alternations; the best pair is kept.
+    """
+
+    bits: int = 8
+    iters: int = LPLR_ITERATIONS
+
+    def solve(self, residual: Tensor, gram: DampedGram, generator: torch.Generator) -> LowRank:
+        """See the class."""
+        L, R = whitened_factors(residual, gram, self.rank, generator)
+        if L.shape[1] == 0:
+            return LowRank.zero(residual.shape[0], residual.shape[1], residual.device)
+        best: LowRank | None = None
+        best_loss = float("inf")
+        AH = residual @ gram.H
+        for _ in range(self.iters):
+            stored_R = quantize_factor(R, self.bits, rank_dim=0)
+            R_hat = stored_R.dense()
+            L = _solve_symmetric(R_hat @ gram.H @ R_hat.T, (AH @ R_hat.T).T).T  # argmin over L for this R
+            stored_L = quantize_factor(L, self.bits, rank_dim=1)
+            L_hat = stored_L.dense()
+            loss = weighted_square(residual - L_hat @ R_hat, gram.H)
+            if best is None or loss < best_loss * (1 - 1e-4):
+                best, best_loss = LowRank(stored_L, stored_R), loss
+            else:
+                break
+            R = _solve_symmetric(L_hat.T @ L_hat, L_hat.T @ residual)  # argmin over R; H cancels
+            L, R = balance(L_hat, R)
+        assert best is not None, "iters is at least 1"
+        return best
+
+
+def _solve_symmetric(G: Tensor, B: Tensor) -> Tensor:
+    """G^-1 B, G [r, r] symmetric positive semi-definite, in float64: tiny singular values are common."""
+    G = G.double()
+    ridge = 1e-9 * G.diagonal().mean().clamp(min=1e-300)
+    eye = torch.eye(len(G), dtype=G.dtype, device=G.device)
+    return torch.cholesky_solve(B.double(), torch.linalg.cholesky(G + ridge * eye)).to(B.dtype)

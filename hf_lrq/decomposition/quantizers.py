@@ -1,0 +1,226 @@
+"""From a full-precision matrix to codes: nearest rounding, and adaptive rounding with linear feedback (LDLQ)."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_lrq.codebooks import Codebook, get_codebook
+from hf_lrq.codebooks.packing import unpack_codes
+from hf_lrq.layout import TILE
+from hf_lrq.matrices import QuantizedMatrix, expand_scales
+
+PANEL = 128  # Columns between two updates of everything to the right; wide enough that those are efficient products.
+
+
+@dataclass(frozen=True)
+class Quantizer(ABC):
+    """Maps a weight and the Gram of its error to codes.
+
+    Attributes:
+        codebook: name.
+        group_size: columns that share a scale, for grouped codebooks.
+    """
+
+    codebook: str
+    group_size: int = 128
+
+    @abstractmethod
+    def quantize(self, W: Tensor, H: Tensor) -> QuantizedMatrix:
+        """Round W [out, in] so that tr((W - Q) H (W - Q)^T) is small; H [in, in] is positive definite."""
+
+    @abstractmethod
+    def refine(self, W: Tensor, H: Tensor, previous: QuantizedMatrix) -> QuantizedMatrix:
+        """Improve codes that were found for a slightly different W or H; the loss does not rise."""
+
+    @property
+    def book(self) -> Codebook:
+        """The codebook itself."""
+        return get_codebook(self.codebook)
+
+    def scales(self, W: Tensor) -> Tensor:
+        """Root mean square of each row [out], or of each group [out, groups], in float32 values float16 can hold."""
+        if not self.book.grouped:
+            return _representable(W.square().mean(1).sqrt())
+        padding = -W.shape[1] % self.group_size
+        squares = torch.nn.functional.pad(W.square(), (0, padding)).unflatten(1, (-1, self.group_size)).sum(-1)
+        counts = torch.full((squares.shape[1],), float(self.group_size), device=W.device)
+        counts[-1] -= padding
+        return _representable((squares / counts).sqrt())
+
+    def finish(self, codes: Tensor, scales: Tensor, in_features: int) -> QuantizedMatrix:
+        """Pack [out, padded / dim] codes."""
+        return QuantizedMatrix.from_codes(codes, scales.to(torch.float16), self.codebook, in_features, self.group_size)
+
+
+def _representable(scales: Tensor) -> Tensor:
+    """What float16 storage makes of the scales. A zero row keeps scale 0: no codebook need have a point at zero."""
+    return scales.clamp(max=torch.finfo(torch.float16).max).to(torch.float16).float()
+
+
+def _divide(values: Tensor, scales: Tensor) -> Tensor:
+    """values / scales, and values as they are where the scale is zero."""
+    return values / torch.where(scales > 0, scales, 1.0)
+
+
+@dataclass(frozen=True)
+class RoundToNearest(Quantizer):
+    """Rounds every vector of weights on its own; ignores the Gram."""
+
+    def quantize(self, W: Tensor, H: Tensor) -> QuantizedMatrix:
+        """Nearest codes of W / scale."""
+        scales = self.scales(W)
+        target = _pad_columns(_divide(W, expand_scales(scales, self.group_size, W.shape[1])))
+        codes = self.book.encode(target.unflatten(1, (-1, self.book.dim)))
+        return self.finish(codes, scales, W.shape[1])
+
+    def refine(self, W: Tensor, H: Tensor, previous: QuantizedMatrix) -> QuantizedMatrix:
+        """Nothing: nearest rounding ignores H by definition."""
+        return previous
+
+
+@dataclass(frozen=True)
+class LDLQ(Quantizer):
+    """Rounds column blocks left to right, feeding each block's error into the next (QuIP, 2023, section 3).
+
+    With H = U D U^T, U unit upper triangular in blocks, the loss is the sum over blocks of |(W - Q) U_k|^2_{D_k}; so
+    block k is rounded from W_k + (W_<k - Q_<k) U_<k,k. Blocks are as wide as the codebook's vectors.
+
+    Attributes:
+        sweeps: guarded Gauss-Seidel passes afterwards. A sweep visits every block again, with all others fixed, and
+            keeps the new code of a row only if the row's loss falls; so the loss never rises (the unguarded sweeps of
+            QuIP# can raise it). Each sweep starts with the scales refitted by least squares.
+    """
+
+    sweeps: int = 0
+
+    def quantize(self, W: Tensor, H: Tensor) -> QuantizedMatrix:
+        """Adaptive rounding of W [out, in] under H [in, in]."""
+        padded_W, padded_H = _pad_columns(W), _pad_gram(H)
+        scales = self.scales(W)
+        codes, rounded = _feedback_pass(padded_W, unit_upper(padded_H, self.book.dim), self._grid(scales, padded_W))
+        for _ in range(self.sweeps):
+            scales, codes, rounded = self._sweep(padded_W, padded_H, scales, codes, rounded)
+        if self.sweeps and scales.ndim == 1:
+            scales, _ = refit_scales(padded_W, rounded, padded_H, scales)
+        return self.finish(codes, scales, W.shape[1])
+
+    def refine(self, W: Tensor, H: Tensor, previous: QuantizedMatrix) -> QuantizedMatrix:
+        """One guarded sweep from the codes at hand."""
+        padded_W, padded_H = _pad_columns(W), _pad_gram(H)
+        scales, codes = previous.scales.float(), unpack_codes(previous.packed, self.book)
+        rounded = self._grid(scales, padded_W).values(codes)
+        scales, codes, rounded = self._sweep(padded_W, padded_H, scales, codes, rounded)
+        if scales.ndim == 1:
+            scales, _ = refit_scales(padded_W, rounded, padded_H, scales)
+        return self.finish(codes, scales, W.shape[1])
+
+    def _sweep(
+        self, W: Tensor, H: Tensor, scales: Tensor, codes: Tensor, rounded: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if scales.ndim == 1:
+            scales, rounded = refit_scales(W, rounded, H, scales)
+        return scales, *_guarded_sweep(W, H, self._grid(scales, W), codes, rounded)
+
+    def _grid(self, scales: Tensor, W: Tensor) -> "_Grid":
+        return _Grid(self.book, expand_scales(scales, self.group_size, W.shape[1]).expand(-1, W.shape[1]))
+
+
+@dataclass(frozen=True, eq=False)
+class _Grid:
+    """The codebook stretched by the scales of each row and column."""
+
+    book: Codebook
+    scales: Tensor  # [out, padded in]
+
+    def round(self, target: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+        """Codes [out, width / dim] and values [out, width] nearest to target [out, width]."""
+        scale = self.scales[:, columns]
+        codes = self.book.encode(_divide(target, scale).unflatten(1, (-1, self.book.dim)))
+        return codes, self.book.decode(codes, target.dtype).flatten(-2) * scale
+
+    def values(self, codes: Tensor) -> Tensor:
+        """Values [out, padded in] of all codes."""
+        return self.book.decode(codes, self.scales.dtype).flatten(-2) * self.scales
+
+
+def unit_upper(H: Tensor, block: int) -> Tensor:
+    """The block-unit upper-triangular U of H = U D U^T, D block-diagonal with `block` x `block` blocks."""
+    C = torch.linalg.cholesky(H.flip(0, 1)).flip(0, 1)  # H = C C^T, C upper triangular
+    if block == 1:
+        return C / C.diagonal()
+    n = len(H)
+    diagonal = torch.stack([C[k : k + block, k : k + block] for k in range(0, n, block)])  # [n / block, block, block]
+    columns = C.unflatten(1, (-1, block)).transpose(0, 1)  # [n / block, n, block]
+    return torch.linalg.solve_triangular(diagonal, columns, upper=True, left=False).transpose(0, 1).flatten(1)
+
+
+def _feedback_pass(W: Tensor, U: Tensor, grid: _Grid) -> tuple[Tensor, Tensor]:
+    """LDLQ proper: codes [out, in / dim] and values [out, in]."""
+    dim, n = grid.book.dim, W.shape[1]
+    target = W.clone()  # W plus the feedback of all finished columns
+    rounded = torch.empty_like(W)
+    codes = torch.empty(W.shape[0], n // dim, dtype=torch.long, device=W.device)
+    for start in range(0, n, PANEL):
+        stop = min(start + PANEL, n)
+        for k in range(start, stop, dim):
+            block = slice(k, k + dim)
+            here = target[:, block]
+            if k > start:
+                here = here + (W[:, start:k] - rounded[:, start:k]) @ U[start:k, block]
+            new_codes, rounded[:, block] = grid.round(here, block)
+            codes[:, k // dim : k // dim + 1] = new_codes
+        target[:, stop:] += (W[:, start:stop] - rounded[:, start:stop]) @ U[start:stop, stop:]
+    return codes, rounded
+
+
+def _guarded_sweep(W: Tensor, H: Tensor, grid: _Grid, codes: Tensor, rounded: Tensor) -> tuple[Tensor, Tensor]:
+    """One pass of coordinate descent over blocks; a row's block moves only where that lowers the row's loss."""
+    dim, n = grid.book.dim, W.shape[1]
+    codes, rounded = codes.clone(), rounded.clone()
+    slope = (W - rounded) @ H  # [out, in]; minus half the gradient of the loss
+    starts = range(0, n, dim)
+    inverse = torch.linalg.inv(torch.stack([H[k : k + dim, k : k + dim] for k in starts]))
+    for start in range(0, n, PANEL):
+        stop = min(start + PANEL, n)
+        before = rounded[:, start:stop].clone()
+        local = slope[:, start:stop].clone()
+        for k in range(start, stop, dim):
+            block, inside = slice(k, k + dim), slice(k - start, k - start + dim)
+            here, g = rounded[:, block], local[:, inside]
+            new_codes, values = grid.round(here + g @ inverse[k // dim], block)
+            move = values - here
+            change = (move * (move @ H[block, block] - 2 * g)).sum(1, keepdim=True)
+            better = change < 0
+            move = torch.where(better, move, 0.0)
+            codes[:, k // dim : k // dim + 1] = torch.where(better, new_codes, codes[:, k // dim : k // dim + 1])
+            rounded[:, block] = torch.where(better, values, here)
+            local -= move @ H[block, start:stop]
+        slope -= (rounded[:, start:stop] - before) @ H[start:stop]
+    return codes, rounded
+
+
+def refit_scales(W: Tensor, rounded: Tensor, H: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """The scales [out] that minimise each row's loss for fixed codes, and the values [out, in] they give."""
+    weighted = rounded @ H
+    numerator, denominator = (W * weighted).sum(1), (rounded * weighted).sum(1)
+    # A row whose codes all point the wrong way would want a negative scale; it keeps the old one.
+    usable = (numerator > 0) & (denominator > 0)
+    factor = torch.where(usable, numerator / denominator.clamp(min=1e-30), torch.ones_like(numerator))
+    refitted = _representable(scales * factor)
+    return refitted, rounded * _divide(refitted, scales)[:, None]
+
+
+def _pad_columns(W: Tensor) -> Tensor:
+    return torch.nn.functional.pad(W, (0, -W.shape[1] % TILE))
+
+
+def _pad_gram(H: Tensor) -> Tensor:
+    """Padding columns carry no weight and are coupled to nothing."""
+    padding = -len(H) % TILE
+    if not padding:
+        return H
+    padded = torch.nn.functional.pad(H, (0, padding, 0, padding))
+    padded.diagonal()[len(H) :] = H.diagonal().mean()
+    return padded

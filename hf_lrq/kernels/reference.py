@@ -1,0 +1,139 @@
+"""Pure-torch kernels: they run everywhere, and in float32 they define what every other backend must compute."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from hf_lrq.layout import hadamard_block
+from hf_lrq.matrices import QuantizedMatrix, dense_factor
+
+
+@functools.lru_cache(maxsize=64)
+def _hadamard_matrix(block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    H = torch.ones(1, 1, dtype=torch.float64)
+    while len(H) < block:
+        H = torch.cat((torch.cat((H, H), 1), torch.cat((H, -H), 1)))
+    return (H * block**-0.5).to(device=device, dtype=dtype)
+
+
+def hadamard(x: Tensor, largest: int) -> Tensor:
+    """Block-diagonal orthonormal Walsh-Hadamard transform of the last axis; symmetric, so its own inverse.
+
+    Args:
+        x: [..., n].
+        largest: largest block; see `layout.hadamard_block` for the block that n gets.
+    """
+    block = hadamard_block(x.shape[-1], largest)
+    if block == 1 or x.numel() == 0:
+        return x
+    # A product with a cached matrix of at most 256 columns beats log2(256) strided passes on every device.
+    return (x.unflatten(-1, (-1, block)) @ _hadamard_matrix(block, x.dtype, x.device)).flatten(-2)
+
+
+def lrq_linear(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    rot_in: Tensor | None,
+    rot_out: Tensor | None,
+    L: Tensor | None,
+    R: Tensor | None,
+    L_scale: Tensor | None,
+    R_scale: Tensor | None,
+    bias: Tensor | None,
+    codebook: str,
+    group_size: int,
+    block: int,
+) -> Tensor:
+    """y = rot_out * H_out(Q z + L (R z)) + bias with z = H_in(rot_in * x), in the dtype of x.
+
+    Args:
+        x: [..., in], any float dtype.
+        weight, scales, ...: as stored, see `layout.LayerLayout`.
+
+    Returns:
+        [..., out].
+    """
+    z = _rotate_in(x, rot_in, block)
+    y = z @ _dense_q(weight, scales, codebook, group_size, x).T
+    if L is not None and R is not None:
+        y = y + (z @ _factor(R, R_scale, 0, x).T) @ _factor(L, L_scale, 1, x).T
+    if rot_out is not None:
+        y = hadamard(y, block) * rot_out.to(x.dtype)
+    return y if bias is None else y + bias.to(x.dtype)
+
+
+def lrq_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    rot_in: Tensor | None,
+    rot_out: Tensor | None,
+    L: Tensor | None,
+    R: Tensor | None,
+    L_scale: Tensor | None,
+    R_scale: Tensor | None,
+    codebook: str,
+    group_size: int,
+    block: int,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Gradients of `lrq_linear` for (x, scales, rot_in, rot_out, L, R, bias), in that order.
+
+    An input that does not need its gradient gets an empty tensor. Q is rebuilt rather than saved: keeping it would
+    cost as much memory as the uncompressed layer.
+    """
+    need_x, need_scales, need_rot_in, need_rot_out, need_L, need_R, need_bias = needs
+    out: list[Tensor] = [grad.new_empty(0) for _ in needs]
+    rows = grad.flatten(0, -2)  # [tokens, out]
+    g = rows if rot_out is None else hadamard(rows * rot_out.to(grad.dtype), block)
+    Q = _dense_q(weight, scales, codebook, group_size, x)
+    has_factors = L is not None and R is not None
+    if L is not None and R is not None:
+        dense_L, dense_R = _factor(L, L_scale, 1, grad), _factor(R, R_scale, 0, grad)
+    z = None
+    if need_scales or need_rot_out or need_L or need_R:
+        z = _rotate_in(x.flatten(0, -2), rot_in, block)
+    if need_x or need_rot_in:
+        gz = g @ Q
+        if has_factors:
+            gz = gz + (g @ dense_L) @ dense_R
+        gx = gz if rot_in is None else hadamard(gz, block)  # with respect to rot_in * x
+        if rot_in is not None and need_rot_in:
+            out[2] = (gx * x.flatten(0, -2)).sum(0).to(rot_in.dtype)
+        if need_x:
+            out[0] = (gx if rot_in is None else gx * rot_in.to(gx.dtype)).unflatten(0, x.shape[:-1])
+    if z is not None:
+        if need_scales:
+            ones = torch.ones_like(scales)
+            if scales.ndim == 1:
+                out[1] = (g * (z @ _dense_q(weight, ones, codebook, group_size, x).T)).sum(0).to(scales.dtype)
+            else:
+                per_weight = (g.T @ z) * _dense_q(weight, ones, codebook, group_size, x)  # [out, in]
+                padding = scales.shape[1] * group_size - per_weight.shape[1]
+                padded = torch.nn.functional.pad(per_weight, (0, padding))
+                out[1] = padded.unflatten(1, (-1, group_size)).sum(-1).to(scales.dtype)
+        if rot_out is not None and need_rot_out:
+            y = z @ Q.T + ((z @ dense_R.T) @ dense_L.T if has_factors else 0)
+            out[3] = (rows * hadamard(y, block)).sum(0).to(rot_out.dtype)
+        if L is not None and need_L:
+            out[4] = (g.T @ (z @ dense_R.T)).to(L.dtype)
+        if R is not None and need_R:
+            out[5] = ((g @ dense_L).T @ z).to(R.dtype)
+    if need_bias:
+        out[6] = rows.sum(0)
+    return out
+
+
+def _rotate_in(x: Tensor, rot_in: Tensor | None, block: int) -> Tensor:
+    return x if rot_in is None else hadamard(x * rot_in.to(x.dtype), block)
+
+
+def _dense_q(weight: Tensor, scales: Tensor, codebook: str, group_size: int, x: Tensor) -> Tensor:
+    return QuantizedMatrix(weight, scales, codebook, x.shape[-1], group_size).dequantize(x.dtype)
+
+
+def _factor(data: Tensor, scale: Tensor | None, rank_dim: int, like: Tensor) -> Tensor:
+    return dense_factor(data, scale, rank_dim).to(like.dtype)

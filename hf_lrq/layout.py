@@ -1,0 +1,106 @@
+"""How one compressed matrix lies on disk: the names, shapes and dtypes of its tensors, and so its exact size.
+
+Everything that has to agree on the format (the layer, the checkpoint checks, the size accounting) asks this file.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from hf_lrq.codebooks import get_codebook
+
+TILE = 8  # Columns are padded to whole tiles of 8 inside the codes, so a tile takes exactly `bits` bytes.
+SMALLEST_BLOCK = 8  # Shorter transforms mix too few weights to be worth a pass: signs only.
+
+
+@dataclass(frozen=True)
+class TensorLayout:
+    """Shape and dtype of one stored tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Bytes in the file, header excluded."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * self.dtype.itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerLayout:
+    """The inference side of a `LayerSpec`: all that is needed to read one layer.
+
+    Attributes:
+        codebook: resolved codebook name, for example "e8p2".
+        rank: columns of L and rows of R before clamping to the matrix.
+        factor_bits: 16 (float16), 8 (int8 with one scale per rank) or 4 (two codes per byte along the rank axis).
+        group_size: columns that share a scale, for codebooks with group scales.
+        rotation: "hadamard" or "none".
+        rotation_block: largest Hadamard block.
+    """
+
+    codebook: str
+    rank: int
+    factor_bits: int = 16
+    group_size: int = 128
+    rotation: str = "hadamard"
+    rotation_block: int = 256
+
+    def clamped_rank(self, out_features: int, in_features: int) -> int:
+        """The rank stored for an [out, in] matrix: never more than min(out, in)."""
+        return min(self.rank, out_features, in_features)
+
+    def tensors(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
+        """Name -> layout of every stored tensor of an [out, in] matrix, bias excluded."""
+        book = get_codebook(self.codebook)
+        tiles = -(-in_features // TILE)
+        groups = () if not book.grouped else (-(-in_features // self.group_size),)
+        stored = {
+            "weight": TensorLayout((out_features, tiles, book.bits), torch.uint8),
+            "scales": TensorLayout((out_features, *groups), torch.float16),
+        }
+        if self.rotation != "none":
+            stored["rot_in"] = TensorLayout((in_features,), torch.float16)
+            stored["rot_out"] = TensorLayout((out_features,), torch.float16)
+        rank = self.clamped_rank(out_features, in_features)
+        if rank:
+            stored |= self._factors(out_features, in_features, rank)
+        return stored
+
+    def _factors(self, out_features: int, in_features: int, rank: int) -> dict[str, TensorLayout]:
+        if self.factor_bits == 16:
+            return {
+                "lr_L": TensorLayout((out_features, rank), torch.float16),
+                "lr_R": TensorLayout((rank, in_features), torch.float16),
+            }
+        stored_rank = rank if self.factor_bits == 8 else -(-rank // 2)
+        dtype = torch.int8 if self.factor_bits == 8 else torch.uint8
+        return {
+            "lr_L": TensorLayout((out_features, stored_rank), dtype),
+            "lr_R": TensorLayout((stored_rank, in_features), dtype),
+            "lr_L_scale": TensorLayout((rank,), torch.float16),
+            "lr_R_scale": TensorLayout((rank,), torch.float16),
+        }
+
+    def bytes(self, out_features: int, in_features: int) -> int:
+        """Bytes of all tensors of an [out, in] matrix, padding, scales, rotations and factors included."""
+        return sum(tensor.bytes for tensor in self.tensors(out_features, in_features).values())
+
+    def bits_per_weight(self, out_features: int, in_features: int) -> float:
+        """True bits per weight of an [out, in] matrix: everything stored, over out * in."""
+        return 8 * self.bytes(out_features, in_features) / (out_features * in_features)
+
+
+def hadamard_block(n: int, largest: int) -> int:
+    """Length of the Hadamard blocks of an axis of n: the largest power of two dividing n, at most `largest`.
+
+    1 (signs only) where that is below 8.
+
+    >>> hadamard_block(1536, 256), hadamard_block(96, 256), hadamard_block(100, 256)
+    (256, 32, 1)
+    """
+    block = min(n & -n, largest)
+    return block if block >= SMALLEST_BLOCK else 1

@@ -1,0 +1,85 @@
+"""A stack of compressed matrices of equal shape: the fused experts of a mixture-of-experts layer."""
+
+import torch
+from torch import Tensor, nn
+
+from hf_lrq.decomposition.compress_matrix import CompressedMatrix
+from hf_lrq.kernels import linear
+from hf_lrq.layout import LayerLayout
+from hf_lrq.nn.linear import TENSOR_NAMES, LRQLinear
+
+
+class LRQExpertStack(nn.Module):
+    """E compressed [out, in] matrices; each stored tensor is that of one layer with a leading axis [E].
+
+    Args:
+        experts: E.
+        in_features, out_features: of each matrix.
+        layout: of each matrix.
+        device: where to make the tensors.
+    """
+
+    weight: nn.Parameter
+    scales: nn.Parameter
+
+    def __init__(
+        self,
+        experts: int,
+        in_features: int,
+        out_features: int,
+        layout: LayerLayout,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        self.experts, self.in_features, self.out_features, self.layout = experts, in_features, out_features, layout
+        stored = layout.tensors(out_features, in_features)
+        for name in TENSOR_NAMES:
+            tensor = stored.get(name)
+            empty = None if tensor is None else torch.empty((experts, *tensor.shape), dtype=tensor.dtype, device=device)
+            self.register_parameter(name, None if empty is None else nn.Parameter(empty, requires_grad=False))
+        self._is_hf_initialized = True
+
+    def load_matrix(self, expert: int, matrix: CompressedMatrix) -> None:
+        """Take over the tensors of one expert."""
+        for name, tensor in matrix.tensors().items():
+            getattr(self, name).data[expert].copy_(tensor)
+
+    def forward(self, x: Tensor, expert: int) -> Tensor:
+        """[tokens, in] -> [tokens, out] through one expert."""
+        one = {name: None if (t := getattr(self, name)) is None else t[expert] for name in TENSOR_NAMES}
+        layout = self.layout
+        return linear(
+            x,
+            self.weight[expert],
+            self.scales[expert],
+            one["rot_in"],
+            one["rot_out"],
+            one["lr_L"],
+            one["lr_R"],
+            one["lr_L_scale"],
+            one["lr_R_scale"],
+            None,
+            layout.codebook,
+            layout.group_size,
+            layout.rotation_block,
+        )
+
+    def layer(self, expert: int) -> LRQLinear:
+        """One expert as a layer of its own (a copy)."""
+        single = LRQLinear(self.in_features, self.out_features, False, self.layout, device=self.weight.device)
+        for name in TENSOR_NAMES:
+            if (own := getattr(self, name)) is not None:
+                getattr(single, name).data.copy_(own.data[expert])
+        return single
+
+    @torch.no_grad()
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weights [E, out, in]."""
+        return torch.stack([self.layer(expert).dense(dtype) for expert in range(self.experts)])
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        return (
+            f"experts={self.experts}, in_features={self.in_features}, out_features={self.out_features}, "
+            f"codebook={self.layout.codebook}"
+        )

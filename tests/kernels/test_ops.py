@@ -1,0 +1,118 @@
+"""The operator of a compressed layer: its value, its gradients, its registration."""
+
+import pytest
+import torch
+
+from hf_lrq.decomposition import compress_matrix
+from hf_lrq.nn import LRQLinear
+from hf_lrq.spec import LayerSpec
+
+VARIANTS = [
+    {},
+    {"rank": 0},
+    {"factor_bits": 8},
+    {"factor_bits": 4, "rank": 3},
+    {"rotation": "none"},
+    {"codebook": "int", "group_size": 16},
+    {"codebook": "int", "bits": 4},
+]
+
+
+def make(variant, out_features=24, in_features=40, bias=True, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    W = torch.randn(out_features, in_features, generator=generator)
+    spec = LayerSpec(**{"bits": 2, "rank": 4, "codebook": "e8p", "iters": 1, "sweeps": 0, **variant})
+    b = torch.randn(out_features, generator=generator) if bias else None
+    return LRQLinear.from_matrix(compress_matrix(W, None, spec, generator), b), generator
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("shape", [(24, 40), (7, 13), (1, 8), (64, 1)])
+def test_layer_equals_a_dense_linear_with_its_weight(variant, shape):
+    layer, generator = make(variant, *shape)
+    x = torch.randn(2, 3, shape[1], generator=generator)
+    expected = torch.nn.functional.linear(x, layer.dense(), layer.bias)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_inputs_give_the_same_within_their_precision(dtype):
+    layer, generator = make({})
+    x = torch.randn(5, 40, generator=generator)
+    y = layer(x.to(dtype))
+    assert y.dtype == dtype
+    scale = layer(x).abs().max()
+    # Each of the five roundings on the way (input, transform, products, transform, output) costs half an ulp.
+    assert (y.float() - layer(x)).abs().max() < 8 * torch.finfo(dtype).eps * scale
+
+
+@pytest.mark.parametrize("batch", [(), (0,), (1,), (2, 0), (2, 3, 4)])
+def test_any_leading_shape(batch):
+    layer, generator = make({})
+    assert layer(torch.randn(*batch, 40, generator=generator)).shape == (*batch, 24)
+
+
+def test_non_contiguous_inputs():
+    layer, generator = make({})
+    x = torch.randn(40, 6, generator=generator).T
+    torch.testing.assert_close(layer(x), layer(x.contiguous()))
+
+
+@pytest.mark.parametrize(
+    "x", [torch.randn(2, 41), torch.zeros(2, 40, dtype=torch.long)], ids=["wrong width", "integers"]
+)
+def test_bad_inputs_are_named(x):
+    layer, _ = make({})
+    with pytest.raises(ValueError, match=r"LRQLinear\(40, 24\) takes floating-point inputs of width 40, got"):
+        layer(x)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_gradients_are_those_of_finite_differences(variant):
+    layer, generator = make(variant, 8, 16)
+    layer = layer.double()  # codes stay integers
+    names = [n for n, p in layer.named_parameters() if p.is_floating_point() and not n.endswith("_scale")]
+    x = torch.randn(3, 16, generator=generator, dtype=torch.float64, requires_grad=True)
+    values = [getattr(layer, name).detach().clone().requires_grad_() for name in names]
+
+    def forward(x, *parameters):
+        return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (x,))
+
+    # The dequantised Q passes through float32, so the differences see rounding of 2^-24 over a step of 1e-3.
+    assert torch.autograd.gradcheck(forward, (x, *values), eps=1e-3, atol=2e-4, rtol=1e-3)
+
+
+def test_only_what_needs_a_gradient_gets_one():
+    layer, generator = make({})
+    layer.lr_L.requires_grad_(True)
+    layer(torch.randn(3, 40, generator=generator)).sum().backward()
+    assert layer.lr_L.grad is not None
+    assert all(p.grad is None for n, p in layer.named_parameters() if n != "lr_L")
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_opcheck(variant):
+    layer, generator = make(variant)
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(name in ("lr_L", "lr_R", "bias") and parameter.is_floating_point())
+    x = torch.randn(2, 3, 40, generator=generator, requires_grad=True)
+    arguments = (
+        x,
+        *(getattr(layer, n) for n in ("weight", "scales", "rot_in", "rot_out", "lr_L", "lr_R")),
+        *(getattr(layer, n) for n in ("lr_L_scale", "lr_R_scale", "bias")),
+        layer.layout.codebook,
+        layer.layout.group_size,
+        layer.layout.rotation_block,
+    )
+    torch.library.opcheck(torch.ops.hf_lrq.linear.default, arguments)
+
+
+def test_layer_compiles_whole_and_agrees():
+    layer, generator = make({})
+    layer.lr_L.requires_grad_(True)
+    x = torch.randn(3, 40, generator=generator)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    y = compiled(x)
+    torch.testing.assert_close(y, layer(x))
+    y.sum().backward()
+    assert layer.lr_L.grad is not None

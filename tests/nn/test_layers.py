@@ -1,0 +1,79 @@
+"""LRQLinear and expert stacks as modules: state, copies, conversion."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from hf_lrq.decomposition import compress_matrix
+from hf_lrq.nn import LRQExpertStack, LRQLinear
+from hf_lrq.spec import LayerSpec
+
+SPEC = LayerSpec(bits=2, rank=4, codebook="e8p", iters=1, sweeps=0)
+
+
+def matrix(seed=0, spec=SPEC, shape=(16, 24)):
+    generator = torch.Generator().manual_seed(seed)
+    return compress_matrix(torch.randn(shape, generator=generator), None, spec, generator)
+
+
+def test_layer_is_an_nn_linear_with_frozen_parameters_and_no_buffers():
+    layer = LRQLinear.from_matrix(matrix(), torch.zeros(16))
+    assert isinstance(layer, nn.Linear)
+    assert not list(layer.buffers())
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+    assert layer.weight.shape == (16, 3, 2)
+    assert not any("lrq" in name for name, _ in layer.named_parameters())
+
+
+def test_state_dict_round_trip_on_an_empty_layer():
+    source = LRQLinear.from_matrix(matrix(), torch.ones(16))
+    target = LRQLinear(24, 16, True, SPEC.layout)
+    target.load_state_dict(source.state_dict())
+    x = torch.ones(2, 24)
+    assert torch.equal(source(x), target(x))
+
+
+def test_dense_is_the_matrix_that_was_compressed():
+    compressed = matrix()
+    torch.testing.assert_close(LRQLinear.from_matrix(compressed).dense(), compressed.dense())
+
+
+def test_to_linear_computes_the_same():
+    layer = LRQLinear.from_matrix(matrix(), torch.randn(16, generator=torch.Generator().manual_seed(1)))
+    plain = layer.to_linear()
+    assert type(plain) is nn.Linear
+    x = torch.randn(5, 24, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(plain(x), layer(x), rtol=1e-4, atol=1e-4)
+
+
+def test_copies_are_independent():
+    layer = LRQLinear.from_matrix(matrix())
+    twin = copy.deepcopy(layer)
+    twin.scales.data.zero_()
+    assert layer.scales.abs().sum() > 0
+
+
+def test_a_matrix_of_another_layout_is_refused():
+    layer = LRQLinear(24, 16, False, SPEC.layout)
+    with pytest.raises(ValueError, match=r"lr_L of the matrix has shape \(16, 2\), the layer holds \(16, 4\)"):
+        layer.load_matrix(matrix(spec=LayerSpec(bits=2, rank=2, codebook="e8p", iters=1, sweeps=0)))
+
+
+def test_rank_counts_ranks_not_bytes():
+    for factor_bits in (16, 8, 4):
+        spec = LayerSpec(bits=2, rank=5, codebook="e8p", factor_bits=factor_bits, iters=1, sweeps=0)
+        assert LRQLinear.from_matrix(matrix(spec=spec)).rank == 5
+    assert LRQLinear(24, 16, False, LayerSpec(rank=0).layout).rank == 0
+
+
+def test_an_expert_stack_is_its_experts():
+    stack = LRQExpertStack(3, 24, 16, SPEC.layout)
+    matrices = [matrix(seed) for seed in range(3)]
+    for expert, compressed in enumerate(matrices):
+        stack.load_matrix(expert, compressed)
+    x = torch.randn(4, 24, generator=torch.Generator().manual_seed(9))
+    for expert, compressed in enumerate(matrices):
+        assert torch.equal(stack(x, expert), LRQLinear.from_matrix(compressed)(x))
+    torch.testing.assert_close(stack.dense(), torch.stack([compressed.dense() for compressed in matrices]))

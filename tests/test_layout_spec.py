@@ -1,0 +1,106 @@
+"""Layouts and specs: exact sizes, strict parsing, patterns."""
+
+import pytest
+import torch
+
+from hf_lrq.errors import SpecError
+from hf_lrq.layout import LayerLayout
+from hf_lrq.spec import CompressionSpec, LayerSpec
+
+
+def test_size_by_hand():
+    """64 x 128: 2-bit codes 2048 B, scales 128 B, signs 2 x (128 + 64) B, rank 4 in 16 bits 8 x (64 + 128) B."""
+    layout = LayerSpec(bits=2, rank=4, codebook="e8p").layout
+    assert layout.bytes(64, 128) == 2048 + 128 + 384 + 1536
+    assert layout.bits_per_weight(64, 128) == 8 * 4096 / (64 * 128)
+
+
+def test_size_with_padding_groups_and_low_precision_factors():
+    layout = LayerSpec(bits=3, rank=5, codebook="int", factor_bits=4, group_size=8, rotation="none").layout
+    tensors = layout.tensors(10, 13)
+    assert tensors["weight"].shape == (10, 2, 3)
+    assert tensors["scales"].shape == (10, 2)
+    assert tensors["lr_L"].shape == (10, 3)
+    assert tensors["lr_R"].shape == (3, 13)
+    assert tensors["lr_R_scale"].shape == (5,)
+    assert "rot_in" not in tensors
+    assert layout.bytes(10, 13) == 60 + 40 + 30 + 39 + 20
+
+
+def test_codes_can_never_pass_for_a_weight():
+    for shape in ((1, 8), (8, 8), (64, 2), (2, 1)):
+        for bits in (2, 3, 4, 8):
+            assert len(LayerSpec(bits=bits).layout.tensors(*shape)["weight"].shape) == 3
+
+
+def test_rank_zero_stores_no_factors_and_large_ranks_are_clamped():
+    assert set(LayerSpec(rank=0).layout.tensors(8, 8)) == {"weight", "scales", "rot_in", "rot_out"}
+    assert LayerSpec(rank=1000).layout.tensors(8, 24)["lr_L"].shape == (8, 8)
+
+
+def test_every_tensor_has_a_dtype_that_safetensors_and_all_devices_know():
+    for factor_bits in (4, 8, 16):
+        for tensor in LayerSpec(factor_bits=factor_bits).layout.tensors(16, 16).values():
+            assert tensor.dtype in (torch.uint8, torch.int8, torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"bits": 0}, "bits must be between 1 and 8, got 0"),
+        ({"bits": 5}, "5"),
+        ({"bits": 2.0}, r"bits must be an integer, got 2.0 \(float\)"),
+        ({"bits": True}, "bits must be an integer"),
+        ({"rank": -1}, "rank must be between 0 and 65536, got -1"),
+        ({"factor_bits": 6}, "factor_bits must be one of 4, 8, 16, got 6"),
+        ({"codebook": "e9p"}, "Did you mean 'e8p'"),
+        ({"codebook": "e8p", "bits": 8}, "8"),
+        ({"rounding": "ldql"}, "Did you mean 'ldlq'"),
+        ({"init": "pca"}, "init must be one of"),
+        ({"damp_percent": 0}, r"damp_percent must be a number in \(0, 1\], got 0"),
+        ({"damp_percent": "0.1"}, "damp_percent must be a number"),
+        ({"rotation_block": 96}, "power of two, got 96"),
+        ({"group_size": 100}, "multiple of 8, got 100"),
+        ({"iters": 0}, "iters must be between"),
+    ],
+)
+def test_impossible_specs_are_refused(arguments, message):
+    with pytest.raises(SpecError, match=message):
+        LayerSpec(**arguments)
+
+
+def test_spec_round_trips_through_plain_data():
+    spec = LayerSpec(bits=4, rank=3, factor_bits=8, codebook="int")
+    assert LayerSpec.from_dict(spec.to_dict()) == spec
+
+
+def test_unknown_fields_get_a_hint():
+    with pytest.raises(SpecError, match=r"Unknown field 'rnak'\. Did you mean 'rank'"):
+        LayerSpec.from_dict({"rnak": 3})
+    with pytest.raises(SpecError, match="Did you mean 'rank'"):
+        CompressionSpec(patterns=(("q_proj", (("rnk", 3),)),))
+
+
+def test_patterns_match_whole_components_and_later_ones_win():
+    spec = CompressionSpec(
+        default=LayerSpec(rank=8),
+        patterns=((r"q_proj|k_proj", (("rank", 2),)), (r"layers\.1\..*", (("bits", 4),)), (r"k_proj", (("rank", 3),))),
+    )
+    assert spec.for_layer("model.layers.0.attn.q_proj").rank == 2
+    assert spec.for_layer("model.layers.0.attn.k_proj").rank == 3
+    assert spec.for_layer("model.layers.0.attn.xq_proj").rank == 8
+    assert spec.for_layer("model.layers.1.attn.v_proj").bits == 4
+    assert spec.for_layer("model.layers.11.attn.v_proj").bits == 2
+
+
+def test_a_broken_pattern_is_refused():
+    with pytest.raises(SpecError, match="not a regular expression"):
+        CompressionSpec(patterns=(("(", ()),))
+
+
+def test_auto_picks_a_codebook_that_has_the_bits():
+    assert [LayerSpec(bits=bits).resolved_codebook for bits in (2, 3, 4, 8)] == ["e8p2", "e8p3", "e8p4", "int8"]
+
+
+def test_layout_is_the_inference_side_of_the_spec():
+    assert LayerSpec(bits=2, rank=7).layout == LayerLayout(codebook="e8p2", rank=7)
