@@ -104,8 +104,11 @@ class E8Ball(Lattice):
         return doubled[order[: 2**self.bits]].to(torch.float32) / 2
 
     def nearest(self, x: Tensor) -> Tensor:
-        points = _points(x.device, x.dtype, self)
-        return torch.addmm(points.square().sum(1) / -2, x, points.T).argmax(1)
+        points = _points(x.device, torch.float64, self)
+        bias = points.square().sum(1) / -2
+        # Double precision, because the host may have allowed less than float32 for products of matrices. In parts,
+        # because 256 scores per input soon fill a processor's cache.
+        return torch.cat([torch.addmm(bias, part.double(), points.T).argmax(1) for part in torch.split(x, 1024)])
 
 
 @dataclass(frozen=True)
@@ -188,16 +191,17 @@ class Folded(NamedTuple):
 def _fold(x: Tensor) -> Folded:
     device, dtype = x.device, x.dtype
     y = x.unsqueeze(1) - _shifts(device, dtype)  # [8, 2, n]
-    signs = (_bit_values(device, dtype) @ (y < 0).flatten(1).to(dtype)).long()  # [2 n]
+    signs = (_bit_values(device, dtype) @ (y < 0).flatten(1).to(dtype)).long()  # [2 n]; exact in any precision.
     odd = look_up(_parity(device, signs.dtype), signs)
     # The bits of a non-negative float32 sort as an integer; below them goes the coordinate, which also settles ties.
     order = y.abs().view(torch.int32).long() << 3 | _coordinates(device, torch.int64)
     _sort_descending(order)
     magnitudes = (order >> 3).to(torch.int32).view(dtype).flatten(1)  # [8, 2 n]
     magnitudes[7] *= 1 - 2 * odd
-    profiles = _profiles(device, dtype)
-    scores = torch.addmm(profiles.square().sum(1, keepdim=True) / -2, profiles, magnitudes).view_as(y)
-    return Folded(scores.add_(_shift_scores(x)), order, signs.view(2, -1), odd.view(2, -1))
+    profiles = _profiles(device, torch.float64)
+    # Double precision, because the host may have allowed less than float32 for products of matrices.
+    scores = torch.addmm(profiles.square().sum(1, keepdim=True) / -2, profiles, magnitudes.double())
+    return Folded(scores.to(dtype).view_as(y) + _shift_scores(x), order, signs.view(2, -1), odd.view(2, -1))
 
 
 def _sort_descending(values: Tensor) -> None:

@@ -84,8 +84,8 @@ class ScalarCodebook(Codebook):
 class Uniform(ScalarCodebook):
     """`int`: code c means (c + 1/2 - 2**(bits-1)) * step. The levels are symmetric and none is zero.
 
-    >>> Uniform(2).decode(torch.tensor([0, 1, 2, 3])).flatten().tolist()  # step 0.9957
-    [-1.4935500621795654, -0.49785000085830688, 0.49785000085830688, 1.4935500621795654]
+    >>> Uniform(2).encode(torch.tensor([[-9.0], [0.1], [0.9]])).tolist()  # The cells end at -0.9957, 0 and 0.9957.
+    [0, 2, 2]
     """
 
     family: ClassVar[str] = "int"

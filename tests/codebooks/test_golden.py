@@ -1,0 +1,82 @@
+"""Digests that pin the format: a checkpoint written today decodes to the same values for ever.
+
+A digest that changes means that `format_version` must change.
+"""
+
+import hashlib
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_lrq.codebooks import get_codebook, known_families, pack_codes
+
+POINTS = {
+    "e8p2": "b0e62c4878f05dd6dd127ad8f2b9000addea3cd2f14dc82f2586b8a4179870fc",
+    "e8p3": "320eaf5baa56856830d0e08ba27206fd2045bd36802e3fc4cc5a4ab4f73bc632",
+    "e8p4": "5fbacda238eee2fa6d1324453b15a27e1e830274f4ef9053bfd66063cd677fd0",
+    "int2": "5bcd6185880a89ce57b5b214779b3044f144b4a76597b05a0a0cd73d69b338e9",
+    "int3": "31d9524e7ac9dc3281e3f385d95da522ed9b50fcb50d21651ecb2ca02e4a5286",
+    "int4": "cf9076a0650ca629e143bd3e621d11a6eba59bc7ac0b3a414695b39b87d19d8f",
+    "int8": "0d04f19df7607c803a256a647ad5ebffa99b1dccb6237a115cca790d17fb1323",
+    "lloyd2": "d51c2f3686a7755d8cefc4acb878e15653365dc757bd284573c1306989f41ace",
+    "lloyd3": "a582331b32188bbe1b8e532e427527c12f32fded9601dcad504ff54f37db43f9",
+    "lloyd4": "4a3e5bd5cc27e2e040c1535f779933977f1718b0e9c80c73a1f4eb9d9a85a61c",
+    "nf4": "e876a131ee6915826148866d44b5ee5e3f2439d4fe9f727fecf856591ed17f1c",
+}
+CODES = {
+    "e8p2": "fa77684340b4d5e385f8ee0373006861d9626fb26448f62e03ef42ae75a9f5db",
+    "e8p3": "b6897096712e8c60c3e184dd96f664e61b9295c1e06cfcaada9c6f155a5c527b",
+    "e8p4": "a7224712fd08ae7e085586b038673810c2a9c2925ee33feb307ded5cece2ef98",
+    "int2": "569f74125fc46430b27149b8248d1353b67bc3e109d1d5e2a69b0088d7d51822",
+    "int3": "a434f674c3cf0851970ad14d5037b2680c11762dfdc0b8343ff6f24435031348",
+    "int4": "44cab3696386e8c77a983d155ed9c37c982ba2e704867b63eaf52416bec8e5e8",
+    "int8": "2a545f26708e47218d6cf00f0e08a5d5190f8d2e23f5461cc9e0fdd8a147e106",
+    "lloyd2": "73f7b351d6e533352d3d676235d38bc68deec651724215b3cbfe318ad88cdd7d",
+    "lloyd3": "2916a7ffff13c3d7500a2d14ccedba5a59979980134dcca34fc1e01df507f23e",
+    "lloyd4": "9aa8c6ac816cfb3118206b93ac7814c0f16cccfe8a50a3ed4925d813ea31e9e0",
+    "nf4": "6252ecfb48663c073ffb860d1176b2a01317be1b13d686f996e0cdf6b9a30081",
+}
+
+NAMES = [f"{family}{bits}" for family, choices in known_families().items() for bits in choices]
+
+
+def bell(rows: int, columns: int) -> Tensor:
+    """Values about N(0, 1) from integer arithmetic: sums of four 16-bit hashes of their position, exact in float32."""
+    at = torch.arange(rows * columns).unsqueeze(1) * 4 + torch.arange(4)
+    hashed = (at * 2654435761 + 1) % 2**32  # Knuth's multiplicative hash.
+    hashed = ((hashed ^ hashed >> 15) * 2246822519 % 2**32) >> 16
+    return ((hashed.sum(1) - 2 * (2**16 - 1)) * (7 / 4) / 2**16).reshape(rows, columns).float()
+
+
+def digest(values: Tensor) -> str:
+    return hashlib.sha256(bytes(values.contiguous().view(torch.uint8).flatten().tolist())).hexdigest()
+
+
+def fixed_point(values: Tensor) -> Tensor:
+    """Multiples of 2**-20, far below the resolution of any dtype that models run in: int32."""
+    return (values.double() * 2**20).round().to(torch.int32)
+
+
+def test_input_is_about_unit_variance() -> None:
+    x = bell(64, 128)
+    assert x.mean().item() == pytest.approx(0, abs=0.05)
+    assert x.square().mean().item() == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_points_have_not_changed(name: str) -> None:
+    book = get_codebook(name)
+    stage = torch.arange(2 ** min(book.bits_per_code, 16))
+    codes = (
+        stage if book.bits_per_code <= 16 else torch.cat((stage, torch.arange(2 ** (book.bits_per_code - 16)) << 16))
+    )
+    assert digest(fixed_point(book.decode(codes))) == POINTS[name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_codes_have_not_changed(name: str) -> None:
+    # Nothing here is within 2e-5 (scalars: 7e-7) of a tie, so the order of float32 additions does not matter.
+    book = get_codebook(name)
+    codes = book.encode(bell(64, 128).reshape(64, -1, book.dim))
+    assert digest(pack_codes(codes, book)) == CODES[name]
