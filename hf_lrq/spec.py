@@ -49,9 +49,9 @@ class LayerSpec:
     rotation_block: int = 256
     rounding: str = "ldlq"
     init: str = "svd"
-    iters: int = 6
+    iters: int = 8
     refinements: int = 4
-    sweeps: int = 2
+    sweeps: int = 1
     damp_percent: float = 0.01
     marginal_damping: float = 0.2
 

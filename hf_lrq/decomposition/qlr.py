@@ -56,7 +56,7 @@ def decompose(
     generator: torch.Generator,
     *,
     start: Factors,
-    iters: int = 6,
+    iters: int = 8,
     refinements: int = 4,
     marginal_damping: float = 0.2,
 ) -> Decomposition:

@@ -1,0 +1,78 @@
+"""Language models in a few bits per weight, W = Q + L R, inside transformers and PEFT.
+
+Importing this package makes checkpoints with `quant_method: "hf_lrq"` loadable by transformers. The names below are
+imported when they are first used, so that neither the command line's help nor a process that only loads a checkpoint
+pays for what it does not need.
+"""
+
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from hf_lrq.integrations import register
+
+if TYPE_CHECKING:
+    from hf_lrq.calibration.compress import compress
+    from hf_lrq.decomposition.compress_matrix import compress_matrix
+    from hf_lrq.decomposition.gram import InputGram, proxy_loss
+    from hf_lrq.errors import CalibrationError, CheckpointError, LRQError, SpecError
+    from hf_lrq.evaluation import evaluate
+    from hf_lrq.integrations.saving import save
+    from hf_lrq.integrations.transformers import LRQConfig, LRQHfQuantizer
+    from hf_lrq.nn.linear import LRQLinear
+    from hf_lrq.spec import CompressionSpec, LayerSpec
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CalibrationError",
+    "CheckpointError",
+    "CompressionSpec",
+    "InputGram",
+    "LRQConfig",
+    "LRQError",
+    "LRQHfQuantizer",
+    "LRQLinear",
+    "LayerSpec",
+    "SpecError",
+    "__version__",
+    "compress",
+    "compress_matrix",
+    "evaluate",
+    "proxy_loss",
+    "save",
+]
+
+_HOME = {
+    "CalibrationError": "hf_lrq.errors",
+    "CheckpointError": "hf_lrq.errors",
+    "CompressionSpec": "hf_lrq.spec",
+    "InputGram": "hf_lrq.decomposition.gram",
+    "LRQConfig": "hf_lrq.integrations.transformers",
+    "LRQError": "hf_lrq.errors",
+    "LRQHfQuantizer": "hf_lrq.integrations.transformers",
+    "LRQLinear": "hf_lrq.nn.linear",
+    "LayerSpec": "hf_lrq.spec",
+    "SpecError": "hf_lrq.errors",
+    "compress": "hf_lrq.calibration.compress",
+    "compress_matrix": "hf_lrq.decomposition.compress_matrix",
+    "evaluate": "hf_lrq.evaluation",
+    "proxy_loss": "hf_lrq.decomposition.gram",
+    "save": "hf_lrq.integrations.saving",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        # `name` and `obj` let the interpreter add its own "Did you mean".
+        raise AttributeError(f"module 'hf_lrq' has no attribute {name!r}", name=name, obj=sys.modules[__name__])
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
+
+
+register()

@@ -1,0 +1,30 @@
+"""Hosts that know this package by name once it is imported: transformers and PEFT."""
+
+import sys
+
+from hf_lrq.errors import LRQError
+from hf_lrq.integrations.post_import import after_import
+
+
+def register() -> None:
+    """Make `quant_method: "hf_lrq"` known to transformers, at once if its quantizers are imported, else when they are.
+
+    Idempotent. It imports neither transformers nor torch by itself.
+
+    Raises:
+        LRQError: Here or from the import of transformers: the installed release lacks something this package builds on.
+    """
+    after_import("transformers.quantizers.auto", _register_with_transformers)
+
+
+def _register_with_transformers() -> None:
+    try:
+        # Importing it is the registration: its classes carry transformers' register decorators.
+        import hf_lrq.integrations.transformers  # noqa: F401
+    except Exception as error:
+        version = getattr(sys.modules.get("transformers"), "__version__", "of unknown version")
+        # Not an ImportError: many libraries take that for "transformers is not installed" and go on without.
+        raise LRQError(
+            f"hf_lrq could not register itself with transformers {version} ({type(error).__name__}: {error}). "
+            "It needs transformers >= 5.2: upgrade transformers, or do not import hf_lrq in this process."
+        ) from error
