@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_lrq.decomposition.gram import DampedGram, weighted_square
+from hf_lrq.decomposition.gram import DampedGram
 from hf_lrq.matrices import LowRank, quantize_factor
 
 EXACT_SIZE = 512  # Up to this many rows or columns a full SVD is as fast as iterating.
@@ -114,13 +114,17 @@ class LPLR(LowRankSolver):
         best: LowRank | None = None
         best_loss = float("inf")
         AH = residual @ gram.H
+        energy = (AH * residual).sum(dtype=torch.float64).item()
         for _ in range(self.iters):
             stored_R = quantize_factor(R, self.bits, rank_dim=0)
             R_hat = stored_R.dense()
-            L = _solve_symmetric(R_hat @ gram.H @ R_hat.T, (AH @ R_hat.T).T).T  # argmin over L for this R
+            inner, cross = R_hat @ gram.H @ R_hat.T, AH @ R_hat.T  # [r, r], [out, r]
+            L = _solve_symmetric(inner, cross.T).T  # argmin over L for this R
             stored_L = quantize_factor(L, self.bits, rank_dim=1)
             L_hat = stored_L.dense()
-            loss = weighted_square(residual - L_hat @ R_hat, gram.H)
+            # tr((A - L R) H (A - L R)^T) without another product of the size of A.
+            L64 = L_hat.double()
+            loss = energy - 2 * (L64 * cross).sum().item() + ((L64.T @ L64) * inner).sum().item()
             if best is None or loss < best_loss * (1 - 1e-4):
                 best, best_loss = LowRank(stored_L, stored_R), loss
             else:

@@ -103,7 +103,7 @@ class LDLQ(Quantizer):
         for _ in range(self.sweeps):
             scales, codes, rounded = self._sweep(padded_W, padded_H, scales, codes, rounded)
         if self.sweeps and scales.ndim == 1:
-            scales, _ = refit_scales(padded_W, rounded, padded_H, scales)
+            scales, _ = refit_scales(padded_W, rounded, rounded @ padded_H, scales)
         return self.finish(codes, scales, W.shape[1])
 
     def refine(self, W: Tensor, H: Tensor, previous: QuantizedMatrix) -> QuantizedMatrix:
@@ -113,15 +113,17 @@ class LDLQ(Quantizer):
         rounded = self._grid(scales, padded_W).values(codes)
         scales, codes, rounded = self._sweep(padded_W, padded_H, scales, codes, rounded)
         if scales.ndim == 1:
-            scales, _ = refit_scales(padded_W, rounded, padded_H, scales)
+            scales, _ = refit_scales(padded_W, rounded, rounded @ padded_H, scales)
         return self.finish(codes, scales, W.shape[1])
 
     def _sweep(
         self, W: Tensor, H: Tensor, scales: Tensor, codes: Tensor, rounded: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
+        weighted = rounded @ H
         if scales.ndim == 1:
-            scales, rounded = refit_scales(W, rounded, H, scales)
-        return scales, *_guarded_sweep(W, H, self._grid(scales, W), codes, rounded)
+            scales, factor = refit_scales(W, rounded, weighted, scales)
+            rounded, weighted = rounded * factor, weighted * factor
+        return scales, *_guarded_sweep(W @ H - weighted, H, self._grid(scales, W), codes, rounded)
 
     def _grid(self, scales: Tensor, W: Tensor) -> "_Grid":
         return _Grid(self.book, expand_scales(scales, self.group_size, W.shape[1]).expand(-1, W.shape[1]))
@@ -175,11 +177,16 @@ def _feedback_pass(W: Tensor, U: Tensor, grid: _Grid) -> tuple[Tensor, Tensor]:
     return codes, rounded
 
 
-def _guarded_sweep(W: Tensor, H: Tensor, grid: _Grid, codes: Tensor, rounded: Tensor) -> tuple[Tensor, Tensor]:
-    """One pass of coordinate descent over blocks; a row's block moves only where that lowers the row's loss."""
-    dim, n = grid.book.dim, W.shape[1]
-    codes, rounded = codes.clone(), rounded.clone()
-    slope = (W - rounded) @ H  # [out, in]; minus half the gradient of the loss
+def _guarded_sweep(slope: Tensor, H: Tensor, grid: _Grid, codes: Tensor, rounded: Tensor) -> tuple[Tensor, Tensor]:
+    """One pass of coordinate descent over blocks; a row's block moves only where that lowers the row's loss.
+
+    Args:
+        slope: (W - rounded) H, [out, in]: minus half the gradient of the loss.
+        H, grid: see `LDLQ`.
+        codes, rounded: where to start; not changed.
+    """
+    dim, n = grid.book.dim, rounded.shape[1]
+    codes, rounded, slope = codes.clone(), rounded.clone(), slope.clone()
     starts = range(0, n, dim)
     inverse = torch.linalg.inv(torch.stack([H[k : k + dim, k : k + dim] for k in starts]))
     for start in range(0, n, PANEL):
@@ -201,15 +208,23 @@ def _guarded_sweep(W: Tensor, H: Tensor, grid: _Grid, codes: Tensor, rounded: Te
     return codes, rounded
 
 
-def refit_scales(W: Tensor, rounded: Tensor, H: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """The scales [out] that minimise each row's loss for fixed codes, and the values [out, in] they give."""
-    weighted = rounded @ H
+def refit_scales(W: Tensor, rounded: Tensor, weighted: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """The scales that minimise each row's loss for fixed codes.
+
+    Args:
+        W, rounded: [out, in].
+        weighted: rounded H, [out, in].
+        scales: [out] that `rounded` was made with.
+
+    Returns:
+        New scales [out], and the factor [out, 1] by which they multiply `rounded`.
+    """
     numerator, denominator = (W * weighted).sum(1), (rounded * weighted).sum(1)
     # A row whose codes all point the wrong way would want a negative scale; it keeps the old one.
     usable = (numerator > 0) & (denominator > 0)
     factor = torch.where(usable, numerator / denominator.clamp(min=1e-30), torch.ones_like(numerator))
     refitted = _representable(scales * factor)
-    return refitted, rounded * _divide(refitted, scales)[:, None]
+    return refitted, _divide(refitted, scales).unsqueeze(1)
 
 
 def _pad_columns(W: Tensor) -> Tensor:
