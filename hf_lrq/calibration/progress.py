@@ -1,0 +1,184 @@
+"""What a compression tells while it runs: nothing, or bars, lines, and the same lines as JSON."""
+
+import json
+import math
+import sys
+import time
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+import torch
+from tqdm import tqdm
+
+from hf_lrq.calibration.records import CompressionReport, LayerRecord
+
+# Windows has no such module.
+_resource: Any = import_module("resource") if find_spec("resource") else None
+
+
+class Progress(Protocol):
+    """Told about each step of a compression, from the calling thread and in the order of the work."""
+
+    def start(self, matrices: int, parameters: int, device: torch.device) -> None:
+        """So much is going to be compressed, on this device."""
+
+    def group(self, name: str, matrices: int) -> None:
+        """The next block begins."""
+
+    def layer(self, record: LayerRecord) -> None:
+        """A matrix is compressed."""
+
+    def finish(self, report: CompressionReport) -> None:
+        """All are."""
+
+    def close(self) -> None:
+        """The compression has ended, with or without an error."""
+
+
+class SilentProgress:
+    """Says nothing."""
+
+    def start(self, matrices: int, parameters: int, device: torch.device) -> None:
+        """Nothing."""
+
+    def group(self, name: str, matrices: int) -> None:
+        """Nothing."""
+
+    def layer(self, record: LayerRecord) -> None:
+        """Nothing."""
+
+    def finish(self, report: CompressionReport) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+class TqdmProgress:
+    """A bar per block and a line per matrix: its error, the time it took, the time left, the memory needed so far.
+
+    Args:
+        jsonl: file or stream that gets one JSON object per event ("start", "layer", "end"), for other programs; a file
+            is replaced. Times are in seconds, memory in bytes.
+        stream: where bars and lines go; None is standard error.
+    """
+
+    def __init__(self, jsonl: Path | TextIO | None = None, stream: TextIO | None = None):
+        self._jsonl, self._stream = jsonl, stream
+        self._opened: TextIO | None = None
+        self._device = torch.device("cpu")
+        self._bar: Any = None
+        self._started = 0.0
+        self._matrices = self._matrices_done = self._parameters = self._parameters_done = 0
+
+    def start(self, matrices: int, parameters: int, device: torch.device) -> None:
+        """Begin the clock."""
+        self._matrices, self._parameters, self._device = matrices, parameters, device
+        self._matrices_done = self._parameters_done = 0
+        self._started = time.monotonic()
+        if isinstance(self._jsonl, Path):
+            self._opened = self._jsonl.open("w", encoding="utf-8")
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        self._write({"event": "start", "matrices": matrices, "parameters": parameters, "device": str(device)})
+
+    def group(self, name: str, matrices: int) -> None:
+        """Begin a bar."""
+        self._close_bar()
+        self._bar = tqdm(total=matrices, desc=name, unit="matrix", leave=False, file=self._out, disable=None)
+
+    def layer(self, record: LayerRecord) -> None:
+        """Write a line."""
+        self._matrices_done += 1
+        self._parameters_done += record.shape[0] * record.shape[1]
+        elapsed = time.monotonic() - self._started
+        eta = elapsed * (self._parameters - self._parameters_done) / max(self._parameters_done, 1)
+        memory = peak_memory(self._device)
+        error = record.relative_error
+        tqdm.write(
+            f"{record.name}  e {error:.4f}  {record.bits_per_weight:.2f} bit  {record.seconds:.1f} s  "
+            f"ETA {_clock(eta)}  peak {_gibibytes(memory)}  [{self._matrices_done}/{self._matrices}]",
+            file=self._out,
+        )
+        self._write(
+            {
+                "event": "layer",
+                "name": record.name,
+                "shape": list(record.shape),
+                "relative_error": error if math.isfinite(error) else None,
+                "bits_per_weight": record.bits_per_weight,
+                "n_tokens": record.n_tokens,
+                "seconds": record.seconds,
+                "elapsed_seconds": elapsed,
+                "eta_seconds": eta,
+                "peak_memory_bytes": memory,
+                "done": self._matrices_done,
+                "matrices": self._matrices,
+            }
+        )
+        if self._bar is not None:
+            self._bar.update()
+
+    def finish(self, report: CompressionReport) -> None:
+        """Write the warnings and a last line."""
+        self._close_bar()
+        for warning in report.warnings:
+            tqdm.write(f"warning: {warning}", file=self._out)
+        tqdm.write(
+            f"{len(report.layers)} matrices at {report.bits_per_weight:.2f} bit per weight in {_clock(report.seconds)}",
+            file=self._out,
+        )
+        self._write(
+            {
+                "event": "end",
+                "matrices": len(report.layers),
+                "bits_per_weight": report.bits_per_weight,
+                "warnings": report.warnings,
+                "seconds": report.seconds,
+                "peak_memory_bytes": peak_memory(self._device),
+            }
+        )
+
+    def close(self) -> None:
+        """Remove the bar and close the file."""
+        self._close_bar()
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
+
+    @property
+    def _out(self) -> TextIO:
+        return self._stream or sys.stderr
+
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _write(self, event: dict[str, Any]) -> None:
+        target = self._opened if isinstance(self._jsonl, Path) else self._jsonl
+        if target is not None:
+            target.write(json.dumps(event) + "\n")
+            target.flush()  # Whoever reads along, or picks up after a crash, sees whole lines.
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Most bytes in use so far: allocated on a CUDA device, else resident in this process; None where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if _resource is None:
+        return None
+    # Linux counts in kibibytes, macOS in bytes.
+    most: int = _resource.getrusage(_resource.RUSAGE_SELF).ru_maxrss
+    return most * (1 if sys.platform == "darwin" else 1024)
+
+
+def _clock(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+
+
+def _gibibytes(count: int | None) -> str:
+    return "unknown" if count is None else f"{count / 2**30:.2f} GiB"

@@ -1,0 +1,89 @@
+"""Lines for people and lines for programs."""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_lrq.calibration import SilentProgress, TqdmProgress, compress
+from hf_lrq.calibration.progress import peak_memory
+from hf_lrq.errors import CalibrationError
+from hf_lrq.spec import CompressionSpec
+
+
+def events(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_json_lines_tell_what_happens(
+    make_toy: Callable[..., Any], tokens: list[Tensor], quick: CompressionSpec, tmp_path: Path
+) -> None:
+    file = tmp_path / "progress.jsonl"
+    file.write_text("left over from another run\n")
+    report = compress(make_toy(), tokens, quick, progress=TqdmProgress(file, io.StringIO()))
+    start, *layers, end = events(file.read_text())
+    assert start["event"] == "start"
+    assert start["matrices"] == len(layers) == 7
+    assert start["parameters"] == report.compressed_parameters == sum(a * b for a, b in (x["shape"] for x in layers))
+    assert [layer["event"] for layer in layers] == ["layer"] * 7
+    assert {layer["name"]: layer["relative_error"] for layer in layers} == {
+        layer.name: layer.relative_error for layer in report.layers
+    }
+    assert [layer["done"] for layer in layers] == list(range(1, 8))
+    assert all(layer["n_tokens"] == 240 and layer["seconds"] > 0 and layer["peak_memory_bytes"] > 0 for layer in layers)
+    assert layers[-1]["eta_seconds"] == 0
+    assert all(layer["elapsed_seconds"] > 0 for layer in layers)
+    assert end["event"] == "end"
+    assert end["warnings"] == report.warnings
+    assert end["bits_per_weight"] == report.bits_per_weight
+
+
+def test_a_stream_stays_open(make_toy: Callable[..., Any], quick: CompressionSpec) -> None:
+    stream = io.StringIO()
+    compress(make_toy(), None, quick, progress=TqdmProgress(stream, io.StringIO()))
+    assert [event["event"] for event in events(stream.getvalue())] == ["start", *["layer"] * 7, "end"]
+
+
+def test_each_matrix_is_a_line(make_toy: Callable[..., Any], tokens: list[Tensor], quick: CompressionSpec) -> None:
+    out = io.StringIO()
+    report = compress(make_toy(), tokens[:1], quick, progress=TqdmProgress(stream=out))
+    lines = out.getvalue().splitlines()
+    for layer, line in zip(report.layers, lines, strict=False):
+        assert line.startswith(f"{layer.name}  e {layer.relative_error:.4f}  {layer.bits_per_weight:.2f} bit  ")
+        assert "ETA 0:0" in line
+        assert "GiB" in line
+    assert lines[6].endswith("[7/7]")
+    assert lines[-1].startswith(f"7 matrices at {report.bits_per_weight:.2f} bit per weight in 0:0")
+
+
+def test_warnings_are_printed(make_toy: Callable[..., Any], quick: CompressionSpec) -> None:
+    out = io.StringIO()
+    compress(make_toy(), [torch.arange(5)], quick, progress=TqdmProgress(stream=out))
+    assert "warning: 7 matrices saw fewer calibration tokens" in out.getvalue()
+
+
+def test_after_an_error_the_file_is_closed_and_holds_whole_lines(
+    make_toy: Callable[..., Any], tokens: list[Tensor], quick: CompressionSpec, tmp_path: Path
+) -> None:
+    file = tmp_path / "progress.jsonl"
+    progress = TqdmProgress(file, io.StringIO())
+    with pytest.raises(CalibrationError):
+        compress(make_toy(), [*tokens, torch.tensor([5000])], quick, progress=progress)
+    assert [event["event"] for event in events(file.read_text())] == ["start"]
+    assert progress._opened is None
+
+
+def test_silence(make_toy: Callable[..., Any], quick: CompressionSpec, capfd: pytest.CaptureFixture[str]) -> None:
+    compress(make_toy(), None, quick)
+    compress(make_toy(), None, quick, progress=SilentProgress())
+    assert capfd.readouterr() == ("", "")
+
+
+def test_peak_memory_is_in_bytes() -> None:
+    before = peak_memory(torch.device("cpu"))
+    assert before is None or 2**26 < before < 2**42  # A process with torch in it, on any machine.
