@@ -1,0 +1,18 @@
+"""Training weights that hold a low-rank product L R: preconditioned gradients, two optimizers, and an in-graph form."""
+
+from hf_lrq.optim.groups import FactorPair
+from hf_lrq.optim.in_graph import PreconditionedFactor, precondition_in_graph
+from hf_lrq.optim.pairs import factor_pairs, riemannian_param_groups
+from hf_lrq.optim.precondition import precondition
+from hf_lrq.optim.riemannian import RiemannianAdamW, RiemannianSGD
+
+__all__ = [
+    "FactorPair",
+    "PreconditionedFactor",
+    "RiemannianAdamW",
+    "RiemannianSGD",
+    "factor_pairs",
+    "precondition",
+    "precondition_in_graph",
+    "riemannian_param_groups",
+]

@@ -1,0 +1,219 @@
+"""Parameters that are updated together: plain ones, or factors of equal shape with their gradients' whitening."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from hf_lrq.optim.groups import FactorPair, Group, pairs_of
+from hf_lrq.optim.precondition import Whitening, compute_dtype, inverse_root, left_gram, right_gram
+from hf_lrq.optim.sharding import is_sharded, layout_of, local, sharded_like, sum_over_shards
+
+# Elements in one stack. Stacking saves launches and costs a copy, which is cheap while it stays in a cache: on one CPU
+# core stacks of 2^17 to 2^20 elements take the same time, larger ones more. Of shards it saves collectives.
+STACK_ELEMENTS = 2**20
+SHARDED_STACK_ELEMENTS = 2**24
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Parameters with gradients that share options, dtype and layout; factors also share their shape.
+
+    Lists of tensors are parallel to `params` and hold local parts.
+
+    Attributes:
+        params: as they stand in the group.
+        group: their options.
+        lr: their learning rate.
+        whitening: of their gradients, stacked along a new first axis; None for parameters that are no factors.
+    """
+
+    params: list[Tensor]
+    group: Group
+    lr: float
+    whitening: Whitening | None
+
+    def gradients(self) -> list[Tensor]:
+        """In float32 or float64; not to be written to."""
+        dtype = compute_dtype(self.params[0])
+        return [local(p.grad).to(dtype) for p in self.params if p.grad is not None]
+
+    def whiten(self, grads: list[Tensor]) -> list[Tensor]:
+        """Whitened gradients; `grads` itself for plain parameters."""
+        if self.whitening is None:
+            return grads
+        return unstack(self.whitening.whiten(self.stack(grads)))
+
+    def precondition(self, grads: list[Tensor]) -> list[Tensor]:
+        """Preconditioned gradients; `grads` itself for plain parameters."""
+        if self.whitening is None:
+            return grads
+        return unstack(self.whitening.precondition(self.stack(grads)))
+
+    def unwhiten(self, steps: list[Tensor], trust: float | None) -> list[Tensor]:
+        """Steps in the coordinates of the factors, none longer than `trust` times its matrix; inverts `whiten`."""
+        if self.whitening is None:
+            return steps
+        stacked = self.whitening.unwhiten(self.stack(steps))
+        if trust is not None:
+            stacked = stacked * relative_bound(stacked, self.stack([local(p) for p in self.params]), trust)
+        return unstack(stacked)
+
+    def squared_norm(self) -> Tensor:
+        """Of all whitened gradients together, on all ranks; a scalar."""
+        norms = torch._foreach_norm(self.whiten(self.gradients()))
+        return sum_over_shards(torch.stack(norms).square().sum(), self.params[0])
+
+    def stack(self, parts: list[Tensor]) -> Tensor:
+        """[P, ...], sharded as the parameters are."""
+        return torch.stack([sharded_like(part, p) for part, p in zip(parts, self.params, strict=True)])
+
+
+def unstack(stacked: Tensor) -> list[Tensor]:
+    """The local parts of what `Batch.stack` put together."""
+    return list(local(stacked).unbind(0))
+
+
+def relative_bound(steps: Tensor, factors: Tensor, trust: float) -> Tensor:
+    """[..., 1, 1]: what each step is multiplied by so that |step| <= trust |factor|; 1 where the factor is zero."""
+    length = torch.linalg.vector_norm(steps, dim=(-2, -1), keepdim=True)
+    size = torch.linalg.vector_norm(factors.to(steps.dtype), dim=(-2, -1), keepdim=True)
+    # A zero factor has no size to be relative to, and the step of the other one is not divided by it.
+    return torch.where(size > 0, (trust * size / length).clamp(max=1), torch.ones_like(size))
+
+
+@contextmanager
+def working_copies(params: list[Tensor], low_bits: list[Tensor] | None) -> Iterator[list[Tensor]]:
+    """Local parts to update in place: of the parameters themselves, or float32 copies that are rounded back afterwards.
+
+    What rounding changes is kept as the difference of two float32 bit patterns. It fits 16 bits, so a bfloat16
+    parameter and its low bits are a float32 number. So are a float16 one and its low bits down to 1.5e-5; below that
+    rounding changes more, and what does not fit, at most 3e-8 in a step, is lost.
+
+    Args:
+        params: of one dtype.
+        low_bits: int16; what earlier roundings changed, brought up to date. None to lose it.
+    """
+    values = [local(p) for p in params]
+    if not is_16_bit(values[0]):
+        yield values
+        return
+    exact = [value.float() for value in values]
+    patterns = [x.view(torch.int32) for x in exact]
+    if low_bits is not None:
+        torch._foreach_add_(patterns, [low.int() for low in low_bits])
+    yield exact
+    torch._foreach_copy_(values, exact)
+    if low_bits is not None:
+        torch._foreach_sub_(patterns, [value.float().view(torch.int32) for value in values])
+        # A tie that was rounded down differs by 2^15, one more than fits.
+        torch._foreach_clamp_min_(patterns, -(2**15))
+        torch._foreach_clamp_max_(patterns, 2**15 - 1)
+        torch._foreach_copy_(low_bits, patterns)
+
+
+def is_16_bit(x: Tensor) -> bool:
+    """Whether x is bfloat16 or float16."""
+    return x.dtype.itemsize == 2
+
+
+def batches_of(group: Group) -> Iterator[Batch]:
+    """Every parameter of a group that has a gradient."""
+    lr = float(group["lr"])
+    if not group["paired"]:
+        yield from plain_batches(group["params"], group, lr)
+    elif group["precond"] == "none":
+        pairs = pairs_of(group)
+        yield from plain_batches([pair.L for pair in pairs], group, lr * group["lr_ratio"])
+        yield from plain_batches([pair.R for pair in pairs], group, lr)
+    else:
+        yield from factor_batches(group, lr)
+
+
+def plain_batches(params: list[Tensor], group: Group, lr: float) -> Iterator[Batch]:
+    """Batches without whitening."""
+    alike: dict[tuple[object, ...], list[Tensor]] = {}
+    for p in params:
+        if p.grad is not None:
+            alike.setdefault((p.dtype, *layout_of(p)), []).append(p)
+    for same in alike.values():
+        for some in cut(same, max(same, key=Tensor.numel)):
+            yield Batch(some, group, lr, None)
+
+
+def factor_batches(group: Group, lr: float) -> Iterator[Batch]:
+    """Batches of factors; all Grams of the group with equal rank are factorized at once."""
+    stacks = list(stacks_of(pairs_of(group)))
+    grams = [gram for pairs in stacks for gram in grams_of(pairs)]
+    try:
+        roots = iter(inverse_roots(grams, group["damping"]))
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{first_broken(stacks)} has a factor that is not finite. {error}") from None
+    for pairs in stacks:
+        sides = (
+            ([pair.L for pair in pairs], lr * group["lr_ratio"], True),
+            ([pair.R for pair in pairs], lr, False),
+        )
+        for factors, rate, left in sides:
+            if factors[0].grad is not None:
+                K = next(roots).to(compute_dtype(factors[0])) / abs(pairs[0].scaling)
+                yield Batch(factors, group, rate, Whitening(K, left))
+
+
+def stacks_of(pairs: list[FactorPair]) -> Iterator[list[FactorPair]]:
+    """Pairs that can be stacked: equal shapes, dtypes and layouts, gradients on the same sides, and not too many."""
+    alike: dict[tuple[object, ...], list[FactorPair]] = {}
+    for pair in pairs:
+        if pair.L.grad is None and pair.R.grad is None:
+            continue
+        sides = [(x.shape, x.dtype, x.grad is None, *layout_of(x)) for x in (pair.L, pair.R)]
+        alike.setdefault(tuple(sides), []).append(pair)
+    for same in alike.values():
+        yield from cut(same, max(same[0].L, same[0].R, key=Tensor.numel))
+
+
+def cut(items: list[Item], largest: Tensor) -> Iterator[list[Item]]:
+    """Runs of items that fit one stack if each is as large as `largest`."""
+    limit = SHARDED_STACK_ELEMENTS if is_sharded(largest) else STACK_ELEMENTS
+    length = max(1, limit // max(1, largest.numel()))
+    for start in range(0, len(items), length):
+        yield items[start : start + length]
+
+
+def grams_of(pairs: list[FactorPair]) -> Iterator[Tensor]:
+    """[P, ..., r, r] of the R, if the L have gradients to divide by it, then of the L, if the R have."""
+    if pairs[0].L.grad is not None:
+        R = torch.stack([pair.R for pair in pairs])
+        yield right_gram(R.to(compute_dtype(R)))
+    if pairs[0].R.grad is not None:
+        L = torch.stack([pair.L for pair in pairs])
+        yield left_gram(L.to(compute_dtype(L)))
+
+
+def inverse_roots(grams: list[Tensor], damping: float) -> list[Tensor]:
+    """`inverse_root` of each, with one factorization for all of equal rank, dtype and device."""
+    roots: list[Tensor] = list(grams)
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for i, gram in enumerate(grams):
+        alike.setdefault((gram.shape[-1], gram.dtype, gram.device), []).append(i)
+    for same in alike.values():
+        flat = [grams[i].flatten(0, -3) for i in same]  # [P * experts, r, r]
+        together = inverse_root(torch.cat(flat), damping)
+        for i, root in zip(same, together.split([len(x) for x in flat]), strict=True):
+            roots[i] = root.view_as(grams[i])
+    return roots
+
+
+def first_broken(stacks: list[list[FactorPair]]) -> str:
+    """The name of the first pair whose Gram is not finite."""
+    for pairs in stacks:
+        for gram in grams_of(pairs):
+            broken = ~gram.flatten(1).isfinite().all(1)
+            if broken.any():
+                return pairs[int(broken.nonzero()[0])].name
+    return "A pair"

@@ -1,0 +1,173 @@
+"""Parameter groups of a model: factors in pairs, found by how modules hold them, and everything else as usual."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_lrq.optim.groups import FactorPair, Group, check_pair
+
+# The attributes in which modules hold the two factors of a product: first L [.., out, r], then R [.., r, in]. Each is a
+# parameter, a module with a `weight`, or (PEFT) a dictionary from adapter names to one of these.
+FACTOR_ATTRIBUTES = (
+    ("lr_L", "lr_R"),
+    ("lrq_L", "lrq_R"),
+    ("lora_B", "lora_A"),
+    ("lora_embedding_B", "lora_embedding_A"),
+)
+
+# Parameters that transformers' Trainer does not decay either.
+NO_DECAY_NAME = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+NO_DECAY_MODULES = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+
+
+def factor_pairs(model: nn.Module, attributes: Iterable[tuple[str, str]] = FACTOR_ATTRIBUTES) -> list[FactorPair]:
+    """Every pair of floating-point factors in `model` of which at least one requires a gradient.
+
+    Found are compressed layers and expert stacks with 16-bit factors, adapters that train such factors, and PEFT's LoRA
+    on linear and embedding layers, with its scaling as it is now. Factors that several modules share are found once.
+
+    Left out are convolutions and adapters that keep the factors of many experts in one matrix, because L R is not one
+    matrix product there; and ranks above both sides of their matrix, whose Grams are singular by construction.
+
+    Args:
+        model: any module.
+        attributes: names under which modules hold L and R.
+    """
+    found: dict[tuple[int, int], FactorPair] = {}
+    for path, module in model.named_modules():
+        for left, right in attributes:
+            for adapter, L, R in factors_of(module, left, right):
+                if is_matrix_product(module, adapter, L, R) and (L.requires_grad or R.requires_grad):
+                    scaling = float(by_adapter(module, "scaling", adapter, 1.0))
+                    name = ".".join(part for part in (path, left, adapter) if part)
+                    found.setdefault((id(L), id(R)), FactorPair(L, R, scaling, name))
+    return list(found.values())
+
+
+def factors_of(module: nn.Module, left: str, right: str) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(adapter, L, R) for each pair under two attributes of one module; the adapter is "" where there are none."""
+    lefts, rights = (entries(getattr(module, attribute, None)) for attribute in (left, right))
+    for adapter, L in lefts.items():
+        if adapter in rights:
+            yield adapter, L, rights[adapter]
+
+
+def entries(held: Any) -> dict[str, Tensor]:
+    """The tensors under one attribute, by adapter name."""
+    if isinstance(held, nn.ModuleDict | nn.ParameterDict | Mapping):
+        return {name: tensor for name, value in held.items() for tensor in entries(value).values()}
+    tensor = getattr(held, "weight", None) if isinstance(held, nn.Module) else held
+    return {"": tensor} if isinstance(tensor, Tensor) else {}
+
+
+def by_adapter(module: nn.Module, attribute: str, adapter: str, default: Any) -> Any:
+    """module.attribute[adapter] where there is such a dictionary and adapter."""
+    held = getattr(module, attribute, None)
+    return held.get(adapter, default) if isinstance(held, Mapping) else default
+
+
+def is_matrix_product(module: nn.Module, adapter: str, L: Tensor, R: Tensor) -> bool:
+    """Whether the module multiplies L by R, as matrices or stacks of them, and the rank is a rank."""
+    return (
+        L.is_floating_point()
+        and R.is_floating_point()
+        and 2 <= L.ndim == R.ndim <= 3
+        and L.shape[:-2] == R.shape[:-2]
+        and L.shape[-1] == R.shape[-2] == by_adapter(module, "r", adapter, R.shape[-2])
+        and L.shape[-1] <= max(L.shape[-2], R.shape[-1])
+    )
+
+
+def riemannian_param_groups(
+    model: nn.Module,
+    lr: float | None = None,
+    weight_decay: float = 0.0,
+    factor_weight_decay: float = 0.0,
+    lr_ratio: float | None = None,
+    pairs: Iterable[FactorPair | tuple[Tensor, Tensor]] = (),
+    attributes: Iterable[tuple[str, str]] = FACTOR_ATTRIBUTES,
+) -> list[Group]:
+    """Groups for `RiemannianAdamW` and `RiemannianSGD`: pairs of factors, a group for each scaling, then the rest.
+
+    Factors are not decayed by default. Decay on both shrinks their product, and in a compressed layer that product is
+    part of the pretrained weight: it would be forgotten. For adapters that started at zero, where decay pulls back to
+    the pretrained weight, pass `factor_weight_decay`. The rest follows transformers: no decay for biases and norms.
+
+    Args:
+        model: see `factor_pairs`.
+        lr: of all groups; None for the optimizer's.
+        weight_decay: of plain parameters that are neither biases nor norms.
+        factor_weight_decay: of factors.
+        lr_ratio: learning rate of L over that of R; None for the optimizer's.
+        pairs: further ones, which the structure of the model does not show; a tuple is (L, R).
+        attributes: names under which modules hold L and R.
+
+    Returns:
+        Groups in the order of the model's modules, the same in every process. A frozen factor is listed beside its
+        trained partner, whose preconditioner needs it.
+
+    Raises:
+        ValueError: if there is no pair at all, or one factor would be in two pairs.
+    """
+    attributes = tuple(attributes)
+    found = factor_pairs(model, attributes)
+    for i, pair in enumerate(pairs):
+        found.append(pair if isinstance(pair, FactorPair) else FactorPair(*pair, name=f"pairs[{i}]"))
+    if not found:
+        wanted = ", ".join(f"{left} and {right}" for left, right in attributes)
+        raise ValueError(
+            f"{type(model).__name__} has no trainable floating-point factors under {wanted}. "
+            "Unfreeze them, add an adapter, or pass `pairs`; without factors use torch.optim.AdamW."
+        )
+    owners = owners_of(found)
+
+    common: Group = {} if lr is None else {"lr": lr}
+    ratio: Group = {} if lr_ratio is None else {"lr_ratio": lr_ratio}
+    paired: dict[float, Group] = {}
+    for pair in found:
+        options = {"scaling": pair.scaling, "weight_decay": factor_weight_decay, **common, **ratio}
+        group = paired.setdefault(pair.scaling, {"params": [], "names": [], "paired": True, **options})
+        group["params"] += [pair.L, pair.R]
+        group["names"].append(pair.name)
+
+    decayed: Group = {"params": [], "names": [], "paired": False, "weight_decay": weight_decay, **common}
+    spared: Group = {"params": [], "names": [], "paired": False, "weight_decay": 0.0, **common}
+    kept = decayed_names(model)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in owners:
+            group = decayed if name in kept else spared
+            group["params"].append(parameter)
+            group["names"].append(name)
+    return [*paired.values(), *(group for group in (decayed, spared) if group["params"])]
+
+
+def owners_of(pairs: list[FactorPair]) -> dict[int, str]:
+    """The name of the pair that each factor (by identity) belongs to.
+
+    Raises:
+        ValueError: if a factor belongs to two, or does not fit its partner.
+    """
+    owners: dict[int, str] = {}
+    for pair in pairs:
+        check_pair(pair)
+        for side, factor in (("L", pair.L), ("R", pair.R)):
+            if id(factor) in owners:
+                raise ValueError(
+                    f"{side} of {pair.name} also belongs to {owners[id(factor)]}; a factor can be preconditioned for "
+                    "one product only. Leave one of the pairs out, or use precondition_in_graph."
+                )
+        owners[id(pair.L)] = owners[id(pair.R)] = pair.name
+    return owners
+
+
+def decayed_names(model: nn.Module) -> set[str]:
+    """Names of the parameters that weight decay applies to."""
+    names = set()
+    for path, module in model.named_modules():
+        for name, _ in module.named_parameters(recurse=False):
+            full = f"{path}.{name}" if path else name
+            if not isinstance(module, NO_DECAY_MODULES) and not NO_DECAY_NAME.search(full.lower()):
+                names.add(full)
+    return names

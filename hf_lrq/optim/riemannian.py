@@ -1,0 +1,177 @@
+"""AdamW and SGD for weights that hold a low-rank product: pairs of factors are preconditioned, the rest is as usual."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_lrq.optim.batches import Batch, working_copies
+from hf_lrq.optim.paired import PairedOptimizer, Params
+from hf_lrq.optim.precondition import DAMPING
+
+
+class RiemannianAdamW(PairedOptimizer):
+    """AdamW that preconditions pairs of factors (Zhang & Pilanci, Riemannian Preconditioned LoRA, 2024).
+
+        groups = riemannian_param_groups(model, weight_decay=0.01)
+        optimizer = RiemannianAdamW(groups, lr=1e-3)
+
+    or, by hand, `RiemannianAdamW([{"params": [L0, R0, L1, R1], "paired": True}, {"params": others}])`. Groups without
+    `paired` are torch's AdamW, bit for bit.
+
+    Three ways to treat a pair:
+    - "pre": Adam of the preconditioned gradient; the method of the paper. Where L R is ill-conditioned and starts far
+      from the solution this is worth orders of magnitude. Adam divides by the gradient's size afterwards, which
+      brings the dependence on the split back: keep factors balanced (|L| about |R|).
+    - "two_sided": Adam of the *whitened* gradient, and the step is whitened once more. Unchanged when ranks are
+      rescaled between L and R, so factors may stay unbalanced (quantized ones must). The learning rate is a distance
+      in W: a step of L moves W by about lr · sqrt(out · r), however large the factors are.
+    - "none": AdamW; for comparison.
+
+    Weight decay is decoupled. On both factors it shrinks L R by (1 - lr * weight_decay)² and pulls them towards equal
+    size; `riemannian_param_groups` leaves factors without.
+
+    Args:
+        params: as for any torch optimizer. Further options of a group: `paired`; `scaling`, the s of s L R (it enters
+            the Grams as s², so that the step on W of "two_sided" does not depend on it); `names`, one for each pair,
+            for messages.
+        lr: learning rate of R and of plain parameters.
+        betas, eps, weight_decay: of AdamW.
+        precond: see above.
+        damping: fraction of the mean eigenvalue that is added to each Gram. 1e-4 is safer with 16-bit factors.
+        lr_ratio: learning rate of L over that of R (LoRA+, Hayou et al., 2024).
+        trust: longest step of a factor, as a fraction of its norm, in "two_sided", which divides by factors that may
+            still be tiny; None for no bound.
+        clip_projected: largest `projected_grad_norm()` over all parameters; switch other clipping off. None for none.
+        kahan: keep what rounding cuts off 16-bit parameters (2 bytes each): they then take the steps of float32 ones.
+            Without, steps below the last bit are lost.
+
+    Raises:
+        ValueError: if an option is out of range, or the factors of a paired group do not pair up.
+    """
+
+    PRECONDITIONERS: ClassVar[tuple[str, ...]] = ("pre", "two_sided", "none")
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-3,
+        betas: Sequence[float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        precond: str = "pre",
+        damping: float = DAMPING,
+        lr_ratio: float = 1.0,
+        trust: float | None = 0.3,
+        clip_projected: float | None = None,
+        kahan: bool = True,
+    ):
+        options = {
+            "lr": lr,
+            "betas": tuple(betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "precond": precond,
+            "damping": damping,
+            "lr_ratio": lr_ratio,
+            "trust": trust,
+            "clip_projected": clip_projected,
+            "kahan": kahan,
+        }
+        super().__init__(params, options)
+
+    def _update(self, batch: Batch, grads: list[Tensor]) -> None:
+        group, lr, (beta1, beta2) = batch.group, batch.lr, batch.group["betas"]
+        two_sided = group["precond"] == "two_sided" and batch.whitening is not None
+        grads = batch.whiten(grads) if two_sided else batch.precondition(grads)
+
+        m, v = self._running(batch, "exp_avg"), self._running(batch, "exp_avg_sq")
+        torch._foreach_lerp_(m, grads, 1 - beta1)
+        torch._foreach_mul_(v, beta2)
+        torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
+
+        steps = self._count(batch)
+        denominators = torch._foreach_sqrt(v)
+        torch._foreach_div_(denominators, [(1 - beta2**step) ** 0.5 for step in steps])
+        torch._foreach_add_(denominators, group["eps"])
+        sizes = [-lr / (1 - beta1**step) for step in steps]
+
+        with working_copies(batch.params, self._low_bits(batch)) as values:
+            if group["weight_decay"] != 0:
+                torch._foreach_mul_(values, 1 - lr * group["weight_decay"])
+            if two_sided:
+                moves = torch._foreach_div(m, denominators)
+                torch._foreach_mul_(moves, sizes)
+                torch._foreach_add_(values, batch.unwhiten(list(moves), group["trust"]))
+            else:
+                torch._foreach_addcdiv_(values, m, denominators, sizes)
+
+    def _count(self, batch: Batch) -> list[float]:
+        """The number of this step, for each parameter; kept as float32 on the CPU, as torch does."""
+        for p in batch.params:
+            before = self.state[p].get("step", torch.zeros((), dtype=torch.float32, device="cpu"))
+            self.state[p]["step"] = before + 1
+        return [self.state[p]["step"].item() for p in batch.params]
+
+
+class RiemannianSGD(PairedOptimizer):
+    """Scaled gradient descent (Tong, Ma & Chi, 2021), with momentum: its rate does not depend on the condition of L R.
+
+        optimizer = RiemannianSGD([{"params": [L0, R0, L1, R1], "paired": True}, {"params": others}], lr=0.5)
+
+    On ||L R - M||² / 2 the error shrinks by (1 - lr) in every step, for every M and every split of the product.
+
+    Args:
+        params: as for any torch optimizer; options of a group as in `RiemannianAdamW`.
+        lr: learning rate of R and of plain parameters; up to 2/3 for a quadratic loss with Hessian 1.
+        momentum: of the preconditioned gradient: buffer <- momentum * buffer + gradient.
+        nesterov: step along gradient + momentum * buffer.
+        weight_decay: decoupled, as in AdamW and unlike torch's SGD.
+        precond: "pre", or "none" for plain SGD.
+        damping, lr_ratio, clip_projected, kahan: as in `RiemannianAdamW`.
+
+    Raises:
+        ValueError: if an option is out of range, or the factors of a paired group do not pair up.
+    """
+
+    PRECONDITIONERS: ClassVar[tuple[str, ...]] = ("pre", "none")
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-3,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        precond: str = "pre",
+        damping: float = DAMPING,
+        lr_ratio: float = 1.0,
+        clip_projected: float | None = None,
+        kahan: bool = True,
+    ):
+        options = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "precond": precond,
+            "damping": damping,
+            "lr_ratio": lr_ratio,
+            "clip_projected": clip_projected,
+            "kahan": kahan,
+        }
+        super().__init__(params, options)
+
+    def _update(self, batch: Batch, grads: list[Tensor]) -> None:
+        group, lr, momentum = batch.group, batch.lr, batch.group["momentum"]
+        grads = batch.precondition(grads)
+        if momentum != 0:
+            buffers = self._running(batch, "momentum_buffer")
+            torch._foreach_mul_(buffers, momentum)
+            torch._foreach_add_(buffers, grads)
+            grads = list(torch._foreach_add(grads, buffers, alpha=momentum)) if group["nesterov"] else buffers
+        with working_copies(batch.params, self._low_bits(batch)) as values:
+            if group["weight_decay"] != 0:
+                torch._foreach_mul_(values, 1 - lr * group["weight_decay"])
+            torch._foreach_add_(values, grads, alpha=-lr)
