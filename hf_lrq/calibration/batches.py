@@ -26,6 +26,7 @@ _ALLOWED = (
     '"bundled", a list of texts, a list of token tensors or mappings, the path of a .txt file, or the name of a data '
     "set on the Hub (organization/name, organization/name:config, organization/name:config/split)"
 )
+HELD_OUT = 0.1  # Of the bundled text, for evaluation.
 SANE_LENGTH = 10**7  # Tokenizers without a limit report 10**30.
 SHUFFLE_ROWS = 10_000
 
@@ -95,6 +96,13 @@ def make_batches(
     return list(sequences.split(batch_size))
 
 
+def bundled_text() -> tuple[str, str]:
+    """The text that comes with the package: the part that "bundled" calibrates on, and the tenth held out from it."""
+    text = files("hf_lrq").joinpath("data/calibration.txt").read_text(encoding="utf-8")
+    cut = text.index("\n\n", round(len(text) * (1 - HELD_OUT))) + 2
+    return text[:cut], text[cut:]
+
+
 def _texts(dataset: Any, seed: int) -> list[str] | Iterator[str]:
     """The texts of a data set; an iterator where reading it to its end may take long.
 
@@ -102,7 +110,7 @@ def _texts(dataset: Any, seed: int) -> list[str] | Iterator[str]:
         CalibrationError: if it is no data set, or an empty one.
     """
     if isinstance(dataset, str) and dataset == BUNDLED:
-        return [files("hf_lrq").joinpath("data/calibration.txt").read_text(encoding="utf-8")]
+        return [bundled_text()[0]]
     if isinstance(dataset, Path) or (isinstance(dataset, str) and dataset.endswith(".txt")):
         return [_read(Path(dataset))]
     if isinstance(dataset, str):

@@ -1,0 +1,408 @@
+"""The checkpoint format, version 1: this docstring is its specification, this module checks and writes it.
+
+A checkpoint is what `save_pretrained` of transformers writes: `config.json`, and safetensors files with an index where
+there are several. Nothing in it is executed on loading, and no other file is read by it: `quantization_report.json` and
+`README.md` are for people.
+
+Tensors of one compressed linear layer, below the name of its module (out, in: features; r = min(rank, out, in)):
+
+    weight      uint8    [out, ceil(in / 8), bits]        codes of Q; 8 columns take exactly `bits` bytes
+    scales      float16  [out], or [out, ceil(in / group_size)] for codebooks with group scales (`int`)
+    rot_in      float16  [in]                             signs; absent with rotation "none"
+    rot_out     float16  [out]                            signs; absent with rotation "none"
+    lr_L        float16  [out, r]                         absent at rank 0; with factor_bits 8: int8 [out, r];
+                                                          with factor_bits 4: uint8 [out, ceil(r / 2)], low nibble
+                                                          first, code c means c - 8
+    lr_R        float16  [r, in]                          likewise int8 [r, in] or uint8 [ceil(r / 2), in]
+    lr_L_scale  float16  [r]                              only with factor_bits 8 or 4
+    lr_R_scale  float16  [r]                              only with factor_bits 8 or 4
+    ft_L        float16  [out, f]                         absent without ft_rank; f = min(ft_rank, out, in)
+    ft_R        float16  [f, in]                          likewise
+    bias        as in the uncompressed model
+
+The layer computes y = rot_out * H_out(scales * (Q z) + L (R z) + ft_L (ft_R z)) + bias with z = H_in(rot_in * x). The
+second pair is there where an adapter was merged into factors that are codes; float16 factors gain ranks instead. H is
+block-diagonal orthonormal Sylvester-Hadamard; its block is the largest power of two that divides the axis, at most
+rotation_block, and 1 where that is below 8. Codes are packed least significant bit first: bit i of a tile of 8 columns
+is bit i % 8 of its byte i // 8, and code k of the tile takes the bits from k * (bits of a code) on. Columns are padded
+to whole tiles with codes of zeros. Which values a code means is fixed by the name of the codebook.
+
+A transposed linear (Conv1D of GPT-2) is stored like a linear layer. A stack of E expert matrices [E, out, in] called
+`<module>.gate_up_proj` or `<module>.down_proj` is stored as `<module>.qstack_gate_up_proj.*` and
+`<module>.qstack_down_proj.*`: the same tensors with a leading axis [E]. All else is as in the uncompressed model.
+
+`weight` has three axes (four in a stack) so that it can never be taken for an uncompressed weight: a program that does
+not know the format stops with a size mismatch instead of loading random numbers.
+
+`config.json` holds `quantization_config`, with exactly these keys:
+
+    quant_method            "hf_lrq"
+    format_version          1; readers refuse what is newer than they know
+    codebook                name, for example "e8p2": family and bits
+    bits                    1 to 8, bits per weight of Q; those of the codebook
+    rank                    0 to 65536, before clamping to the matrix
+    factor_bits             16, 8 or 4
+    group_size              a multiple of 8; columns per scale of codebooks with group scales
+    rotation                "hadamard" or "none"
+    rotation_block          a power of two from 8 to 4096; the largest Hadamard block
+    modules_to_not_convert  names of the linear layers and expert modules that are not compressed; all others are
+    modules                 {name: {key: value}}: what differs from the above for one module; keys: codebook, bits,
+                            rank, factor_bits, group_size, rotation, rotation_block, and ft_rank (0 to 65536; absent: 0)
+
+The name of a module is that of its tensors in the files without the last component. (Releases of transformers differ in
+what they call a module in memory, not in what they call it in files.) Loading is strict: an unknown key, a value out of
+range, a tensor of another shape or dtype, a missing or an additional tensor of a compressed module is an error.
+"""
+
+import contextlib
+import json
+import math
+import os
+import secrets
+import shutil
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_lrq.codebooks import get_codebook
+from hf_lrq.errors import CheckpointError, SpecError, did_you_mean
+from hf_lrq.layout import LayerLayout, TensorLayout
+from hf_lrq.spec import MAX_RANK, LayerSpec
+
+FORMAT_VERSION = 1
+QUANT_METHOD = "hf_lrq"
+MAX_MODULES = 1_000_000
+MAX_NAME = 1024
+MAX_HEADER_BYTES = 100_000_000  # The limit of the safetensors library.
+SHOWN_OFFENDERS = 10
+
+# What was merged into one module says nothing about the others: ft_rank has no default for all of them.
+LAYOUT_KEYS = tuple(item.name for item in fields(LayerLayout) if item.name != "ft_rank")
+_LAYER_KEYS = (*LAYOUT_KEYS, "bits")
+_MODULE_KEYS = (*_LAYER_KEYS, "ft_rank")
+_KEYS = ("quant_method", "format_version", *_LAYER_KEYS, "modules_to_not_convert", "modules")
+
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class QuantizationHeader:
+    """`quantization_config` of `config.json`, parsed.
+
+    Attributes:
+        default: layout of the modules without an entry of their own.
+        overrides: module name -> layout.
+        modules_to_not_convert: names of the modules that are not compressed.
+    """
+
+    default: LayerLayout
+    overrides: Mapping[str, LayerLayout] = field(default_factory=dict)
+    modules_to_not_convert: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls, default: LayerLayout, layouts: Mapping[str, LayerLayout], modules_to_not_convert: Iterable[str]
+    ) -> "QuantizationHeader":
+        """The header of a model with these compressed modules; only layouts other than the default get an entry."""
+        overrides = {name: layout for name, layout in layouts.items() if layout != default}
+        return cls(default, overrides, tuple(modules_to_not_convert))
+
+    def layout_for(self, name: str) -> LayerLayout:
+        """The layout of the compressed module called `name`."""
+        return self.overrides.get(name, self.default)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; the inverse of `parse_header`."""
+        default = _layer_dict(self.default)
+        modules = {
+            name: {
+                key: value
+                for key, value in {**_layer_dict(layout), "ft_rank": layout.ft_rank}.items()
+                if value != default.get(key, 0)
+            }
+            for name, layout in self.overrides.items()
+        }
+        return {
+            "quant_method": QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
+            **default,
+            "modules_to_not_convert": list(self.modules_to_not_convert),
+            "modules": modules,
+        }
+
+
+def _layer_dict(layout: LayerLayout) -> dict[str, Any]:
+    return {**{key: getattr(layout, key) for key in LAYOUT_KEYS}, "bits": get_codebook(layout.codebook).bits}
+
+
+def parse_header(data: Mapping[str, Any]) -> QuantizationHeader:
+    """Check a `quantization_config` and turn it into a `QuantizationHeader`.
+
+    Raises:
+        CheckpointError: on a missing or unknown key, a wrong type or value, or a newer format.
+    """
+    _check_version(data)
+    _check_keys("quantization_config", data, known=_KEYS, required=_KEYS)
+    default = _parse_layout("quantization_config", {key: data[key] for key in _LAYER_KEYS})
+    skipped = data["modules_to_not_convert"]
+    if not isinstance(skipped, list) or not all(isinstance(name, str) for name in skipped):
+        raise CheckpointError(f"modules_to_not_convert must be a list of module names, got {_shown(skipped)}.")
+    modules = data["modules"]
+    if not isinstance(modules, Mapping):
+        raise CheckpointError(f"modules must be an object of module names, got {_shown(modules)}.")
+    for count, kind in ((len(skipped), "modules_to_not_convert"), (len(modules), "modules")):
+        if count > MAX_MODULES:
+            raise CheckpointError(f"{kind} has {count} entries; at most {MAX_MODULES} are allowed.")
+    for name in (*skipped, *modules):
+        if not 0 < len(name) <= MAX_NAME:
+            raise CheckpointError(f"a module name has {len(name)} characters; 1 to {MAX_NAME} are allowed.")
+    overrides = {name: _parse_override(name, changes, default) for name, changes in modules.items()}
+    return QuantizationHeader(default, overrides, tuple(skipped))
+
+
+def _check_version(data: Mapping[str, Any]) -> None:
+    if data.get("quant_method") != QUANT_METHOD:
+        raise CheckpointError(f"quant_method must be {QUANT_METHOD!r}, got {_shown(data.get('quant_method'))}.")
+    version = data.get("format_version")
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise CheckpointError(
+            f"format_version must be an integer from 1 to {FORMAT_VERSION}, got {_shown(version)}. "
+            "The config.json of this checkpoint is damaged or was written by hand."
+        )
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"This checkpoint has format_version {version}; the installed hf_lrq reads up to version {FORMAT_VERSION}. "
+            "Upgrade hf_lrq: pip install -U hf_lrq"
+        )
+
+
+def _check_keys(where: str, data: Mapping[str, Any], known: Iterable[str], required: Iterable[str]) -> None:
+    known = tuple(known)
+    for key in data:
+        if key not in known:
+            raise CheckpointError(
+                f"{where} has the unknown key {_shown(key)}.{did_you_mean(str(key), known)} "
+                f"Known keys: {', '.join(known)}."
+            )
+    missing = [key for key in required if key not in data]
+    if missing:
+        raise CheckpointError(f"{where} lacks {', '.join(missing)}. The config.json of this checkpoint is damaged.")
+
+
+def _parse_override(name: str, changes: Any, default: LayerLayout) -> LayerLayout:
+    where = f"modules[{name!r}]"
+    if not isinstance(changes, Mapping):
+        raise CheckpointError(f"{where} must be an object, got {_shown(changes)}.")
+    _check_keys(where, changes, known=_MODULE_KEYS, required=())
+    ft_rank = changes.get("ft_rank", 0)
+    if isinstance(ft_rank, bool) or not isinstance(ft_rank, int) or not 0 <= ft_rank <= MAX_RANK:
+        raise CheckpointError(f"{where}: ft_rank must be an integer from 0 to {MAX_RANK}, got {_shown(ft_rank)}.")
+    own = {key: value for key, value in changes.items() if key != "ft_rank"}
+    return replace(_parse_layout(where, {**_layer_dict(default), **own}), ft_rank=ft_rank)
+
+
+def _parse_layout(where: str, values: Mapping[str, Any]) -> LayerLayout:
+    try:
+        if not isinstance(values["codebook"], str):
+            raise SpecError(f"codebook must be a name, got {_shown(values['codebook'])}.")
+        book = get_codebook(values["codebook"])
+        spec = LayerSpec(**{**values, "codebook": book.family})
+    except SpecError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+    if spec.bits != book.bits:
+        raise CheckpointError(f"{where}: bits is {spec.bits}, but codebook {book.name!r} has {book.bits} per weight.")
+    return spec.layout
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+Headers = dict[str, tuple[str, tuple[int, ...]]]
+
+
+def read_headers(files: Iterable[str | os.PathLike[str]]) -> Headers:
+    """Name -> (safetensors dtype, shape) of every tensor, from the headers alone: no tensor is read.
+
+    Raises:
+        CheckpointError: if a file is truncated, damaged or not safetensors, or if two files hold the same tensor.
+    """
+    found: Headers = {}
+    for file in files:
+        for name, entry in _read_header(Path(file)).items():
+            if name in found:
+                raise CheckpointError(f"tensor {name!r} is in {file} and in another file. Save the model again.")
+            found[name] = entry
+    return found
+
+
+def _read_header(file: Path) -> Headers:
+    actual = file.stat().st_size
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 0 < length <= MAX_HEADER_BYTES:
+            raise CheckpointError(f"{file} ({actual} bytes) is not a safetensors file. {_ANOTHER_COPY}")
+        if 8 + length > actual:
+            raise CheckpointError(
+                f"{file} is truncated: the header alone takes {8 + length} bytes, the file has {actual}. "
+                f"{_ANOTHER_COPY}"
+            )
+        text = stream.read(length)
+    try:
+        table = json.loads(text)
+        table.pop("__metadata__", None)
+        entries = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in table.items()}
+        end = max((stop for *_, stop in entries.values()), default=0)
+        consistent = all(_spans(*entry) for entry in entries.values())
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise CheckpointError(f"the header of {file} cannot be read. {_ANOTHER_COPY}") from None
+    if not consistent:
+        raise CheckpointError(f"the header of {file} gives a tensor another length than its shape. {_ANOTHER_COPY}")
+    if 8 + length + end != actual:
+        raise CheckpointError(f"{file} should have {8 + length + end} bytes, it has {actual}. {_ANOTHER_COPY}")
+    return {name: (dtype, shape) for name, (dtype, shape, *_) in entries.items()}
+
+
+_ANOTHER_COPY = "Download or copy it again."
+
+
+def _spans(dtype: str, shape: tuple[int, ...], start: int, stop: int) -> bool:
+    """Whether the offsets are as long as dtype and shape say; dtypes unknown here are the library's to judge."""
+    if dtype not in _DTYPES:
+        return stop >= start
+    return stop - start == math.prod(shape) * _DTYPES[dtype].itemsize
+
+
+def float_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a safetensors dtype where that is a common floating one, else float32."""
+    dtype = _DTYPES.get(name, torch.float32)
+    return dtype if dtype.is_floating_point else torch.float32
+
+
+def check_headers(expected: Mapping[str, TensorLayout], found: Headers) -> None:
+    """Compare the tensors of compressed modules with those in the files.
+
+    Args:
+        expected: every tensor of every compressed module.
+        found: from `read_headers`; tensors of other modules are not looked at.
+
+    Raises:
+        CheckpointError: if one is missing, has another shape or dtype, or if a compressed module has one more. The
+            first ten are listed.
+    """
+    modules = {name.rpartition(".")[0] for name in expected}
+    offenders = []
+    for name, tensor in expected.items():
+        wanted = f"{_DTYPE_NAMES.get(tensor.dtype, tensor.dtype)} {list(tensor.shape)}"
+        if name not in found:
+            offenders.append(f"{name}: expected {wanted}, missing")
+            continue
+        dtype, shape = found[name]
+        if _DTYPES.get(dtype) != tensor.dtype or shape != tensor.shape:
+            offenders.append(f"{name}: expected {wanted}, found {dtype} {list(shape)}")
+    for name, (dtype, shape) in found.items():
+        if name not in expected and name.rpartition(".")[0] in modules:
+            offenders.append(f"{name}: not expected, found {dtype} {list(shape)}")
+    if offenders:
+        more = len(offenders) - SHOWN_OFFENDERS
+        lines = [*offenders[:SHOWN_OFFENDERS], *([f"and {more} more"] if more > 0 else [])]
+        raise CheckpointError(
+            f"{len(offenders)} tensors do not match config.json and the model:\n  " + "\n  ".join(lines) + "\n"
+            "Files and config.json are of different checkpoints, or one was edited. Download or copy both again."
+        )
+
+
+@contextlib.contextmanager
+def staged_directory(out: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
+    """A temporary directory beside `out` that takes its place when the block ends well, and vanishes when it does not.
+
+    Args:
+        out: where the files are to be; made with its parents.
+        overwrite: replace a directory that holds a model.
+
+    Yields:
+        The directory to write to.
+
+    Raises:
+        CheckpointError: if `out` exists and is not an empty directory, unless it holds a model and `overwrite` is set.
+    """
+    target = Path(out).resolve()
+    _check_free(target, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
+    staging.mkdir()
+    try:
+        yield staging
+        for path in sorted(staging.rglob("*")):
+            _flush(path)
+        _flush(staging)
+        _check_free(target, overwrite)
+        _take_place(staging, target)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _check_free(target: Path, overwrite: bool) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise CheckpointError(f"{target} is a file; a model is saved to a directory. Choose another name.")
+    content = {path.name for path in target.iterdir()}
+    if not content:
+        return
+    if not overwrite:
+        raise CheckpointError(
+            f"{target} is not empty. Choose another directory, or replace it with overwrite=True (--overwrite)."
+        )
+    # A directory without a model was hardly meant: replacing it would delete somebody's files.
+    if "config.json" not in content:
+        raise CheckpointError(f"{target} is not empty and holds no model (no config.json), so it is not replaced.")
+
+
+def _take_place(staging: Path, target: Path) -> None:
+    """Rename `staging` to `target`; what was there is deleted only afterwards, and put back if the renaming fails."""
+    if not target.exists():
+        staging.rename(target)
+    else:
+        old = staging.with_suffix(".old")
+        target.rename(old)
+        try:
+            staging.rename(target)
+        except BaseException:
+            old.rename(target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    _flush(target.parent)
+
+
+def _flush(path: Path) -> None:
+    """Ask the system to put a file or directory on the disk."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return  # Windows cannot open directories.
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass  # Some file systems cannot; their files are as safe as they get.
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,105 @@
+"""`hf-lrq doctor`: whether compression, saving and loading work here, and what would make them work better."""
+
+import platform
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from rich.text import Text
+
+from hf_lrq.cli.output import console, print_json
+
+OK, WARN, FAIL = "ok", "warn", "FAIL"
+STYLES = {OK: "green", WARN: "yellow", FAIL: "bold red"}
+REQUIRED = {
+    "torch": (2, 6),
+    "transformers": (5, 2),
+    "accelerate": (1, 1),
+    "safetensors": (0, 4, 3),
+    "huggingface_hub": (1, 0),
+}
+OPTIONAL = {
+    "peft": ((0, 18), "to fine-tune"),
+    "triton": ((3, 2), "for fast layers on GPUs"),
+    "bitsandbytes": ((0, 45), "for its optimizers"),
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding.
+
+    Attributes:
+        name: what was looked at.
+        status: "ok", "warn" or "FAIL".
+        detail: what was seen, and what to do about it.
+    """
+
+    name: str
+    status: str
+    detail: str
+
+
+def run(as_json: bool) -> bool:
+    """The command; whether nothing is wrong."""
+    checks = list(examine())
+    healthy = all(check.status != FAIL for check in checks)
+    if as_json:
+        print_json({"healthy": healthy, "checks": [asdict(check) for check in checks]})
+        return healthy
+    out = console()
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        line = Text.assemble((f"{check.status:<4}", STYLES[check.status]), f"  {check.name:<{width}}  {check.detail}")
+        out.print(line, soft_wrap=True)
+    out.print("Everything needed works." if healthy else "Something is wrong, see FAIL above.", style="bold")
+    return healthy
+
+
+def examine() -> Iterator[Check]:
+    """All checks, one after the other; a check that raises has failed."""
+    yield Check("python", OK, f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    for name, minimum in REQUIRED.items():
+        yield library(name, minimum, missing=FAIL, purpose="needed")
+    for name, (minimum, purpose) in OPTIONAL.items():
+        yield library(name, minimum, missing=OK, purpose=purpose)
+    try:
+        # Not at the top of the file: that these libraries can be imported together is what is to be found out.
+        tests: Any = import_module("hf_lrq.cli.self_test")
+    except Exception as error:
+        yield _failed("import", error)
+        return
+    yield Check("threads", OK, f"{tests.threads()} for computation on the CPU")
+    for device in tests.devices():
+        yield _tried(f"device {device}", tests.describe, device)
+        yield _tried(f"compression on {device}", tests.compression, device)
+    yield _tried("registration", tests.registration)
+    yield _tried("save and load", tests.round_trip)
+
+
+def library(name: str, minimum: tuple[int, ...], missing: str, purpose: str) -> Check:
+    """Whether a library is installed and new enough; an optional one is at worst a warning."""
+    wanted = ".".join(map(str, minimum))
+    try:
+        installed = version(name)
+    except PackageNotFoundError:
+        return Check(name, missing, f"not installed ({purpose}): pip install '{name}>={wanted}'")
+    found = tuple(int(number) for number in re.findall(r"\d+", installed.partition("+")[0])[: len(minimum)])
+    if found < minimum:
+        too_old = FAIL if missing == FAIL else WARN
+        return Check(name, too_old, f"{installed} is too old ({purpose}): pip install -U '{name}>={wanted}'")
+    return Check(name, OK, installed)
+
+
+def _tried(name: str, test: Callable[..., str], *arguments: Any) -> Check:
+    try:
+        return Check(name, OK, test(*arguments))
+    except Exception as error:
+        return _failed(name, error)
+
+
+def _failed(name: str, error: Exception) -> Check:
+    return Check(name, FAIL, f"{type(error).__name__}: {' '.join(str(error).split())}")

@@ -1,0 +1,261 @@
+"""`hf-lrq quantize`: from a model to a compressed one with its report and card."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from hf_lrq.calibration.batches import make_batches
+from hf_lrq.calibration.progress import TqdmProgress
+from hf_lrq.calibration.records import CompressionReport
+from hf_lrq.calibration.targets import TargetList, find_targets
+from hf_lrq.cli.loading import (
+    check_folder,
+    chosen_device,
+    load_config,
+    load_model,
+    load_tokenizer,
+    read_text,
+    set_threads,
+)
+from hf_lrq.cli.measuring import EvalText, eval_text, measure, size_on_disk
+from hf_lrq.cli.output import bits, console, measurement_rows, print_table, say
+from hf_lrq.errors import CheckpointError, LRQError, SpecError
+from hf_lrq.evaluation import Evaluation, position_limit, size
+from hf_lrq.integrations.config import LRQConfig
+from hf_lrq.integrations.saving import save, write_papers
+from hf_lrq.integrations.skip_rules import exactly, skip_reasons
+from hf_lrq.integrations.transformers import compress_pretrained
+from hf_lrq.report import human_bytes
+from hf_lrq.spec import LayerSpec
+
+NO_DATA = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeOptions:
+    """The arguments of the command, see its help."""
+
+    model: str
+    out: Path
+    bits: int
+    rank: int
+    factor_bits: int
+    codebook: str
+    group_size: int
+    dataset: str
+    nsamples: int
+    seqlen: int
+    batch_size: int
+    iters: int | None
+    damp_percent: float | None
+    skip: tuple[str, ...]
+    rank_pattern: tuple[str, ...]
+    bits_pattern: tuple[str, ...]
+    independent: bool
+    seed: int
+    dtype: str
+    device: str | None
+    eval_text: Path | None
+    evaluate: bool
+    window: int | None
+    stride: int | None
+    overwrite: bool
+    jsonl: Path | None
+    threads: int | None
+
+
+def run(options: QuantizeOptions) -> None:
+    """The command: everything that can be wrong with the arguments is found before anything large is loaded."""
+    config = config_of(options)
+    check_out(options.out, options.overwrite, options.model)
+    check_inputs(options)
+    check_folder(options.model)
+    text = eval_text(options.eval_text) if options.evaluate else None
+    set_threads(options.threads)
+    device = chosen_device(options.device)
+    model_config = load_config(options.model)
+    if getattr(model_config, "quantization_config", None) is not None:
+        raise SpecError(f"{options.model} is quantized already. Give the original model.")
+    tokenizer = _tokenizer(options)
+    batches = _batches(options, tokenizer, model_config)
+
+    say(f"Loading {options.model}")
+    model = load_model(options.model, options.dtype, device)
+    _announce(model, targets_of(model, config))
+    report = compress_pretrained(model, batches, config, progress=TqdmProgress(options.jsonl))
+    save(model, options.out, tokenizer, options.overwrite, base_model=options.model)
+    say(f"Saved to {options.out}", "green")
+
+    measured = None
+    if text is not None and tokenizer is not None:
+        try:
+            measured = _evaluate(model, options, text, text.tokens(tokenizer))
+        except Exception:
+            say(f"The model is saved in {options.out}, but it could not be evaluated:", "yellow")
+            raise
+        model.hf_quantizer.evaluation = measured
+        write_papers(model, options.out)
+    _show(report, measured, options.out, type(model).__name__)
+
+
+def config_of(options: QuantizeOptions) -> LRQConfig:
+    """The options as a configuration.
+
+    Raises:
+        SpecError: if one is out of its range.
+    """
+    return LRQConfig(
+        bits=options.bits,
+        rank=options.rank,
+        factor_bits=options.factor_bits,
+        codebook=options.codebook,
+        group_size=options.group_size,
+        dataset=None if options.dataset == NO_DATA else options.dataset,
+        nsamples=options.nsamples,
+        seqlen=options.seqlen,
+        batch_size=options.batch_size,
+        modules_to_not_convert=list(options.skip) or None,
+        rank_pattern=_pattern("--rank-pattern", options.rank_pattern),
+        bits_pattern=_pattern("--bits-pattern", options.bits_pattern),
+        seed=options.seed,
+        sequential=not options.independent,
+        iters=LayerSpec.iters if options.iters is None else options.iters,
+        damp_percent=LayerSpec.damp_percent if options.damp_percent is None else options.damp_percent,
+    )
+
+
+def _pattern(option: str, given: tuple[str, ...]) -> dict[str, int] | None:
+    """["regex=8"] as {"regex": 8}; None where nothing is given."""
+    found = {}
+    for item in given:
+        pattern, separator, value = item.rpartition("=")
+        if not separator or not pattern or not value.strip().isdecimal():
+            raise SpecError(f"{option} takes REGEX=NUMBER, for example 'down_proj=128'; got {item!r}.")
+        found[pattern] = int(value)
+    return found or None
+
+
+def check_out(out: Path, overwrite: bool, model: str) -> None:
+    """Make sure that the result can be saved before hours are spent on it.
+
+    Raises:
+        CheckpointError: if the folder is taken or cannot be made.
+    """
+    target = out.resolve()
+    if Path(model).exists() and Path(model).resolve() == target:
+        raise CheckpointError(f"--out is the folder of the model itself, {out}. Choose another folder.")
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"{out} is a file; a model is saved to a folder. Choose another name.")
+    content = {path.name for path in target.iterdir()} if target.exists() else set()
+    if content and not overwrite:
+        raise CheckpointError(
+            f"{out} is not empty. Choose another folder, or replace the model in it with --overwrite."
+        )
+    if content and "config.json" not in content:
+        raise CheckpointError(f"{out} is not empty and holds no model (no config.json), so it is not replaced.")
+    parent = next(folder for folder in target.parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise CheckpointError(f"{out} cannot be made: {parent} is not a folder that can be written to.")
+
+
+def check_inputs(options: QuantizeOptions) -> None:
+    """Check the remaining options against each other and the disk.
+
+    Raises:
+        LRQError: naming the option.
+    """
+    if options.dataset.endswith(".txt") or Path(options.dataset).is_file():
+        read_text(Path(options.dataset))
+    if options.jsonl is not None and not options.jsonl.resolve().parent.is_dir():
+        raise LRQError(f"--jsonl {options.jsonl} cannot be written: its folder does not exist.")
+    if options.window is not None and options.stride is not None and options.stride >= options.window:
+        raise LRQError(f"--stride must be less than --window, got {options.stride} and {options.window}.")
+
+
+def targets_of(model: Any, config: LRQConfig) -> TargetList:
+    """What will be compressed, and what not and why."""
+    reasons = {exactly(name): why for name, why in skip_reasons(model, config.modules_to_not_convert or ()).items()}
+    return find_targets(model, config.spec, list(reasons), reasons)
+
+
+def _tokenizer(options: QuantizeOptions) -> Any:
+    """The model's tokenizer; None if there is none and the options can do without."""
+    try:
+        return load_tokenizer(options.model)
+    except LRQError as error:
+        if options.dataset != NO_DATA or options.eval_text is not None:
+            raise
+        if options.evaluate:
+            say(f"Not evaluated: {error}", "yellow")
+        return None
+
+
+def _batches(options: QuantizeOptions, tokenizer: Any, model_config: Any) -> list[Any] | None:
+    """Calibration batches."""
+    if options.dataset == NO_DATA:
+        return None
+    dataset: Any = options.dataset
+    if Path(dataset).is_file():
+        dataset = Path(dataset)
+    batches = make_batches(
+        dataset,
+        tokenizer,
+        nsamples=options.nsamples,
+        seqlen=min(options.seqlen, position_limit(model_config) or options.seqlen),
+        batch_size=options.batch_size,
+        seed=options.seed,
+    )
+    tokens = [batch for batch in batches if isinstance(batch, Tensor)]
+    count = sum(len(batch) for batch in tokens)
+    say(f"Calibrating on {count} sequences, {sum(batch.numel() for batch in tokens):,} tokens of {options.dataset}")
+    return batches
+
+
+def _announce(model: Any, targets: TargetList) -> None:
+    now, then = size(model), size(model, targets.compressed)
+    say(f"{type(model).__name__}: {targets.summary()}")
+    for reason in dict.fromkeys(targets.skipped.values()):
+        names = [name for name, why in targets.skipped.items() if why == reason]
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        say(f"  left alone ({reason}): {shown}")
+    say(
+        f"Expected: {bits(then.bits_per_weight)} bits per weight in the compressed layers, "
+        f"{bits(then.bits_per_parameter)} in the whole file; {human_bytes(then.total_bytes)} "
+        f"instead of {human_bytes(now.total_bytes)}"
+    )
+
+
+def _evaluate(model: Any, options: QuantizeOptions, text: EvalText, tokens: Tensor) -> Evaluation:
+    # The original is loaded again rather than kept: two models were in memory during compression otherwise.
+    reference = load_model(options.model, options.dtype, model.device)
+    measured = measure(model, reference, tokens, text.name, options.window, options.stride)
+    return replace(measured, size=size_on_disk(options.out))
+
+
+def _show(report: CompressionReport, measured: Evaluation | None, out: Path, architecture: str) -> None:
+    on_disk = size_on_disk(out)
+    rows = [
+        ("bits per weight, compressed layers", bits(on_disk.bits_per_weight)),
+        ("bits per parameter, whole file", bits(on_disk.bits_per_parameter)),
+        ("bits per weight as the CALDERA paper counts", bits(report.caldera_bits)),
+        ("file size", human_bytes(on_disk.total_bytes)),
+        *(measurement_rows(measured) if measured is not None else [("perplexity", "not measured")]),
+        ("seconds for compression", f"{report.seconds:.1f}"),
+    ]
+    if measured is not None:
+        rows.append(("seconds for evaluation", f"{measured.seconds:.1f}"))
+    print_table("Result", ("figure", "value"), rows)
+    for warning in report.warnings:
+        say(f"Warning: {warning}", "yellow")
+    kind = "AutoModelForCausalLM" if architecture.endswith(("ForCausalLM", "LMHeadModel")) else architecture
+    console().print(
+        f"\nLoad it with:\n\n"
+        f"  import hf_lrq\n"
+        f"  from transformers import {kind}\n"
+        f"  model = {kind}.from_pretrained({str(out)!r})\n",
+        markup=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,63 @@
+"""Names in files against names in models: transformers renames and rearranges weights when it loads and saves them."""
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+
+def names_in_model(names: Iterable[str], model: Any, wanted: Collection[str]) -> dict[str, str]:
+    """Name of a tensor in files -> the name that the model will look for.
+
+    Args:
+        names: full names of tensors.
+        model: a PreTrainedModel.
+        wanted: names of the tensors of the model; they decide whether the prefix of the body is added or removed.
+    """
+    # Converters rearrange uncompressed weights; no compressed tensor goes through them.
+    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    known = dict.fromkeys(wanted, True)
+    return {name: rename_source_key(name, renamings, [], model.base_model_prefix, known)[0] for name in names}
+
+
+def names_in_files(names: Iterable[str], model: Any) -> dict[str, str]:
+    """Name of a tensor in the model -> the name under which `save_pretrained` stores it."""
+    renamings = [entry.reverse_transform() for entry in reversed(_used(model)) if isinstance(entry, WeightRenaming)]
+    return {name: rename_source_key(name, renamings, [])[0] for name in names}
+
+
+def sparing(conversions: Iterable[Any], keys: Collection[str]) -> list[Any]:
+    """The conversions without those that would split, merge or permute one of the tensors `keys`.
+
+    A weight may lie in pieces or in another order in files of the original model. That order means nothing to codes:
+    compressed tensors are stored and loaded as they are in the model.
+    """
+    return [entry for entry in conversions if not _rearranges(entry, keys)]
+
+
+def spare_on_save(model: Any, keys: Collection[str]) -> None:
+    """Keep `save_pretrained` from undoing, on the tensors `keys`, what loading did to the uncompressed weights."""
+    used = _used(model)
+    kept = sparing(used, keys)
+    if len(kept) < len(used):
+        model._weight_conversions = kept
+
+
+def _used(model: Any) -> list[Any]:
+    """The conversions that `save_pretrained` will undo."""
+    used = getattr(model, "_weight_conversions", None)
+    if used is None:  # Not from `from_pretrained`.
+        used = get_model_conversion_mapping(model, add_legacy=False)
+        used = [entry for entry in used if type(entry).__name__ != "PrefixChange"]
+    return list(used)
+
+
+def _rearranges(entry: Any, keys: Collection[str]) -> bool:
+    if not isinstance(entry, WeightConverter):
+        return False
+    try:
+        reverse = entry.reverse_transform()
+    except (NotImplementedError, ValueError):  # It has no way back, so it does nothing on saving.
+        return False
+    return any(reverse.rename_source_key(key)[1] is not None for key in keys)

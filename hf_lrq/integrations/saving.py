@@ -1,0 +1,210 @@
+"""Writing a compressed model: everything or nothing, with its report and its card."""
+
+import functools
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCard, try_to_load_from_cache
+from transformers import PreTrainedModel
+
+from hf_lrq.checkpoint import QUANT_METHOD, read_headers, staged_directory
+from hf_lrq.errors import LRQError
+from hf_lrq.evaluation import Evaluation, size_of_headers
+from hf_lrq.report import REPORT_NAME, base_card, build_report, write_report
+
+CARD_NAME = "README.md"
+MAX_PAPER_BYTES = 100_000_000
+
+
+def save(
+    model: Any,
+    out: str | os.PathLike[str],
+    tokenizer: Any = None,
+    overwrite: bool = False,
+    report: Any = None,
+    evaluation: Evaluation | Mapping[str, Any] | None = None,
+    base_model: str | None = None,
+) -> Path:
+    """Save a compressed model with its tokenizer, report and card; an interruption leaves nothing half-written.
+
+    Args:
+        model: compressed.
+        out: directory; made if it does not exist.
+        tokenizer: or processor, saved beside the model.
+        overwrite: replace a directory that holds a model.
+        report: of the compression; None takes the one that the model carries.
+        evaluation: of the compressed model, for report and card.
+        base_model: id or path of the original; None takes the one that the model remembers.
+
+    Returns:
+        The directory.
+
+    Raises:
+        CheckpointError: if `out` is taken.
+        LRQError: if the model is not compressed.
+    """
+    quantizer = _quantizer_of(model)
+    if report is not None:
+        quantizer.report = report
+    if evaluation is not None:
+        quantizer.evaluation = evaluation
+    if base_model is not None:
+        quantizer.base_model = base_model
+    with staged_directory(out, overwrite) as staging:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
+        type(model).save_pretrained(model, staging)
+        write_papers(model, staging, ask_hub=True)
+    return Path(out)
+
+
+def write_papers(model: Any, directory: Path, ask_hub: bool = False) -> None:
+    """Write `quantization_report.json` and `README.md` beside the saved weights.
+
+    A model that was loaded compressed has no report of its own: it passes on the files it came with.
+
+    Args:
+        ask_hub: fetch the metadata of the original's card from the Hub if it is not at hand.
+    """
+    quantizer = _quantizer_of(model)
+    if quantizer.report is None:
+        _pass_on(quantizer.source, directory)
+        return
+    files = _weight_files(directory)
+    record = build_report(
+        quantizer.report,
+        recipe={name: value for name, value in quantizer.recipe.items() if name != "seed"},
+        seed=quantizer.recipe["seed"],
+        evaluation=quantizer.evaluation,
+        size=size_of_headers(read_headers(files), sum(file.stat().st_size for file in files)) if files else None,
+        base_model=quantizer.base_model,
+        base_card=_card_of(quantizer.base_model, ask_hub),
+        architecture=type(model).__name__,
+    )
+    card = directory / CARD_NAME
+    # Without a report beside it, the card is somebody's own: it stays.
+    own = card.read_bytes() if card.is_file() and not (directory / REPORT_NAME).is_file() else None
+    write_report(directory, record)
+    if own is not None:
+        card.write_bytes(own)
+
+
+def bind_saving(model: Any) -> None:
+    """Make `save_pretrained` and `push_to_hub` of this model write its report and card.
+
+    On the instance, as the class belongs to transformers; a deep copy of the model gets methods of its own.
+    """
+    model.save_pretrained = MethodType(save_pretrained, model)
+    model.push_to_hub = MethodType(push_to_hub, model)
+
+
+def unbind_saving(model: Any) -> None:
+    """Undo `bind_saving`."""
+    for name in ("save_pretrained", "push_to_hub"):
+        model.__dict__.pop(name, None)
+
+
+@functools.wraps(PreTrainedModel.save_pretrained)
+def save_pretrained(
+    model: Any, save_directory: str | os.PathLike[str], *args: Any, push_to_hub: bool = False, **kwargs: Any
+) -> None:
+    names = ("repo_id", "commit_message", "private", "create_pr")
+    to_hub = {name: kwargs.pop(name) for name in names if name in kwargs}
+    type(model).save_pretrained(model, save_directory, *args, **kwargs)
+    directory = Path(save_directory)
+    # An adapter, or a process that is not the main one, writes no weights of the model.
+    if not kwargs.get("is_main_process", True) or getattr(model, "_hf_peft_config_loaded", False):
+        return
+    write_papers(model, directory, ask_hub=push_to_hub)
+    if push_to_hub:
+        _upload(directory, to_hub.pop("repo_id", directory.name), token=kwargs.get("token"), **to_hub)
+
+
+@functools.wraps(PreTrainedModel.push_to_hub)
+def push_to_hub(
+    model: Any,
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    max_shard_size: int | str = "50GB",
+    tags: list[str] | None = None,
+) -> str:
+    options: dict[str, Any] = {"private": private, "token": token, "revision": revision, "create_pr": create_pr}
+    options |= {"commit_message": commit_message, "commit_description": commit_description}
+    if getattr(model, "_hf_peft_config_loaded", False):
+        return str(type(model).push_to_hub(model, repo_id, max_shard_size=max_shard_size, tags=tags, **options))
+    with tempfile.TemporaryDirectory() as folder:
+        type(model).save_pretrained(model, folder, max_shard_size=max_shard_size)
+        write_papers(model, Path(folder), ask_hub=True)
+        return _upload(Path(folder), repo_id, tags=tags, **options)
+
+
+def _upload(
+    folder: Path,
+    repo_id: str,
+    tags: list[str] | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    commit_message: str | None = None,
+    **commit: Any,
+) -> str:
+    """Upload a saved model as it is: the push of transformers would write a card of its own over ours."""
+    if tags:
+        card = ModelCard.load(folder / CARD_NAME)
+        card.data.tags = [*(card.data.tags or []), *(tag for tag in tags if tag not in (card.data.tags or []))]
+        card.save(folder / CARD_NAME)
+    api = HfApi(token=token)
+    repo = api.create_repo(repo_id, private=private, exist_ok=True)
+    return str(
+        api.upload_folder(
+            repo_id=repo.repo_id, folder_path=folder, commit_message=commit_message or "Upload model", **commit
+        )
+    )
+
+
+def _quantizer_of(model: Any) -> Any:
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None or quantizer.quantization_config.quant_method != QUANT_METHOD:
+        raise LRQError(
+            f"this {type(model).__name__} is not compressed. Call compress_pretrained(model), or load it with "
+            "from_pretrained(..., quantization_config=LRQConfig())."
+        )
+    return quantizer
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """Files of the model just saved: transformers removes the shards of an earlier one, but not its single file."""
+    shards = sorted(directory.glob("model*-of-*.safetensors"))
+    return shards or sorted(directory.glob("model*.safetensors"))
+
+
+def _card_of(base_model: str | None, ask_hub: bool) -> dict[str, Any]:
+    """Metadata of the original's card; without `ask_hub` only what is on this machine."""
+    if not base_model:
+        return {}
+    if ask_hub or Path(base_model).is_dir():
+        return base_card(base_model)
+    try:
+        cached = try_to_load_from_cache(base_model, CARD_NAME)
+    except ValueError:  # Not an id.
+        return {}
+    return base_card(str(Path(cached).parent)) if isinstance(cached, str) else {}
+
+
+def _pass_on(source: Path | None, directory: Path) -> None:
+    for name in (REPORT_NAME, CARD_NAME):
+        found = source / name if source is not None else None
+        if found is None or not found.is_file() or (directory / name).exists():
+            continue
+        if found.stat().st_size <= MAX_PAPER_BYTES:
+            shutil.copyfile(found, directory / name)

@@ -1,0 +1,64 @@
+"""One tiny model on disk, uncompressed and compressed, for all tests of this folder."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from hf_lrq import LRQConfig
+
+
+@pytest.fixture(scope="session")
+def fast() -> dict[str, Any]:
+    """Options that compress a tiny model in a tenth of a second."""
+    return {"bits": 4, "rank": 4, "iters": 1, "rounding": "nearest", "init": "zero"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_progress_bars() -> None:
+    transformers.utils.logging.disable_progress_bar()
+
+
+def tiny_llama(**options: Any) -> transformers.LlamaForCausalLM:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**shape, num_key_value_heads=2, vocab_size=128, **options)
+    ).eval()
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of an uncompressed Llama. Read only."""
+    folder = tmp_path_factory.mktemp("original")
+    tiny_llama().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def _compressed(original: Path, tmp_path_factory: pytest.TempPathFactory, fast: dict[str, Any]) -> Path:
+    folder = tmp_path_factory.mktemp("compressed")
+    config = LRQConfig(**fast)
+    transformers.LlamaForCausalLM.from_pretrained(original, quantization_config=config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def compressed(_compressed: Path) -> Path:
+    """Folder of the same model compressed. Read only."""
+    return _compressed
+
+
+@pytest.fixture
+def edited(_compressed: Path, tmp_path: Path) -> Iterator[Path]:
+    """A copy of the compressed model that a test may damage."""
+    return shutil.copytree(_compressed, tmp_path / "edited")
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.arange(10)[None]

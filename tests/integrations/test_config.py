@@ -1,0 +1,172 @@
+"""LRQConfig: strict towards users, silent about anything that inference does not need."""
+
+import copy
+import json
+import warnings
+from typing import Any
+
+import pytest
+import transformers
+from transformers.quantizers.auto import AutoQuantizationConfig
+
+from hf_lrq import LRQConfig
+from hf_lrq.checkpoint import QuantizationHeader
+from hf_lrq.errors import CheckpointError, SpecError
+from hf_lrq.integrations.config import ALIASES
+from hf_lrq.layout import LayerLayout
+from hf_lrq.spec import LayerSpec
+
+STORED = QuantizationHeader(LayerLayout(codebook="e8p2", rank=8), {}, ("lm_head",))
+
+
+def stored(**changes: Any) -> dict[str, Any]:
+    return STORED.to_dict() | changes
+
+
+def test_defaults_are_those_of_the_spec() -> None:
+    assert LRQConfig().spec.default == LayerSpec()
+
+
+def test_config_and_quantizer_are_registered() -> None:
+    mapping = transformers.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING
+    assert mapping["hf_lrq"] is LRQConfig
+    assert transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING["hf_lrq"].__name__ == "LRQHfQuantizer"
+
+
+def test_patterns_reach_the_spec() -> None:
+    spec = LRQConfig(rank_pattern={"down_proj": 16}, bits_pattern={r"layers\.0\..*": 4}).spec
+    assert spec.for_layer("model.layers.1.mlp.down_proj").rank == 16
+    assert spec.for_layer("model.layers.0.mlp.up_proj").bits == 4
+    assert spec.for_layer("model.layers.1.mlp.up_proj") == LayerSpec()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rnk": 4}, "LRQConfig has no option 'rnk'. Did you mean 'rank'?"),
+        ({"nsample": 4}, "Did you mean 'nsamples'?"),
+        ({"preset": "x"}, "LRQConfig has no option 'preset'"),
+        ({"bits": 5}, "bits"),
+        ({"rank": -1}, "rank must be between"),
+        ({"rank_pattern": {"q_proj": -1}}, "for modules that match 'q_proj': rank must be between"),
+        ({"bits_pattern": {"(": 2}}, "is not a regular expression"),
+        ({"codebook": "e9p"}, "Unknown codebook family 'e9p'"),
+        ({"nsamples": 0}, "nsamples must be an integer of at least 1, got 0"),
+        ({"seqlen": True}, "seqlen must be an integer"),
+        ({"batch_size": 1.5}, "batch_size must be an integer"),
+        ({"dequantize": 1}, "dequantize must be True or False"),
+        ({"modules_to_not_convert": "lm_head"}, r"must be a list of names, got 'lm_head'. Write \['lm_head'\]"),
+        ({"seed": -1}, "seed must be between"),
+        ({"quant_method": "gptq"}, "quant_method must be 'hf_lrq'"),
+    ],
+)
+def test_a_wrong_option_is_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message.replace("?", r"\?")):
+        LRQConfig(**options)
+
+
+def test_other_names_are_taken_with_one_warning() -> None:
+    message = "ignore is modules_to_not_convert here, num_calibration_samples is nsamples here"
+    with pytest.warns(FutureWarning, match=message) as caught:
+        config = LRQConfig(ignore=["x"], num_calibration_samples=7)
+    assert len(caught) == 1
+    assert (config.modules_to_not_convert, config.nsamples) == (["x"], 7)
+
+
+def test_every_alias_leads_to_an_option() -> None:
+    known = LRQConfig().options().keys()
+    assert set(ALIASES.values()) <= set(known)
+    assert not set(ALIASES) & set(known)
+
+
+@pytest.mark.parametrize(
+    "options", [{"r": 4, "rank": 64}, {"model_seqlen": 4, "max_seq_length": 4}, {"rank": 4, "r": 4}]
+)
+def test_two_names_for_one_option_are_an_error(options: dict[str, Any]) -> None:
+    with pytest.raises(SpecError, match="which is given as well"):
+        LRQConfig(**options)
+
+
+def test_stored_dict_holds_nothing_but_the_format() -> None:
+    config = LRQConfig(dataset=["secret text"], tokenizer=object(), nsamples=3)
+    assert json.loads(config.to_json_string()) == config.to_dict()
+    assert config.to_dict().keys() == STORED.to_dict().keys()
+    assert "secret" not in repr(config)
+
+
+def test_stored_dict_survives_transformers() -> None:
+    config = AutoQuantizationConfig.from_dict(stored(modules={"a": {"rank": 4}}))
+    assert isinstance(config, LRQConfig)
+    assert config.to_dict() == stored(modules={"a": {"rank": 4}})
+    assert config.to_diff_dict() == config.to_dict() == dict(config)
+    assert (config.bits, config.rank, config.codebook) == (2, 8, "e8p")
+    assert LRQConfig.from_dict(config.to_dict()) == config
+
+
+def test_a_users_dict_is_a_config() -> None:
+    config = AutoQuantizationConfig.from_dict({"quant_method": "hf_lrq", "bits": 4, "rank": 2})
+    assert config == LRQConfig(bits=4, rank=2)
+    with pytest.raises(SpecError, match="no option 'bitz'"):
+        AutoQuantizationConfig.from_dict({"quant_method": "hf_lrq", "bitz": 4})
+
+
+def test_a_damaged_stored_dict_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="unknown key 'dataset'"):
+        AutoQuantizationConfig.from_dict(stored(dataset="/etc/passwd"))
+
+
+def test_from_dict_gives_back_what_it_does_not_know() -> None:
+    config, unused = LRQConfig.from_dict({"rank": 3}, return_unused_kwargs=True, dequantize=True, foo=1)
+    assert (config.dequantize, unused) == (True, {"foo": 1})
+
+
+def test_copies_share_the_data_and_nothing_else() -> None:
+    dataset, tokenizer = ["text"], object()
+    config = LRQConfig(dataset=dataset, tokenizer=tokenizer, rank_pattern={"a": 1})
+    for clone in (copy.copy(config), copy.deepcopy(config)):
+        assert clone == config
+        assert clone.dataset is dataset
+        assert clone.tokenizer is tokenizer
+    clone.rank_pattern["a"] = 2
+    assert config.rank_pattern == {"a": 1}
+
+
+def test_equality_looks_at_the_options() -> None:
+    assert LRQConfig(rank=4) == LRQConfig(rank=4)
+    assert LRQConfig(rank=4) != LRQConfig(rank=5)
+    assert LRQConfig(iters=4) != LRQConfig(iters=5)
+    assert LRQConfig() != "LRQConfig"
+
+
+@pytest.mark.parametrize("options", [{}, {"dequantize": True}, {"bits": 2, "rank": 8}, {"codebook": "auto"}])
+def test_what_agrees_with_the_checkpoint_passes(options: dict[str, Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LRQConfig(**options).check_against_stored(STORED)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": 4}, "is compressed with bits=2; quantization_config asks for 4"),
+        ({"rank": 64}, "is compressed with rank=8; quantization_config asks for 64"),
+        ({"codebook": "lloyd"}, "codebook='e8p2'; quantization_config asks for 'lloyd2'"),
+        ({"rotation": "none"}, "rotation='hadamard'"),
+    ],
+)
+def test_what_contradicts_the_checkpoint_is_an_error(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        LRQConfig(**options).check_against_stored(STORED)
+
+
+def test_what_has_no_effect_on_a_checkpoint_is_said() -> None:
+    with pytest.warns(UserWarning, match="compressed already: dataset, iters in quantization_config has no effect"):
+        LRQConfig(dataset=["x"], iters=3).check_against_stored(STORED)
+
+
+def test_the_config_of_a_checkpoint_compresses_another_model_alike() -> None:
+    config = LRQConfig.from_dict(stored()).for_compression()
+    assert config.spec.default.layout == STORED.default
+    assert config.header is None
+    with pytest.raises(SpecError, match="settings of its own for 1 modules"):
+        LRQConfig.from_dict(stored(modules={"a": {"rank": 4}})).for_compression()
