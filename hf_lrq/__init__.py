@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hf_lrq.decomposition.gram import InputGram, proxy_loss
     from hf_lrq.errors import CalibrationError, CheckpointError, LRQError, SpecError
     from hf_lrq.evaluation import evaluate
+    from hf_lrq.integrations.peft import LRQAdapterConfig
     from hf_lrq.integrations.saving import save
     from hf_lrq.integrations.transformers import LRQConfig, LRQHfQuantizer
     from hf_lrq.nn.linear import LRQLinear
@@ -29,6 +30,7 @@ __all__ = [
     "CheckpointError",
     "CompressionSpec",
     "InputGram",
+    "LRQAdapterConfig",
     "LRQConfig",
     "LRQError",
     "LRQHfQuantizer",
@@ -48,6 +50,7 @@ _HOME = {
     "CheckpointError": "hf_lrq.errors",
     "CompressionSpec": "hf_lrq.spec",
     "InputGram": "hf_lrq.decomposition.gram",
+    "LRQAdapterConfig": "hf_lrq.integrations.peft",
     "LRQConfig": "hf_lrq.integrations.transformers",
     "LRQError": "hf_lrq.errors",
     "LRQHfQuantizer": "hf_lrq.integrations.transformers",

@@ -79,6 +79,8 @@ MAX_MODULES = 1_000_000
 MAX_NAME = 1024
 MAX_HEADER_BYTES = 100_000_000  # The limit of the safetensors library.
 SHOWN_OFFENDERS = 10
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin")
+_SAVED_FOLDERS = ("additional_chat_templates",)  # Of a tokenizer.
 
 # What was merged into one module says nothing about the others: ft_rank has no default for all of them.
 LAYOUT_KEYS = tuple(item.name for item in fields(LayerLayout) if item.name != "ft_rank")
@@ -242,7 +244,8 @@ def read_headers(files: Iterable[str | os.PathLike[str]]) -> Headers:
     """Name -> (safetensors dtype, shape) of every tensor, from the headers alone: no tensor is read.
 
     Raises:
-        CheckpointError: if a file is truncated, damaged or not safetensors, or if two files hold the same tensor.
+        CheckpointError: if a file is missing, truncated, damaged or not safetensors, or if two files hold the same
+            tensor.
     """
     found: Headers = {}
     for file in files:
@@ -254,6 +257,8 @@ def read_headers(files: Iterable[str | os.PathLike[str]]) -> Headers:
 
 
 def _read_header(file: Path) -> Headers:
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing. {_ANOTHER_COPY}")
     actual = file.stat().st_size
     with file.open("rb") as stream:
         prefix = stream.read(8)
@@ -342,10 +347,10 @@ def staged_directory(out: str | os.PathLike[str], overwrite: bool = False) -> It
         The directory to write to.
 
     Raises:
-        CheckpointError: if `out` exists and is not an empty directory, unless it holds a model and `overwrite` is set.
+        CheckpointError: see `check_free`.
     """
     target = Path(out).resolve()
-    _check_free(target, overwrite)
+    check_free(out, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
     staging.mkdir()
@@ -354,28 +359,50 @@ def staged_directory(out: str | os.PathLike[str], overwrite: bool = False) -> It
         for path in sorted(staging.rglob("*")):
             _flush(path)
         _flush(staging)
-        _check_free(target, overwrite)
+        check_free(out, overwrite)
         _take_place(staging, target)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
 
 
-def _check_free(target: Path, overwrite: bool) -> None:
+def check_free(out: str | os.PathLike[str], overwrite: bool = False) -> None:
+    """Make sure that `staged_directory` may put a model at `out`: worth asking before hours are spent on the model.
+
+    Raises:
+        CheckpointError: if `out` exists and is not an empty directory, unless it holds nothing but a model and
+            `overwrite` is set; or if it is a mount point, which cannot be replaced.
+    """
+    target = Path(out).resolve()
     if not target.exists():
         return
     if not target.is_dir():
-        raise CheckpointError(f"{target} is a file; a model is saved to a directory. Choose another name.")
+        raise CheckpointError(f"{out} is a file; a model is saved to a folder. Choose another name.")
+    if os.path.ismount(target):
+        raise CheckpointError(
+            f"{out} is a mount point, which cannot be replaced as a whole. Choose a folder in it, for example "
+            f"{Path(out) / 'model'}."
+        )
     content = {path.name for path in target.iterdir()}
     if not content:
         return
     if not overwrite:
         raise CheckpointError(
-            f"{target} is not empty. Choose another directory, or replace it with overwrite=True (--overwrite)."
+            f"{out} is not empty. Choose another folder, or replace the model in it with --overwrite "
+            "(overwrite=True in Python)."
         )
-    # A directory without a model was hardly meant: replacing it would delete somebody's files.
-    if "config.json" not in content:
-        raise CheckpointError(f"{target} is not empty and holds no model (no config.json), so it is not replaced.")
+    # What is not a model was hardly meant: replacing it would delete somebody's files.
+    if "config.json" not in content or not any(name.endswith(_WEIGHTS) for name in content):
+        raise CheckpointError(
+            f"{out} is not empty and holds no model (config.json with weights beside it), so it is not replaced. "
+            "Choose another folder."
+        )
+    folders = sorted(path.name for path in target.iterdir() if path.is_dir() and path.name not in _SAVED_FOLDERS)
+    if folders:
+        raise CheckpointError(
+            f"{out} holds folders that are no part of a model ({', '.join(folders[:3])}), so it is not replaced. "
+            "Choose another folder."
+        )
 
 
 def _take_place(staging: Path, target: Path) -> None:

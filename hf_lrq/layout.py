@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from hf_lrq.codebooks import get_codebook
+from hf_lrq.codebooks.packing import TILE
 
-TILE = 8  # Columns are padded to whole tiles of 8 inside the codes, so a tile takes exactly `bits` bytes.
 SMALLEST_BLOCK = 8  # Shorter transforms mix too few weights to be worth a pass: signs only.
 
 
@@ -40,6 +40,8 @@ class LayerLayout:
         group_size: columns that share a scale, for codebooks with group scales.
         rotation: "hadamard" or "none".
         rotation_block: largest Hadamard block.
+        ft_rank: columns of ft_L and rows of ft_R before clamping: a second pair, in float16, that holds what was merged
+            into a layer whose L and R are codes; 0 is none.
     """
 
     codebook: str
@@ -48,6 +50,7 @@ class LayerLayout:
     group_size: int = 128
     rotation: str = "hadamard"
     rotation_block: int = 256
+    ft_rank: int = 0
 
     def clamped_rank(self, out_features: int, in_features: int) -> int:
         """The rank stored for an [out, in] matrix: never more than min(out, in)."""
@@ -68,6 +71,10 @@ class LayerLayout:
         rank = self.clamped_rank(out_features, in_features)
         if rank:
             stored |= self._factors(out_features, in_features, rank)
+        if self.ft_rank:
+            rank = min(self.ft_rank, out_features, in_features)
+            stored["ft_L"] = TensorLayout((out_features, rank), torch.float16)
+            stored["ft_R"] = TensorLayout((rank, in_features), torch.float16)
         return stored
 
     def _factors(self, out_features: int, in_features: int, rank: int) -> dict[str, TensorLayout]:

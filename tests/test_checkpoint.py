@@ -147,6 +147,11 @@ def test_a_file_cut_in_its_header_is_named(file: Path) -> None:
         read_headers([file])
 
 
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"00002-of-00002\.safetensors is missing\. Download or copy it"):
+        read_headers([tmp_path / "model-00002-of-00002.safetensors"])
+
+
 @pytest.mark.parametrize("content", [b"", b"abc", b"\xff" * 100, struct.pack("<Q", 0) + b"{}"])
 def test_what_is_no_safetensors_file_is_named(file: Path, content: bytes) -> None:
     file.write_bytes(content)
@@ -230,7 +235,8 @@ def test_staged_files_appear_together(tmp_path: Path) -> None:
 def test_an_interruption_leaves_everything_as_it_was(tmp_path: Path, error: BaseException) -> None:
     out = tmp_path / "model"
     out.mkdir()
-    (out / "config.json").write_text("old")
+    for name in ("config.json", "model.safetensors"):
+        (out / name).write_text("old")
 
     def save() -> None:
         with staged_directory(out, overwrite=True) as staging:
@@ -246,7 +252,8 @@ def test_an_interruption_leaves_everything_as_it_was(tmp_path: Path, error: Base
 def test_a_failing_rename_puts_the_old_model_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "model"
     out.mkdir()
-    (out / "config.json").write_text("old")
+    for name in ("config.json", "model.safetensors"):
+        (out / name).write_text("old")
     rename = Path.rename
 
     def fail_for_the_new_one(self: Path, target: Path) -> Path:
@@ -275,22 +282,38 @@ def test_an_empty_directory_is_used(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "overwrite", "message"),
     [
-        ("config.json", False, r"is not empty.*overwrite=True \(--overwrite\)"),
+        ("config.json", False, r"is not empty.*--overwrite \(overwrite=True in Python\)"),
         ("notes.txt", False, "is not empty"),
         ("notes.txt", True, "holds no model .* so it is not replaced"),
+        ("config.json", True, "holds no model .* so it is not replaced"),
+        ("config.json model.safetensors src/main.py", True, r"no part of a model \(src\), so it is not replaced"),
     ],
 )
 def test_a_directory_in_use_is_refused(tmp_path: Path, content: str, overwrite: bool, message: str) -> None:
-    (tmp_path / content).write_text("mine")
+    files = [tmp_path / name for name in content.split()]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("mine")
     with pytest.raises(CheckpointError, match=message), staged_directory(tmp_path, overwrite):
         pytest.fail("the body must not run")
-    assert (tmp_path / content).read_text() == "mine"
+    assert all(file.read_text() == "mine" for file in files)
+
+
+def test_a_mount_point_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The system does not rename it: hours of compression would end with "Device or resource busy".
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path) == tmp_path)
+    message = f"{re.escape(str(tmp_path))} is a mount point.*for example {re.escape(str(tmp_path / 'model'))}"
+    with pytest.raises(CheckpointError, match=message), staged_directory(tmp_path):
+        pytest.fail("the body must not run")
+    with staged_directory(tmp_path / "model") as staging:
+        (staging / "x").write_text("1")
+    assert (tmp_path / "model" / "x").read_text() == "1"
 
 
 def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("mine")
     with (
-        pytest.raises(CheckpointError, match="is a file; a model is saved to a directory"),
+        pytest.raises(CheckpointError, match="is a file; a model is saved to a folder"),
         staged_directory(tmp_path / "x", overwrite=True),
     ):
         pytest.fail("the body must not run")

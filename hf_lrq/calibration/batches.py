@@ -1,6 +1,7 @@
 """Calibration batches from texts, files, data sets and token tensors."""
 
 import importlib
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
@@ -23,12 +24,13 @@ ALIASES = {
 }
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?(?:/(?P<split>[\w.-]+))?")
 _ALLOWED = (
-    '"bundled", a list of texts, a list of token tensors or mappings, the path of a .txt file, or the name of a data '
+    '"bundled", a list of texts, a list of token tensors or mappings, the path of a text file, or the name of a data '
     "set on the Hub (organization/name, organization/name:config, organization/name:config/split)"
 )
 HELD_OUT = 0.1  # Of the bundled text, for evaluation.
 SANE_LENGTH = 10**7  # Tokenizers without a limit report 10**30.
 SHUFFLE_ROWS = 10_000
+SHOWN = 80  # Characters of a name that is none.
 
 
 def make_batches(
@@ -48,9 +50,9 @@ def make_batches(
 
     Args:
         dataset: "bundled" (a text that comes with this package), a list of texts, the path of a text file (a Path, or a
-            string that ends in .txt), or the name of a data set on the Hub, which needs the package `datasets`. Token
-            tensors and mappings in a list are returned as they are; the other arguments do not touch them. Of one token
-            tensor [sequences, length], the rows are the sequences.
+            string that ends in .txt or is that of an existing file), or the name of a data set on the Hub, which needs
+            the package `datasets`. Token tensors and mappings in a list are returned as they are; the other arguments
+            do not touch them. Of one token tensor [sequences, length], the rows are the sequences.
         tokenizer: called as tokenizer(text, add_special_tokens=..., verbose=False); returns a mapping with "input_ids".
         nsamples: sequences at most.
         seqlen: tokens in each, special ones included; never more than the tokenizer's `model_max_length`.
@@ -111,16 +113,19 @@ def _texts(dataset: Any, seed: int) -> list[str] | Iterator[str]:
     """
     if isinstance(dataset, str) and dataset == BUNDLED:
         return [bundled_text()[0]]
-    if isinstance(dataset, Path) or (isinstance(dataset, str) and dataset.endswith(".txt")):
+    if isinstance(dataset, Path) or (
+        isinstance(dataset, str) and (dataset.endswith(".txt") or os.path.isfile(dataset))
+    ):
         return [_read(Path(dataset))]
     if isinstance(dataset, str):
         found = _HUB_NAME.fullmatch(ALIASES.get(dataset, dataset))
         if found is None:
             hint = did_you_mean(dataset, [BUNDLED, *ALIASES])
-            raise CalibrationError(f"unknown calibration data set {dataset!r}.{hint} Give {_ALLOWED}.")
+            shown = repr(dataset) if len(dataset) <= SHOWN else f"{dataset[:SHOWN]!r}... (a text goes into a list)"
+            raise CalibrationError(f"unknown calibration data set {shown}.{hint} Give {_ALLOWED}.")
         return _hub_texts(dataset, found["name"], found["config"], found["split"] or "train", seed)
     if not isinstance(dataset, list | tuple):
-        raise CalibrationError(f"calibration data cannot be a {type(dataset).__name__}. Give {_ALLOWED}.")
+        raise CalibrationError(f"calibration data cannot be of type {type(dataset).__name__}. Give {_ALLOWED}.")
     if not dataset:
         raise CalibrationError("the list of calibration texts is empty. Give at least one text, or dataset=None.")
     kinds = sorted({type(item).__name__ for item in dataset})

@@ -98,7 +98,7 @@ class TqdmProgress:
         memory = peak_memory(self._device)
         error = record.relative_error
         tqdm.write(
-            f"{record.name}  e {error:.4f}  {record.bits_per_weight:.2f} bit  {record.seconds:.1f} s  "
+            f"{record.name}  error {error:.4f}  {record.bits_per_weight:.2f} bit  {record.seconds:.1f} s  "
             f"ETA {_clock(eta)}  peak {_gibibytes(memory)}  [{self._matrices_done}/{self._matrices}]",
             file=self._out,
         )

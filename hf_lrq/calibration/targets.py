@@ -1,7 +1,7 @@
 """Which matrices of a model are compressed, and why the others are not."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -11,6 +11,7 @@ from hf_lrq.nn import LRQExpertStack, LRQLinear
 from hf_lrq.spec import CompressionSpec, LayerSpec
 
 EXPERT_MATRICES = ("gate_up_proj", "down_proj")
+LISTED = 3  # Names spelled out for each reason.
 # Flags of fused expert layers whose storage or arithmetic differs from plain [E, out, in] gated experts without bias.
 _UNSUPPORTED_EXPERTS = {"has_bias": True, "is_transposed": True, "is_concatenated": False, "has_gate": False}
 
@@ -133,7 +134,7 @@ def find_targets(
         CompressionError: if nothing is left to compress.
     """
     reasons = reasons or {}
-    found = TargetList(total_parameters=sum(parameter.numel() for parameter in model.parameters()))
+    found = TargetList(total_parameters=count_parameters(model))
     candidates = 0
     for name, module in model.named_modules():
         for target in _candidates(name, module, spec):
@@ -142,7 +143,7 @@ def find_targets(
             if (pattern := name_matches(target.name, skip)) is not None:
                 reason = reasons.get(pattern, "excluded by the configuration")
             elif target.bytes >= bytes_per_weight * target.parameters:
-                reason = f"too small to gain: {target.bytes} bytes instead of {bytes_per_weight * target.parameters}"
+                reason = "would not get smaller with this rank and these bits"
             elif target.kind == "experts" and (flag := _unsupported_flag(module)):
                 reason = f"fused experts with {flag} are not supported"
             if reason is None:
@@ -151,12 +152,35 @@ def find_targets(
                 found.skipped[target.full_name] = reason
                 found.skipped_parameters[target.full_name] = target.parameters
     if not found.compressed:
-        listed = "; ".join(f"{name}: {why}" for name, why in list(found.skipped.items())[:10])
+        seen = f"{candidates} linear layers found, all skipped ({_by_reason(found.skipped)})"
         raise CompressionError(
-            f"{type(model).__name__} has no layer to compress: {candidates} linear layers found, all skipped"
-            f"{' (' + listed + ')' if listed else ''}. Lower the rank, or shorten modules_to_not_convert."
+            f"{type(model).__name__} has no layer to compress: "
+            + (f"{seen}. Lower the rank, or shorten modules_to_not_convert." if candidates else "none is linear.")
         )
     return found
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Weights of a model; tied ones once, also while they are not tied yet because the model is being loaded."""
+    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    seen: set[int | str] = set()
+    count = 0
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        same = {id(parameter), tied.get(name, name)}
+        if seen.isdisjoint(same):
+            count += parameter.numel()
+        seen |= same
+    return count
+
+
+def _by_reason(skipped: Mapping[str, str]) -> str:
+    """Names and reasons in one line, a reason once."""
+    parts = []
+    for reason in dict.fromkeys(skipped.values()):
+        names = [name for name, why in skipped.items() if why == reason]
+        more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+        parts.append(f"{', '.join(names[:LISTED])}{more}: {reason}")
+    return "; ".join(parts)
 
 
 def _candidates(name: str, module: nn.Module, spec: CompressionSpec) -> list[Target]:

@@ -35,6 +35,15 @@ class DType(str, Enum):
     float16 = "float16"
 
 
+# What a user can do something about, of classes that are no OSError.
+_FOREIGN = {
+    "OutOfMemoryError": (
+        "The device ran out of memory. Lower --nsamples or --seqlen, take --dtype bfloat16, or --device cpu."
+    ),
+    "SafetensorError": "A safetensors file cannot be read or written: {}. Is the disk full?",
+}
+
+
 @dataclass
 class _Settings:
     """Of this invocation; every one sets them anew."""
@@ -62,13 +71,12 @@ def _friendly(command: Callable[P, None]) -> Callable[P, None]:
                 raise
             _complain(str(error) or type(error).__name__)
             raise typer.Exit(USER_ERROR) from None
-        except RuntimeError as error:
-            # By name: torch is not to be imported for a test of its class.
-            if _settings.debug or type(error).__name__ != "OutOfMemoryError":
+        except Exception as error:
+            # By name: their libraries are not to be imported for a test of a class.
+            known = _FOREIGN.get(type(error).__name__)
+            if _settings.debug or known is None:
                 raise
-            _complain(
-                "The device ran out of memory. Lower --nsamples or --seqlen, take --dtype bfloat16, or --device cpu."
-            )
+            _complain(known.format(error))
             raise typer.Exit(USER_ERROR) from None
 
     return run
@@ -107,6 +115,9 @@ Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: 
 Window = Annotated[
     int | None,
     typer.Option(min=2, help="Tokens seen at a time in evaluation. Default: the model's limit, at most 2048."),
+]
+EvalTokens = Annotated[
+    int | None, typer.Option("--eval-tokens", min=2, help="Tokens of the text to evaluate on. Default: all of a file.")
 ]
 Stride = Annotated[int | None, typer.Option(min=1, help="Tokens between windows. Default: half the window.")]
 Debug = Annotated[bool, typer.Option("--debug", callback=_set_debug, help="Show the traceback of an error.")]
@@ -156,9 +167,10 @@ def quantize_command(
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Do not evaluate.")] = False,
     window: Window = None,
     stride: Stride = None,
+    eval_tokens: EvalTokens = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model at --out.")] = False,
     jsonl: Annotated[
-        Path | None, typer.Option(help="File to append one line of JSON per compressed matrix to.")
+        Path | None, typer.Option(help="File that gets one line of JSON per compressed matrix; replaced if it exists.")
     ] = None,
     threads: Threads = None,
     debug: Debug = False,
@@ -192,6 +204,7 @@ def quantize_command(
             evaluate=not no_eval,
             window=window,
             stride=stride,
+            eval_tokens=eval_tokens,
             overwrite=overwrite,
             jsonl=jsonl,
             threads=threads,
@@ -220,6 +233,7 @@ def evaluate_command(
     text: Annotated[Path | None, typer.Option(help="Text file. Default: the bundled text.")] = None,
     window: Window = None,
     stride: Stride = None,
+    eval_tokens: EvalTokens = None,
     dtype: Annotated[DType, typer.Option(help="Of the models in memory; auto is that of their files.")] = DType.auto,
     device: Device = None,
     threads: Threads = None,
@@ -236,6 +250,7 @@ def evaluate_command(
             text=text,
             window=window,
             stride=stride,
+            eval_tokens=eval_tokens,
             dtype=dtype.value,
             device=device,
             threads=threads,

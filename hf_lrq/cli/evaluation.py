@@ -17,6 +17,7 @@ class EvalOptions:
     text: Path | None
     window: int | None
     stride: int | None
+    eval_tokens: int | None
     dtype: str
     device: str | None
     threads: int | None
@@ -27,7 +28,7 @@ def run(options: EvalOptions) -> None:
     """The command."""
     set_threads(options.threads)
     names = [options.model, *([options.against] if options.against is not None else [])]
-    text = eval_text(options.text)
+    text = eval_text(options.text, options.eval_tokens)
     for name in names:
         load_config(name)  # A model that is not there is a better message than that its tokenizer is not.
     device = chosen_device(options.device)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -93,9 +93,12 @@ def load_tokenizer(*names: str) -> Any:
             return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except (OSError, ValueError, KeyError, ImportError) as error:
             failure = failure or error
+    reason = _first_line(failure).rstrip(". ")
     raise LRQError(
-        f"{names[0]} has no tokenizer that can be loaded, so text cannot be turned into tokens: "
-        f"{_first_line(failure)} Save one beside the model; quantize can do without: --dataset none --no-eval."
+        f"{names[0]} has no tokenizer that can be loaded, so text cannot be turned into tokens"
+        # A line that ends so is the heading of a list.
+        f"{'' if reason.endswith(':') else f': {reason}'}. "
+        "Save one beside the model; hf-lrq quantize can do without: --dataset none --no-eval."
     ) from failure
 
 
@@ -142,18 +145,30 @@ def unavailable(model: str, error: Exception) -> LRQError:
     """What to tell a user whose model could not be loaded."""
     if Path(model).is_dir():
         return LRQError(f"The model in {model} cannot be loaded: {_first_line(error)}")
-    text = str(error)
-    if "gated" in text or "401" in text or "403" in text:
+    if _is_forbidden(error):
         return LRQError(
             f"{model} is gated or private. Ask for access on its page on the Hub, then log in: hf auth login"
         )
-    if "trust_remote_code" in text:
+    if "trust_remote_code" in str(error):
         return LRQError(f"{model} needs code of its own to run, which hf-lrq does not execute. {_first_line(error)}")
     return LRQError(
         f"Cannot load {model}: it is no folder here, and the Hub did not give it. Its name may be misspelt, there may "
         f"be no network (HF_HUB_OFFLINE is one reason), or it is gated: then log in with hf auth login. "
         f"({_first_line(error)})"
     )
+
+
+def _is_forbidden(error: BaseException | None) -> bool:
+    """Whether the Hub has the model but does not give it to this user."""
+    while error is not None:
+        if isinstance(error, GatedRepoError):
+            return True
+        # To the anonymous, a model that does not exist is "401 Unauthorized" as well.
+        refused = isinstance(error, HfHubHTTPError) and not isinstance(error, RepositoryNotFoundError)
+        if refused and getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _model_class(config: Any) -> Any:

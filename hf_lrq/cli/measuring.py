@@ -41,15 +41,15 @@ class EvalText:
         return tokenize(tokenizer, self.text)[: self.most_tokens]
 
 
-def eval_text(path: Path | None) -> EvalText:
-    """The text of a file, or the held-out part of the bundled text.
+def eval_text(path: Path | None, most_tokens: int | None = None) -> EvalText:
+    """The text of a file, or the held-out part of the bundled text; of either, the first `most_tokens`.
 
     Raises:
         LRQError: if the file cannot be read.
     """
     if path is None:
-        return EvalText(bundled_text()[1], "held-out end of the bundled text", BUNDLED_TOKENS)
-    return EvalText(read_text(path), path.name)
+        return EvalText(bundled_text()[1], "held-out end of the bundled text", most_tokens or BUNDLED_TOKENS)
+    return EvalText(read_text(path), path.name, most_tokens)
 
 
 def measure(

@@ -1,6 +1,7 @@
 """`hf-lrq quantize`: from a model to a compressed one with its report and card."""
 
 import os
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from hf_lrq.calibration.batches import make_batches
 from hf_lrq.calibration.progress import TqdmProgress
 from hf_lrq.calibration.records import CompressionReport
 from hf_lrq.calibration.targets import TargetList, find_targets
+from hf_lrq.checkpoint import check_free
 from hf_lrq.cli.loading import (
     check_folder,
     chosen_device,
@@ -62,6 +64,7 @@ class QuantizeOptions:
     evaluate: bool
     window: int | None
     stride: int | None
+    eval_tokens: int | None
     overwrite: bool
     jsonl: Path | None
     threads: int | None
@@ -73,7 +76,7 @@ def run(options: QuantizeOptions) -> None:
     check_out(options.out, options.overwrite, options.model)
     check_inputs(options)
     check_folder(options.model)
-    text = eval_text(options.eval_text) if options.evaluate else None
+    text = eval_text(options.eval_text, options.eval_tokens) if options.evaluate else None
     set_threads(options.threads)
     device = chosen_device(options.device)
     model_config = load_config(options.model)
@@ -84,7 +87,7 @@ def run(options: QuantizeOptions) -> None:
 
     say(f"Loading {options.model}")
     model = load_model(options.model, options.dtype, device)
-    _announce(model, targets_of(model, config))
+    check_room(options.out, _announce(model, targets_of(model, config)))
     report = compress_pretrained(model, batches, config, progress=TqdmProgress(options.jsonl))
     save(model, options.out, tokenizer, options.overwrite, base_model=options.model)
     say(f"Saved to {options.out}", "green")
@@ -147,18 +150,28 @@ def check_out(out: Path, overwrite: bool, model: str) -> None:
     target = out.resolve()
     if Path(model).exists() and Path(model).resolve() == target:
         raise CheckpointError(f"--out is the folder of the model itself, {out}. Choose another folder.")
-    if target.exists() and not target.is_dir():
-        raise CheckpointError(f"{out} is a file; a model is saved to a folder. Choose another name.")
-    content = {path.name for path in target.iterdir()} if target.exists() else set()
-    if content and not overwrite:
-        raise CheckpointError(
-            f"{out} is not empty. Choose another folder, or replace the model in it with --overwrite."
-        )
-    if content and "config.json" not in content:
-        raise CheckpointError(f"{out} is not empty and holds no model (no config.json), so it is not replaced.")
+    check_free(out, overwrite)
     parent = next(folder for folder in target.parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise CheckpointError(f"{out} cannot be made: {parent} is not a folder that can be written to.")
+
+
+def check_room(out: Path, needed: int) -> None:
+    """Make sure that the result fits on the disk before hours are spent on it.
+
+    Args:
+        out: folder to be; files are first written beside it.
+        needed: bytes.
+
+    Raises:
+        CheckpointError: if there is less room than that.
+    """
+    free = shutil.disk_usage(next(folder for folder in out.resolve().parents if folder.exists())).free
+    if free < needed:
+        raise CheckpointError(
+            f"{out} will take {human_bytes(needed)}, but its disk has room for {human_bytes(free)} only. "
+            "Make room, or choose a folder on another disk."
+        )
 
 
 def check_inputs(options: QuantizeOptions) -> None:
@@ -214,7 +227,8 @@ def _batches(options: QuantizeOptions, tokenizer: Any, model_config: Any) -> lis
     return batches
 
 
-def _announce(model: Any, targets: TargetList) -> None:
+def _announce(model: Any, targets: TargetList) -> int:
+    """Say what is going to happen; returns the bytes to be written."""
     now, then = size(model), size(model, targets.compressed)
     say(f"{type(model).__name__}: {targets.summary()}")
     for reason in dict.fromkeys(targets.skipped.values()):
@@ -226,6 +240,7 @@ def _announce(model: Any, targets: TargetList) -> None:
         f"{bits(then.bits_per_parameter)} in the whole file; {human_bytes(then.total_bytes)} "
         f"instead of {human_bytes(now.total_bytes)}"
     )
+    return then.total_bytes
 
 
 def _evaluate(model: Any, options: QuantizeOptions, text: EvalText, tokens: Tensor) -> Evaluation:

@@ -1,8 +1,9 @@
 """From a spec to a compressed matrix: the one place where the strings of a spec become objects."""
 
+import contextlib
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -112,13 +113,43 @@ def compress_matrix(
         W: [out, in] weight, any float dtype; computed in float32 on its device.
         gram: of the inputs; None compresses without data (H = I).
         spec: what to do.
-        generator: source of every random choice; equal states give equal bytes.
+        generator: source of every random choice; equal states give equal bytes, with any number of threads.
         rotate_in: rotation of the inputs, to share it between matrices; None draws one.
 
     Raises:
-        CompressionError: if W is not a matrix, is empty, or holds NaN or Inf.
+        CompressionError: if W is not a matrix, is empty, or holds NaN or Inf; if the Gram is for another width.
     """
     W = _checked(W)
+    with _one_thread(W.device), torch.autocast(W.device.type, enabled=False):
+        return _compress(W, gram, spec, generator, rotate_in)
+
+
+@contextlib.contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """Products and factorisations on a CPU by one thread.
+
+    The order in which several add up depends on how many they are, and the last digits on the order: near a tie, so
+    would the codes. Many matrices at a time, one per thread, is also the faster way to use a processor.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _compress(
+    W: Tensor,
+    gram: InputGram | None,
+    spec: LayerSpec,
+    generator: torch.Generator,
+    rotate_in: RandomHadamard | None,
+) -> CompressedMatrix:
+    """See `compress_matrix`; W is float32 and finite."""
     gram = InputGram.identity(W.shape[1], W.device) if gram is None else gram
     if len(gram.H) != W.shape[1]:
         raise CompressionError(f"the Gram is for {len(gram.H)} inputs, the weight has {W.shape[1]} columns.")
@@ -167,7 +198,8 @@ def _checked(W: Tensor) -> Tensor:
         raise CompressionError(f"the weight holds {bad} values that are NaN or Inf. Repair or re-download the model.")
     W = W.detach().float()
     rms = W.square().mean().sqrt().item()
-    if rms != 0 and not SMALLEST_RMS <= rms <= LARGEST_RMS:
+    # Not rms != 0, or weights whose squares underflow would pass for zeros.
+    if W.any() and not SMALLEST_RMS <= rms <= LARGEST_RMS:
         raise CompressionError(
             f"the weight has a root mean square of {rms:.3g}; scales are stored in float16, which allows "
             f"{SMALLEST_RMS:g} to {LARGEST_RMS:g}. Rescale the layer, or leave it out with modules_to_not_convert."

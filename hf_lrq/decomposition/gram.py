@@ -32,12 +32,16 @@ class GramAccumulator:
         """Add the tokens of x [..., in].
 
         Raises:
-            CalibrationError: if x holds NaN or Inf.
+            CalibrationError: if x has another width, or holds NaN or Inf.
         """
+        if x.shape[-1:] != self.total.shape[:1]:
+            raise CalibrationError(f"the Gram is for {len(self.total)} inputs, got activations of {tuple(x.shape)}.")
         rows = x.detach().reshape(-1, x.shape[-1])
         for piece in rows.split(FOLD_TOKENS):
             piece = piece.float()
-            product = piece.T @ piece
+            # A model may be run under autocast; its Gram is not to be a product of half-precision numbers.
+            with torch.autocast(piece.device.type, enabled=False):
+                product = piece.T @ piece
             # A non-finite activation always leaves a non-finite diagonal, so one check of n numbers covers all tokens.
             if not torch.isfinite(product.diagonal()).all():
                 raise CalibrationError(
@@ -84,8 +88,9 @@ class InputGram:
             n_tokens: how many tokens it averages.
 
         Raises:
-            CalibrationError: if H is not square, not finite, not symmetric, or zero.
+            CalibrationError: if H is not square, not finite in float32, not symmetric, or its trace is not positive.
         """
+        H = H.float()
         if H.ndim != 2 or H.shape[0] != H.shape[1]:
             raise CalibrationError(f"a Gram matrix is square, got shape {tuple(H.shape)}.")
         if not torch.isfinite(H).all():
@@ -96,9 +101,10 @@ class InputGram:
                 "the Gram matrix is zero: every calibration activation of this layer is zero. "
                 "Use other calibration data, or gram=None to compress without data."
             )
+        if diagonal.sum() <= 0:
+            raise CalibrationError("the Gram matrix has a trace that is not positive; pass X^T X / tokens.")
         if (H - H.T).abs().max() > 1e-3 * H.abs().max():
             raise CalibrationError("the Gram matrix is not symmetric; pass X^T X / tokens.")
-        H = H.float()
         return cls((H + H.T) / 2, n_tokens)
 
     @classmethod

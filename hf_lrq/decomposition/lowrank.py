@@ -15,17 +15,16 @@ POWER_ITERATIONS = 4
 LPLR_ITERATIONS = 8
 
 
-def truncated_svd(A: Tensor, rank: int, generator: torch.Generator, start: Tensor | None = None) -> tuple[Tensor, ...]:
+def truncated_svd(A: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, ...]:
     """The leading singular triplets of A.
 
     Small matrices get an exact SVD. Large ones get a randomised range finder with power iterations (Halko et al.,
-    2011, algorithm 4.4), started from `start` where the caller knows the row space approximately.
+    2011, algorithm 4.4).
 
     Args:
         A: [m, n].
         rank: k, at most min(m, n).
         generator: of the random start.
-        start: [k, n] approximate right singular vectors, or None.
 
     Returns:
         U [m, k], sigma [k], Vt [k, n].
@@ -34,10 +33,7 @@ def truncated_svd(A: Tensor, rank: int, generator: torch.Generator, start: Tenso
         U, sigma, Vt = torch.linalg.svd(A, full_matrices=False)
         return U[:, :rank], sigma[:rank], Vt[:rank]
     width = min(rank + OVERSAMPLING, *A.shape)
-    fresh = width - (0 if start is None else len(start))
-    basis = torch.randn(A.shape[1], fresh, generator=generator, device=generator.device).to(A)
-    if start is not None:
-        basis = torch.cat((start.T, basis), 1)
+    basis = torch.randn(A.shape[1], width, generator=generator, device=generator.device).to(A)
     Q = torch.linalg.qr(A @ basis).Q
     for _ in range(POWER_ITERATIONS):
         Q = torch.linalg.qr(A @ torch.linalg.qr(A.T @ Q).Q).Q
@@ -74,14 +70,12 @@ class WhitenedSVD(LowRankSolver):
         return LowRank(quantize_factor(L, 16, rank_dim=1), quantize_factor(R, 16, rank_dim=0))
 
 
-def whitened_factors(
-    A: Tensor, gram: DampedGram, rank: int, generator: torch.Generator, start: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def whitened_factors(A: Tensor, gram: DampedGram, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Balanced float32 L [out, r], R [r, in]: the best rank-r approximation of A in the metric of the Gram."""
     rank = min(rank, *A.shape)
     if rank == 0:
         return A.new_zeros(A.shape[0], 0), A.new_zeros(0, A.shape[1])
-    U, sigma, Vt = truncated_svd(A @ gram.M, rank, generator, start)
+    U, sigma, Vt = truncated_svd(A @ gram.M, rank, generator)
     L, R = U, torch.linalg.solve_triangular(gram.M, sigma[:, None] * Vt, upper=False, left=False)
     return balance(L, R)
 
@@ -118,7 +112,8 @@ class LPLR(LowRankSolver):
         for _ in range(self.iters):
             stored_R = quantize_factor(R, self.bits, rank_dim=0)
             R_hat = stored_R.dense()
-            inner, cross = R_hat @ gram.H @ R_hat.T, AH @ R_hat.T  # [r, r], [out, r]
+            whitened = (R_hat @ gram.M).double()
+            inner, cross = whitened @ whitened.T, AH @ R_hat.T  # R H R^T [r, r], A H R^T [out, r]
             L = _solve_symmetric(inner, cross.T).T  # argmin over L for this R
             stored_L = quantize_factor(L, self.bits, rank_dim=1)
             L_hat = stored_L.dense()
@@ -129,15 +124,18 @@ class LPLR(LowRankSolver):
                 best, best_loss = LowRank(stored_L, stored_R), loss
             else:
                 break
-            R = _solve_symmetric(L_hat.T @ L_hat, L_hat.T @ residual)  # argmin over R; H cancels
+            R = _solve_symmetric(L64.T @ L64, L_hat.T @ residual)  # argmin over R; H cancels
             L, R = balance(L_hat, R)
         assert best is not None, "iters is at least 1"
         return best
 
 
 def _solve_symmetric(G: Tensor, B: Tensor) -> Tensor:
-    """G^-1 B, G [r, r] symmetric positive semi-definite, in float64: tiny singular values are common."""
-    G = G.double()
+    """G^-1 B in the dtype of B; G [r, r] float64, X X^T for some X.
+
+    G has to be summed in float64: where the ranks outnumber those of the residual, it is singular, and the roundings of
+    float32 would make it indefinite by more than the ridge.
+    """
     ridge = 1e-9 * G.diagonal().mean().clamp(min=1e-300)
     eye = torch.eye(len(G), dtype=G.dtype, device=G.device)
     return torch.cholesky_solve(B.double(), torch.linalg.cholesky(G + ridge * eye)).to(B.dtype)

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from hf_lrq.codebooks import Codebook, get_codebook
-from hf_lrq.codebooks.packing import unpack_codes
-from hf_lrq.layout import TILE
+from hf_lrq.codebooks.packing import TILE, unpack_codes
+from hf_lrq.errors import CompressionError
 from hf_lrq.matrices import QuantizedMatrix, expand_scales
 
 PANEL = 128  # Columns between two updates of everything to the right; wide enough that those are efficient products.
+SMALLEST_RIDGE, LARGEST_RIDGE = 1e-3, 1e3  # On an indefinite Gram, as fractions of its mean diagonal.
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,19 @@ class Quantizer(ABC):
 
 
 def _representable(scales: Tensor) -> Tensor:
-    """What float16 storage makes of the scales. A zero row keeps scale 0: no codebook need have a point at zero."""
-    return scales.clamp(max=torch.finfo(torch.float16).max).to(torch.float16).float()
+    """What float16 storage makes of the scales. A zero row keeps scale 0: no codebook need have a point at zero.
+
+    Raises:
+        CompressionError: if one is too large for float16.
+    """
+    stored = scales.to(torch.float16).float()
+    if torch.isinf(stored).any():
+        raise CompressionError(
+            f"a row of the weight has a root mean square of {scales.max().item():.3g}; scales are stored in float16, "
+            f"which ends at {torch.finfo(torch.float16).max:g}. Rescale the layer, or leave it out with "
+            "modules_to_not_convert."
+        )
+    return stored
 
 
 def _divide(values: Tensor, scales: Tensor) -> Tensor:
@@ -82,7 +94,8 @@ class RoundToNearest(Quantizer):
 
 @dataclass(frozen=True)
 class LDLQ(Quantizer):
-    """Rounds column blocks left to right, feeding each block's error into the next (QuIP, 2023, section 3).
+    """Rounds column blocks left to right, feeding each block's error into the next (QuIP, 2023; in blocks:
+    QuIP#, 2024).
 
     With H = U D U^T, U unit upper triangular in blocks, the loss is the sum over blocks of |(W - Q) U_k|^2_{D_k}; so
     block k is rounded from W_k + (W_<k - Q_<k) U_<k,k. Blocks are as wide as the codebook's vectors.
@@ -148,14 +161,32 @@ class _Grid:
 
 
 def unit_upper(H: Tensor, block: int) -> Tensor:
-    """The block-unit upper-triangular U of H = U D U^T, D block-diagonal with `block` x `block` blocks."""
-    C = torch.linalg.cholesky(H.flip(0, 1)).flip(0, 1)  # H = C C^T, C upper triangular
+    """The block-unit upper-triangular U of H = U D U^T, D block-diagonal with `block` x `block` blocks.
+
+    H may be indefinite by rounding errors, as a marginalised Gram is where one direction holds nearly all the energy;
+    then U is that of H with the least ridge 1e-3, 1e-2, ... of its mean diagonal that makes it definite. U only guides
+    the rounding; the loss that counts is measured under the Gram itself.
+    """
+    C = _cholesky(H.flip(0, 1)).flip(0, 1)  # H = C C^T, C upper triangular
     if block == 1:
         return C / C.diagonal()
     n = len(H)
     diagonal = torch.stack([C[k : k + block, k : k + block] for k in range(0, n, block)])  # [n / block, block, block]
     columns = C.unflatten(1, (-1, block)).transpose(0, 1)  # [n / block, n, block]
     return torch.linalg.solve_triangular(diagonal, columns, upper=True, left=False).transpose(0, 1).flatten(1)
+
+
+def _cholesky(H: Tensor) -> Tensor:
+    """Lower-triangular C of C C^T = H, with a ridge where H needs one."""
+    C, info = torch.linalg.cholesky_ex(H)
+    ridge = SMALLEST_RIDGE
+    while info.item() and ridge <= LARGEST_RIDGE:
+        raised = H.clone()
+        raised.diagonal().add_(ridge * H.diagonal().mean())
+        C, info = torch.linalg.cholesky_ex(raised)
+        ridge *= 10
+    assert not info.item(), "a Gram is definite up to rounding errors"
+    return C
 
 
 def _feedback_pass(W: Tensor, U: Tensor, grid: _Grid) -> tuple[Tensor, Tensor]:

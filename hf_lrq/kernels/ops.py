@@ -102,8 +102,11 @@ def linear(
         x: [..., in], float.
 
     Returns:
-        [..., out], dtype of x.
+        [..., out], dtype of x; under autocast, as from nn.Linear, that of autocast.
     """
+    if torch.is_autocast_enabled(x.device.type):
+        # Here, not in the operator: its products would be cast one by one, and its result not have the dtype of x.
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     result: Tensor = torch.ops.hf_lrq.linear(
         x, weight, scales, rot_in, rot_out, L, R, L_scale, R_scale, bias, codebook, group_size, block
     )

@@ -1,20 +1,20 @@
 """Pure-torch kernels: they run everywhere, and in float32 they define what every other backend must compute."""
 
-import functools
-
 import torch
 from torch import Tensor
 
+from hf_lrq.codebooks.base import cached_table
 from hf_lrq.layout import hadamard_block
 from hf_lrq.matrices import QuantizedMatrix, dense_factor
 
 
-@functools.lru_cache(maxsize=64)
-def _hadamard_matrix(block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+@cached_table
+def _hadamard_matrix(block: int) -> Tensor:
+    """[block, block] float64."""
     H = torch.ones(1, 1, dtype=torch.float64)
     while len(H) < block:
         H = torch.cat((torch.cat((H, H), 1), torch.cat((H, -H), 1)))
-    return (H * block**-0.5).to(device=device, dtype=dtype)
+    return H * block**-0.5
 
 
 def hadamard(x: Tensor, largest: int) -> Tensor:
@@ -27,8 +27,8 @@ def hadamard(x: Tensor, largest: int) -> Tensor:
     block = hadamard_block(x.shape[-1], largest)
     if block == 1 or x.numel() == 0:
         return x
-    # A product with a cached matrix of at most 256 columns beats log2(256) strided passes on every device.
-    return (x.unflatten(-1, (-1, block)) @ _hadamard_matrix(block, x.dtype, x.device)).flatten(-2)
+    # A product with a small cached matrix beats log2(block) strided passes, each of which reads and writes all of x.
+    return (x.unflatten(-1, (-1, block)) @ _hadamard_matrix(x.device, x.dtype, block)).flatten(-2)
 
 
 def lrq_linear(
@@ -87,7 +87,7 @@ def lrq_linear_backward(
     """
     need_x, need_scales, need_rot_in, need_rot_out, need_L, need_R, need_bias = needs
     out: list[Tensor] = [grad.new_empty(0) for _ in needs]
-    rows = grad.flatten(0, -2)  # [tokens, out]
+    rows, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])  # [tokens, out], [tokens, in]
     g = rows if rot_out is None else hadamard(rows * rot_out.to(grad.dtype), block)
     Q = _dense_q(weight, scales, codebook, group_size, x)
     has_factors = L is not None and R is not None
@@ -95,16 +95,16 @@ def lrq_linear_backward(
         dense_L, dense_R = _factor(L, L_scale, 1, grad), _factor(R, R_scale, 0, grad)
     z = None
     if need_scales or need_rot_out or need_L or need_R:
-        z = _rotate_in(x.flatten(0, -2), rot_in, block)
+        z = _rotate_in(inputs, rot_in, block)
     if need_x or need_rot_in:
         gz = g @ Q
         if has_factors:
             gz = gz + (g @ dense_L) @ dense_R
         gx = gz if rot_in is None else hadamard(gz, block)  # with respect to rot_in * x
         if rot_in is not None and need_rot_in:
-            out[2] = (gx * x.flatten(0, -2)).sum(0).to(rot_in.dtype)
+            out[2] = (gx * inputs).sum(0).to(rot_in.dtype)
         if need_x:
-            out[0] = (gx if rot_in is None else gx * rot_in.to(gx.dtype)).unflatten(0, x.shape[:-1])
+            out[0] = (gx if rot_in is None else gx * rot_in.to(gx.dtype)).reshape(x.shape)
     if z is not None:
         if need_scales:
             ones = torch.ones_like(scales)

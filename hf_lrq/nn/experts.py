@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from hf_lrq.decomposition.compress_matrix import CompressedMatrix
 from hf_lrq.kernels import linear
 from hf_lrq.layout import LayerLayout
-from hf_lrq.nn.linear import TENSOR_NAMES, LRQLinear
+from hf_lrq.nn.linear import TENSOR_NAMES, LRQLinear, check_same_layout, dense_pair
 
 
 class LRQExpertStack(nn.Module):
@@ -40,7 +40,13 @@ class LRQExpertStack(nn.Module):
         self._is_hf_initialized = True
 
     def load_matrix(self, expert: int, matrix: CompressedMatrix) -> None:
-        """Take over the tensors of one expert."""
+        """Take over the tensors of one expert, which must have the layout of the stack.
+
+        Raises:
+            ValueError: if the layouts differ; the stack is then unchanged.
+        """
+        own = {name: p[expert] for name in TENSOR_NAMES if (p := getattr(self, name)) is not None}
+        check_same_layout(matrix, self.layout, own)
         for name, tensor in matrix.tensors().items():
             getattr(self, name).data[expert].copy_(tensor)
 
@@ -48,16 +54,20 @@ class LRQExpertStack(nn.Module):
         """[tokens, in] -> [tokens, out] through one expert."""
         one = {name: None if (t := getattr(self, name)) is None else t[expert] for name in TENSOR_NAMES}
         layout = self.layout
+        L, R, L_scale, R_scale = (one[name] for name in ("lr_L", "lr_R", "lr_L_scale", "lr_R_scale"))
+        if one["ft_L"] is not None:
+            L, R = dense_pair(one, self.out_features, self.in_features, self.scales)
+            L_scale = R_scale = None
         return linear(
             x,
             self.weight[expert],
             self.scales[expert],
             one["rot_in"],
             one["rot_out"],
-            one["lr_L"],
-            one["lr_R"],
-            one["lr_L_scale"],
-            one["lr_R_scale"],
+            L,
+            R,
+            L_scale,
+            R_scale,
             None,
             layout.codebook,
             layout.group_size,

@@ -1,5 +1,8 @@
 """The compressed linear layer: y = rot_out * H_out(Q z + L (R z)) + bias, z = H_in(rot_in * x)."""
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor, nn
 
@@ -8,7 +11,10 @@ from hf_lrq.kernels import hadamard, linear
 from hf_lrq.layout import LayerLayout
 from hf_lrq.matrices import QuantizedMatrix, dense_factor
 
-TENSOR_NAMES = ("weight", "scales", "rot_in", "rot_out", "lr_L", "lr_R", "lr_L_scale", "lr_R_scale")
+FACTOR_NAMES = ("lr_L", "lr_R", "lr_L_scale", "lr_R_scale", "ft_L", "ft_R")
+TENSOR_NAMES = ("weight", "scales", "rot_in", "rot_out", *FACTOR_NAMES)
+
+Pair = tuple[Tensor, Tensor]  # L [out, r], R [r, in].
 
 
 class LRQLinear(nn.Linear):
@@ -26,8 +32,8 @@ class LRQLinear(nn.Linear):
 
     Attributes:
         weight: uint8 [out, tiles, bits]; three axes, so that it can never pass for an [out, in] weight.
-        scales, rot_in, rot_out, lr_L, lr_R, lr_L_scale, lr_R_scale: see `layout.LayerLayout.tensors`; None where the
-            layout has no such tensor.
+        scales, rot_in, rot_out, lr_L, lr_R, lr_L_scale, lr_R_scale, ft_L, ft_R: see `layout.LayerLayout.tensors`; None
+            where the layout has no such tensor.
     """
 
     scales: nn.Parameter
@@ -37,6 +43,8 @@ class LRQLinear(nn.Linear):
     lr_R: nn.Parameter | None
     lr_L_scale: nn.Parameter | None
     lr_R_scale: nn.Parameter | None
+    ft_L: nn.Parameter | None
+    ft_R: nn.Parameter | None
 
     def __init__(
         self,
@@ -84,24 +92,31 @@ class LRQLinear(nn.Linear):
         """Take over the tensors of `matrix`, which must have this layer's layout.
 
         Raises:
-            ValueError: if the shapes differ.
+            ValueError: if the layouts differ; the layer is then unchanged.
         """
+        check_same_layout(matrix, self.layout, {n: p for n in TENSOR_NAMES if (p := getattr(self, n)) is not None})
         for name, tensor in matrix.tensors().items():
-            own = getattr(self, name)
-            if own is None or own.shape != tensor.shape:
-                expected = None if own is None else tuple(own.shape)
-                raise ValueError(f"{name} of the matrix has shape {tuple(tensor.shape)}, the layer holds {expected}.")
-            own.data.copy_(tensor)
+            getattr(self, name).data.copy_(tensor)
 
     @property
     def rank(self) -> int:
-        """Ranks of L R."""
+        """Ranks of L R, those of a second pair not counted."""
         if self.lr_L is None:
             return 0
         return len(self.lr_L_scale) if self.lr_L_scale is not None else self.lr_L.shape[1]
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def ft_rank(self) -> int:
+        """Ranks of the second pair."""
+        return 0 if self.ft_L is None else self.ft_L.shape[1]
+
+    def forward(self, x: Tensor, adapt: Callable[[Tensor, Tensor], Pair] | None = None) -> Tensor:
         """[..., in] -> [..., out], in the dtype of x.
+
+        Args:
+            x: [..., in].
+            adapt: of the factors, see `low_rank`, makes those that are applied instead. Called in here, where weights
+                that are offloaded are at hand.
 
         Raises:
             ValueError: if x has the wrong width or is not floating point.
@@ -111,16 +126,23 @@ class LRQLinear(nn.Linear):
                 f"LRQLinear({self.in_features}, {self.out_features}) takes floating-point inputs of width "
                 f"{self.in_features}, got {x.dtype} of shape {tuple(x.shape)}."
             )
+        L: Tensor | None = self.lr_L
+        R: Tensor | None = self.lr_R
+        L_scale, R_scale = self.lr_L_scale, self.lr_R_scale
+        if adapt is not None or self.ft_L is not None:
+            # One product with all ranks, as floats, needs the rotations only once.
+            L, R = self.low_rank() if adapt is None else adapt(*self.low_rank())
+            L_scale = R_scale = None
         return linear(
             x,
             self.weight,
             self.scales,
             self.rot_in,
             self.rot_out,
-            self.lr_L,
-            self.lr_R,
-            self.lr_L_scale,
-            self.lr_R_scale,
+            L,
+            R,
+            L_scale,
+            R_scale,
             self.bias,
             self.layout.codebook,
             self.layout.group_size,
@@ -133,12 +155,8 @@ class LRQLinear(nn.Linear):
         W = QuantizedMatrix(
             self.weight, self.scales, self.layout.codebook, self.in_features, self.layout.group_size
         ).dequantize()
-        if self.lr_L is not None and self.lr_R is not None:
-            W = (
-                W
-                + dense_factor(self.lr_L, self.lr_L_scale, 1).float()
-                @ dense_factor(self.lr_R, self.lr_R_scale, 0).float()
-            )
+        L, R = self.low_rank()
+        W = W + L.float() @ R.float()
         block = self.layout.rotation_block
         if self.rot_in is not None:
             W = hadamard(W, block) * self.rot_in.float()
@@ -156,6 +174,81 @@ class LRQLinear(nn.Linear):
             plain.bias = nn.Parameter(self.bias.detach().to(device=device, dtype=dtype, copy=True), requires_grad=False)
         return plain
 
+    # The low-rank part as a value: read, grown, replaced, put back. Q is never touched.
+
+    def low_rank(self) -> Pair:
+        """L [out, r] and R [r, in] as floats, where r is rank + ft_rank; in the rotated basis."""
+        return dense_pair(self._factor_tensors(), self.out_features, self.in_features, self.scales)
+
+    def factors(self) -> "StoredFactors":
+        """The low-rank part as it is stored, to put it back later."""
+        return StoredFactors(self.layout, self._factor_tensors())
+
+    def restore(self, stored: "StoredFactors") -> None:
+        """Put back the low-rank part that `factors` returned; on the device that the layer is on now."""
+        self.layout = stored.layout
+        for name, tensor in stored.tensors.items():
+            if tensor is not None and tensor.device != self.weight.device:
+                tensor = _frozen(tensor.data.to(self.weight.device))
+            self.register_parameter(name, tensor)
+
+    def absorb(self, L: Tensor, R: Tensor) -> None:
+        """Add the product L R to the low-rank part, rounded to float16 once.
+
+        Float16 factors gain ranks. Factors stored as codes stay as they are; the pair goes to ft_L and ft_R.
+
+        Args:
+            L, R: [out, k] and [k, in] float, in the rotated basis, see `rotated`.
+
+        Raises:
+            FloatingPointError: if they are not finite in float16; the layer is then unchanged.
+        """
+        if self.lr_L_scale is None:
+            self.replace_factors(*concatenated([self.low_rank(), (L, R)]))
+            return
+        if self.ft_L is not None and self.ft_R is not None:
+            L, R = concatenated([(self.ft_L, self.ft_R), (L, R)])
+        L, R = _in_float16(L, R)
+        layout = replace(self.layout, ft_rank=L.shape[1])
+        self.restore(StoredFactors(layout, {**self._factor_tensors(), "ft_L": _frozen(L), "ft_R": _frozen(R)}))
+
+    def replace_factors(self, L: Tensor, R: Tensor) -> None:
+        """Make the product L R, rounded to float16, the low-rank part.
+
+        Args:
+            L, R: [out, k] and [k, in] float, in the rotated basis.
+
+        Raises:
+            FloatingPointError: if they are not finite in float16; the layer is then unchanged.
+        """
+        L, R = _in_float16(L, R)
+        layout = replace(self.layout, rank=L.shape[1], factor_bits=16, ft_rank=0)
+        stored = {"lr_L": _frozen(L), "lr_R": _frozen(R)} if L.shape[1] else {}
+        self.restore(StoredFactors(layout, {**dict.fromkeys(FACTOR_NAMES), **stored}))
+
+    def rotated(self, L: Tensor, R: Tensor) -> Pair:
+        """Factors of a product for unrotated inputs and outputs, as factors in the basis of L and R of this layer.
+
+        Raises:
+            ValueError: if the rotations are not signs any more; the way back would need their inverse.
+        """
+        if self.rot_in is None or self.rot_out is None:
+            return L, R
+        if not all((signs.abs() == 1).all() for signs in (self.rot_in, self.rot_out)):
+            raise ValueError("rot_in and rot_out are no longer signs (they were trained): nothing can be moved behind.")
+        block = self.layout.rotation_block
+        return hadamard(L.T * self.rot_out.to(L), block).T, hadamard(R * self.rot_in.to(R), block)
+
+    def unrotated(self, L: Tensor, R: Tensor) -> Pair:
+        """Inverse of `rotated`; for any rotations."""
+        if self.rot_in is None or self.rot_out is None:
+            return L, R
+        block = self.layout.rotation_block
+        return (hadamard(L.T, block) * self.rot_out.to(L)).T, hadamard(R, block) * self.rot_in.to(R)
+
+    def _factor_tensors(self) -> dict[str, nn.Parameter | None]:
+        return {name: getattr(self, name) for name in FACTOR_NAMES}
+
     def reset_parameters(self) -> None:
         """Nothing: codes are loaded, never initialised."""
 
@@ -165,4 +258,107 @@ class LRQLinear(nn.Linear):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"codebook={layout.codebook}, rank={self.rank}, factor_bits={layout.factor_bits}"
+            + (f", ft_rank={self.ft_rank}" if self.ft_rank else "")
         )
+
+
+@dataclass(frozen=True, eq=False)
+class StoredFactors:
+    """The low-rank part of a layer, by reference.
+
+    Attributes:
+        layout: of the whole layer.
+        tensors: `FACTOR_NAMES` -> parameter or None.
+    """
+
+    layout: LayerLayout
+    tensors: Mapping[str, nn.Parameter | None]
+
+    @property
+    def are_codes(self) -> bool:
+        """Whether L and R are codes with scales."""
+        return self.tensors["lr_L_scale"] is not None
+
+    @property
+    def rank(self) -> int:
+        """Ranks of both pairs."""
+        L, scale, ft_L = (self.tensors[name] for name in ("lr_L", "lr_L_scale", "ft_L"))
+        own = 0 if L is None else L.shape[1] if scale is None else len(scale)
+        return own + (0 if ft_L is None else ft_L.shape[1])
+
+
+def check_same_layout(matrix: CompressedMatrix, layout: LayerLayout, own: Mapping[str, Tensor]) -> None:
+    """Whether the tensors of `matrix` mean the same in a layer of `layout` that holds the tensors `own`.
+
+    Raises:
+        ValueError: naming the first thing that differs.
+    """
+    tensors = matrix.tensors()
+    for name in sorted(tensors.keys() | own.keys()):
+        found, expected = _described(tensors.get(name)), _described(own.get(name))
+        if found != expected:
+            raise ValueError(f"{name} of the matrix is {found}, the layer holds {expected}.")
+    # Codes of two codebooks can have the same shape, and so can the groups of two sizes.
+    fields = ["codebook"] + ["rotation_block"] * ("rot_in" in own) + ["group_size"] * (own["scales"].ndim > 1)
+    for field in fields:
+        if getattr(matrix.layout, field) != getattr(layout, field):
+            raise ValueError(
+                f"{field} of the matrix is {getattr(matrix.layout, field)!r}, of the layer {getattr(layout, field)!r}."
+            )
+
+
+def _described(tensor: Tensor | None) -> str:
+    if tensor is None:
+        return "absent"
+    # A layer can have been cast; codes never are.
+    return f"{'float' if tensor.is_floating_point() else tensor.dtype} {tuple(tensor.shape)}"
+
+
+def dense_pair(tensors: Mapping[str, Tensor | None], out_features: int, in_features: int, like: Tensor) -> Pair:
+    """L [out, r] and R [r, in] of stored factors, the second pair appended; without any, empty ones like `like`."""
+    pairs = []
+    if tensors["lr_L"] is not None and tensors["lr_R"] is not None:
+        L, R = tensors["lr_L"], tensors["lr_R"]
+        pairs.append((dense_factor(L, tensors["lr_L_scale"], 1), dense_factor(R, tensors["lr_R_scale"], 0)))
+    if tensors["ft_L"] is not None and tensors["ft_R"] is not None:
+        pairs.append((tensors["ft_L"], tensors["ft_R"]))
+    return concatenated(pairs) if pairs else (like.new_empty(out_features, 0), like.new_empty(0, in_features))
+
+
+def concatenated(pairs: Sequence[Pair]) -> Pair:
+    """One pair whose product is the sum of the products."""
+    if len(pairs) == 1:
+        return pairs[0]
+    return torch.cat([L for L, _ in pairs], 1), torch.cat([R for _, R in pairs], 0)
+
+
+def least_ranks(L: Tensor, R: Tensor) -> Pair:
+    """The same product in at most min(out, in) ranks: multiplied out where there are more."""
+    out_features, in_features = L.shape[0], R.shape[1]
+    if L.shape[1] <= min(out_features, in_features):
+        return L, R
+    product = L @ R
+    if out_features <= in_features:
+        return torch.eye(out_features, dtype=L.dtype, device=L.device), product
+    return product, torch.eye(in_features, dtype=R.dtype, device=R.device)
+
+
+@torch.no_grad()
+def _in_float16(L: Tensor, R: Tensor) -> Pair:
+    """The product as it can be stored.
+
+    What is small in one factor and large in the other would lose digits, so each rank is balanced; by a power of two,
+    which changes no digit.
+    """
+    L, R = least_ranks(L.float(), R.float())
+    left, right = L.square().mean(0).sqrt(), R.square().mean(1).sqrt()
+    usable = (left > 0) & (right > 0)
+    exponent = torch.where(usable, (right / left).log2() / 2, torch.zeros_like(left)).round().int()
+    L, R = torch.ldexp(L, exponent).half(), torch.ldexp(R, -exponent.unsqueeze(1)).half()
+    if not (torch.isfinite(L).all() and torch.isfinite(R).all()):
+        raise FloatingPointError("the factors hold NaN, Inf, or values beyond the range of float16 (65504).")
+    return L.contiguous(), R.contiguous()
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)

@@ -14,6 +14,8 @@ from hf_lrq.report.text import code_cell, human_bytes, plain, with_error
 NOT_MEASURED = "not measured"
 WORST_LAYERS = 10
 MODULES_PER_REASON = 5
+IDLE = ("dequantize",)  # Of the recipe: says nothing about what is stored.
+IDLE_WITHOUT_DATA = ("nsamples", "seqlen", "batch_size", "sequential")
 _AUTO_CLASSES = {
     "ForCausalLM": ("AutoModelForCausalLM", "text-generation"),
     "LMHeadModel": ("AutoModelForCausalLM", "text-generation"),
@@ -87,21 +89,16 @@ def _bits_tag(report: Mapping[str, Any]) -> str:
 
 
 def _bits(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    bits, size = report["bits"], report["size"]
-    rows = [
+    bits = report["bits"]
+    return [
         ("compressed layers: codes with padding, scales, rotations, factors", f"{bits['compressed_layers']:.3f}"),
         ("whole file, embeddings and everything else included", _number(bits["whole_file"], "{:.3f}")),
         ("compressed layers as the CALDERA paper counts: codes and factors only", f"{bits['caldera']:.3f}"),
     ]
-    if size:
-        rows.append(
-            ("size of the weights on disk", f"{human_bytes(size['total_bytes'])} for {size['parameters']:,} parameters")
-        )
-    return rows
 
 
 def _parts(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """(part, weights, bytes, bits per weight) of each part of the model that has bytes."""
+    """(part, weights, bytes, bits per weight) of each part of the model that has bytes, and of the whole."""
     size = report["size"]
     if not size:
         return []
@@ -117,7 +114,12 @@ def _parts(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         for key, title in named.items()
         if (part := size[key])["bytes"]
     ]
-    return [*rows, ("file headers", "", human_bytes(size["header_bytes"]), "")]
+    whole = human_bytes(size["total_bytes"]), _number(size["bits_per_parameter"], "{:.3f}")
+    return [
+        *rows,
+        ("file headers", "", human_bytes(size["header_bytes"]), ""),
+        ("whole file", f"{size['parameters']:,}", *whole),
+    ]
 
 
 def _measurements(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -154,16 +156,24 @@ def _measured_on(report: Mapping[str, Any]) -> str | None:
 
 
 def _recipe(report: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    return [(name, value) for name, value in [*report["recipe"].items(), ("seed", report["seed"])] if value is not None]
+    idle = IDLE if _tokens(report) else (*IDLE, *IDLE_WITHOUT_DATA)
+    settings = [*report["recipe"].items(), ("seed", report["seed"])]
+    return [(name, value) for name, value in settings if value is not None and name not in idle]
 
 
 def _calibration(report: Mapping[str, Any]) -> str:
-    tokens = max((layer["n_tokens"] for layer in report["compression"]["layers"]), default=0)
+    tokens = _tokens(report)
     if not tokens:
         return "Compressed without calibration data: every input direction of a layer counted the same."
     dataset = report["recipe"].get("dataset")
     source = f" of {plain(_shown(dataset))}" if dataset else ""
-    return f"Calibrated on {tokens:,} tokens{source}."
+    sequences = report["compression"]["calibration"].get("sequences")
+    return f"Calibrated on {f'{sequences:,} sequences, ' if sequences else ''}{tokens:,} tokens{source}."
+
+
+def _tokens(report: Mapping[str, Any]) -> int:
+    """Calibration tokens; 0 is data-free."""
+    return max((layer["n_tokens"] for layer in report["compression"]["layers"]), default=0)
 
 
 def _errors(report: Mapping[str, Any]) -> str | None:

@@ -96,7 +96,11 @@ def _is_local(name: str) -> bool:
     if _LOCAL.match(name) or "\\" in name:
         return True
     try:
-        return ("/" in name or name.endswith((".txt", ".json", ".jsonl"))) and Path(name).exists()
+        path = Path(name)
+        if "/" in name or name.endswith((".txt", ".json", ".jsonl")):
+            return path.exists()
+        # As in transformers, a folder goes before a model on the Hub of the same name.
+        return name != "" and path.is_dir()
     except OSError:  # Too long for a path: so it is none.
         return False
 

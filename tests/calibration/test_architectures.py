@@ -169,5 +169,3 @@ def test_the_number_of_threads_changes_no_byte(run: Run) -> None:
         torch.set_num_threads(threads)
     for key, tensor in states[0].items():
         assert torch.equal(tensor, states[1][key]), key
-
-

@@ -118,6 +118,13 @@ def test_a_text_file(kind: type, tmp_path: Path) -> None:
     assert lists(make_batches(kind(file), Letters(), seqlen=2)) == [[[10, 11]], [[12, 13]]]
 
 
+def test_an_existing_file_goes_before_a_data_set_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    Path("data/corpus.md").write_text("abcd")
+    assert len(make_batches("data/corpus.md", Letters(), seqlen=2, special_tokens=False)) == 2
+
+
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match=r"cannot read the calibration text '.*none\.txt': No such file"):
         make_batches(str(tmp_path / "none.txt"), Letters())
@@ -131,12 +138,13 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     [
         ("bundeld", r"unknown calibration data set 'bundeld'. Did you mean 'bundled'\? Give \"bundled\", a list of"),
         ("wiki text 2", "unknown calibration data set 'wiki text 2'"),
+        ("word " * 5000, r"unknown calibration data set 'word [word ]{75}'\.\.\. \(a text goes into a list\). Give"),
         ([], "the list of calibration texts is empty"),
         ([1, 2], "a list of calibration data holds int. Give"),
         (["a", torch.ones(2)], "a list of calibration data holds Tensor, str"),
         ([b"abc"], "a list of calibration data holds bytes"),
-        (3, "calibration data cannot be a int. Give"),
-        ({"text": "a"}, "calibration data cannot be a dict"),
+        (3, "calibration data cannot be of type int. Give"),
+        ({"text": "a"}, "calibration data cannot be of type dict"),
         ([""], "the calibration text is empty: it has no tokens"),
         (["", ""], "the calibration text is empty: it has no tokens"),
     ],

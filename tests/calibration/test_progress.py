@@ -54,7 +54,7 @@ def test_each_matrix_is_a_line(make_toy: Callable[..., Any], tokens: list[Tensor
     report = compress(make_toy(), tokens[:1], quick, progress=TqdmProgress(stream=out))
     lines = out.getvalue().splitlines()
     for layer, line in zip(report.layers, lines, strict=False):
-        assert line.startswith(f"{layer.name}  e {layer.relative_error:.4f}  {layer.bits_per_weight:.2f} bit  ")
+        assert line.startswith(f"{layer.name}  error {layer.relative_error:.4f}  {layer.bits_per_weight:.2f} bit  ")
         assert "ETA 0:0" in line
         assert "GiB" in line
     assert lines[6].endswith("[7/7]")

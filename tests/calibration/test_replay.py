@@ -230,6 +230,4 @@ def test_blocks_that_are_never_called_are_compressed_without_data(
 
     report = compress(make_toy(Shallow), tokens, quick)
     assert {layer.name: layer.n_tokens for layer in report.layers}["blocks.2.up"] == 0
-    assert report.warnings == [
-        "no calibration token reached blocks.2.up, blocks.2.down: compressed without data."
-    ]
+    assert report.warnings == ["no calibration token reached blocks.2.up, blocks.2.down: compressed without data."]

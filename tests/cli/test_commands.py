@@ -137,8 +137,8 @@ def test_a_model_without_a_tokenizer_is_compressed_but_not_evaluated(cli, origin
 
 def test_the_bundled_text_is_calibrated_on_or_evaluated_on_but_not_both() -> None:
     calibration, held_out = bundled_text()
-    whole = make_batches("bundled", lambda text, **_: {"input_ids": [*text.encode()]}, nsamples=1, seqlen=10**6)
-    assert [*(calibration + held_out).encode()] == whole[0][0].tolist()
+    seen = make_batches("bundled", lambda text, **_: {"input_ids": [*text.encode()]}, nsamples=1, seqlen=10**6)
+    assert seen[0][0].tolist() == [*calibration.encode()]
     assert 0.05 < len(held_out) / len(calibration) < 0.15
     assert calibration.endswith("\n\n")
     paragraphs = {part for part in held_out.split("\n\n") if len(part) > 80}
@@ -225,6 +225,11 @@ def test_eval_of_one_model_prints_its_perplexity(cli, original: Path, text: Path
     assert "perplexity" in result.stdout
     assert "KL" not in result.stdout
     assert "window 64, stride 32" in result.stdout
+
+
+def test_eval_takes_as_many_tokens_as_asked(cli, original: Path, text: Path) -> None:
+    result = cli("eval", original, "--text", text, "--window", 32, "--eval-tokens", 80, "--device", "cpu", "--json")
+    assert json.loads(result.stdout)["perplexity"]["tokens"] == 79
 
 
 # --- doctor

@@ -5,10 +5,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from safetensors import SafetensorError
 
 from hf_lrq.cli import app
+from hf_lrq.cli.loading import unavailable
 from hf_lrq.errors import CheckpointError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,9 +70,9 @@ def test_wrong_options_are_found_first(cli, original: Path, tmp_path: Path, argu
 def test_an_output_folder_that_is_taken_is_found_first(cli, original: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text("mine")
     message = cli.fails("quantize", original, "-o", tmp_path, *DATA_FREE)
-    assert "is not empty. Choose another folder, or replace the model in it with --overwrite." in message
+    assert "is not empty. Choose another folder, or replace the model in it with --overwrite" in message
     message = cli.fails("quantize", original, "-o", tmp_path, *DATA_FREE, "--overwrite")
-    assert "holds no model (no config.json), so it is not replaced" in message
+    assert "holds no model (config.json with weights beside it), so it is not replaced" in message
     message = cli.fails("quantize", original, "-o", tmp_path / "notes.md", *DATA_FREE)
     assert "is a file; a model is saved to a folder" in message
     message = cli.fails("quantize", original, "-o", tmp_path / "notes.md" / "out", *DATA_FREE)
@@ -99,6 +103,49 @@ def test_a_model_that_the_hub_does_not_give(cli, original: Path, text: Path, tmp
         message = cli.fails(*arguments)
         for hint in (f"Cannot load {name}", "misspelt", "no network", "hf auth login"):
             assert hint in message
+
+
+def refused(status: int, kind: type[HfHubHTTPError]) -> OSError:
+    """What transformers makes of an answer of the Hub."""
+    error = OSError("nobody/gated-401 is not a local folder and is not a valid model identifier")
+    cause = kind.__new__(kind)
+    cause.response = SimpleNamespace(status_code=status)  # Which HTTP library it is from depends on the release.
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "message"),
+    [
+        (403, GatedRepoError, "is gated or private. Ask for access on its page"),
+        (403, HfHubHTTPError, "is gated or private. Ask for access on its page"),
+        (401, RepositoryNotFoundError, "Its name may be misspelt"),
+        (500, HfHubHTTPError, "Its name may be misspelt"),
+    ],
+)
+def test_a_gated_model_is_told_from_a_missing_one(status: int, kind: type[HfHubHTTPError], message: str) -> None:
+    assert message in str(unavailable("nobody/gated-401", refused(status, kind)))
+
+
+def test_a_full_disk_is_found_before_the_work(
+    cli, original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_lrq.cli.quantize.compress_pretrained", lambda *arguments: 1 // 0)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    message = cli.fails("quantize", original, "-o", tmp_path / "out", *DATA_FREE, "--rank", "4")
+    assert "but its disk has room for 1.00 kB only. Make room, or choose a folder on another disk." in message
+
+
+def test_a_disk_that_fills_up_is_an_error_of_the_user(
+    cli, original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", fail)
+    message = cli.fails("quantize", original, "-o", tmp_path / "out", *DATA_FREE, "--rank", "4", "--iters", "1")
+    assert "cannot be read or written: No space left on device (os error 28). Is the disk full?" in message
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_compressed_model_is_not_compressed_again(

@@ -237,7 +237,7 @@ import inspect, pickle
 from transformers.quantizers import HfQuantizer
 assert pickle.loads(pickle.dumps(HfQuantizer)) is HfQuantizer
 assert "class HfQuantizer" in inspect.getsource(HfQuantizer)
-assert not [finder for finder in sys.meta_path if hasattr(finder, "awaited")]
+assert not [finder for finder in sys.meta_path if getattr(finder, "awaited", "").startswith("transformers")]
 """
 
 

@@ -14,6 +14,7 @@ PUBLIC = [
     "CheckpointError",
     "CompressionSpec",
     "InputGram",
+    "LRQAdapterConfig",
     "LRQConfig",
     "LRQError",
     "LRQHfQuantizer",

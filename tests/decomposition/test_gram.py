@@ -46,6 +46,21 @@ def test_non_finite_or_overflowing_activations_are_refused(bad):
         GramAccumulator(3).update(x)
 
 
+def test_activations_of_another_width_are_refused():
+    """One column would otherwise be broadcast over the whole Gram."""
+    with pytest.raises(CalibrationError, match=r"for 4 inputs, got activations of \(2, 1\)"):
+        GramAccumulator(4).update(torch.ones(2, 1))
+
+
+def test_autocast_does_not_reach_the_gram(generator):
+    x = torch.randn(500, 24, generator=generator)
+    plain, cast = GramAccumulator(24), GramAccumulator(24)
+    plain.update(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast.update(x)
+    assert torch.equal(plain.total, cast.total)
+
+
 def test_no_tokens_is_an_error():
     with pytest.raises(CalibrationError, match="no calibration tokens"):
         InputGram.from_inputs(torch.empty(0, 3))
@@ -58,6 +73,9 @@ def test_no_tokens_is_an_error():
         (torch.ones(3, 2), "square"),
         (torch.full((2, 2), float("nan")), "NaN"),
         (torch.tensor([[1.0, 0.5], [0.0, 1.0]]), "not symmetric"),
+        (torch.diag(torch.tensor([1.0, -1.0])), "trace that is not positive"),
+        (torch.eye(2, dtype=torch.float64) * 1e60, "Inf"),
+        (torch.eye(2, dtype=torch.float64) * 1e-60, "is zero"),
     ],
 )
 def test_impossible_grams_are_refused(H, message):

@@ -43,8 +43,6 @@ def test_iterative_svd_agrees_with_the_exact_one(generator):
     _, sigma, Vt = truncated_svd(A, 16, generator)
     torch.testing.assert_close(sigma, spectrum[:16], rtol=2e-3, atol=0)
     assert Vt.shape == (16, 600)
-    warm = truncated_svd(A, 16, generator, start=Vt)
-    torch.testing.assert_close(warm[1], spectrum[:16], rtol=2e-4, atol=0)
 
 
 def test_stored_factors_are_float16_and_lose_next_to_nothing(problem, generator):

@@ -98,6 +98,52 @@ def test_same_seed_same_bytes_and_another_seed_other_bytes():
     assert not torch.equal(first["weight"], other["weight"])
 
 
+@pytest.mark.parametrize("factor_bits", [16, 8])
+def test_the_number_of_threads_does_not_matter(factor_bits):
+    # Large enough that products and factorisations are shared between threads where they may be.
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(300, 384, generator=generator)
+    gram = InputGram.from_inputs(torch.randn(1000, 384, generator=generator) * torch.logspace(0, -1.5, 384))
+    spec = change(rank=32, factor_bits=factor_bits, iters=1, refinements=1)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(compress_matrix(W, gram, spec, torch.Generator().manual_seed(1)).tensors())
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(found[0][name], other[name]) for name in other)
+
+
+def test_autocast_of_the_caller_does_not_reach_the_decomposition():
+    W, gram = problem()
+    spec = change(factor_bits=8, iters=1, refinements=1)
+    plain = compress_matrix(W, gram, spec, torch.Generator().manual_seed(0)).tensors()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = compress_matrix(W, gram, spec, torch.Generator().manual_seed(0)).tensors()
+    assert all(torch.equal(plain[name], cast[name]) for name in plain)
+
+
+@pytest.mark.parametrize("factor_bits", [16, 8, 4])
+@pytest.mark.parametrize("W", [torch.ones(32, 64), torch.linspace(-1, 1, 64).expand(32, 64)], ids=["ones", "one row"])
+def test_more_ranks_than_the_weight_has(W, factor_bits):
+    """The factors that are not needed hold rounding errors; their Gram is singular."""
+    compressed = compress_matrix(W, None, change(rank=32, factor_bits=factor_bits), torch.Generator().manual_seed(0))
+    assert compressed.proxy_loss < 2e-3
+    assert all(torch.isfinite(tensor.float()).all() for tensor in compressed.tensors().values())
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 1), (1, 5), (300, 1), (1, 300)])
+@pytest.mark.parametrize("factor_bits", [16, 8, 4])
+def test_one_row_or_one_column(shape, factor_bits):
+    W = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    compressed = compress_matrix(W, None, change(factor_bits=factor_bits), torch.Generator().manual_seed(0))
+    assert compressed.dense().shape == shape
+    assert compressed.proxy_loss < 5e-3  # One rank is all there is; 4 bits leave (1/15)^2 or so.
+
+
 def test_global_rng_is_left_alone():
     W, gram = problem()
     before = torch.get_rng_state()
@@ -143,6 +189,7 @@ def test_an_all_zero_weight_stays_zero():
         (torch.zeros(8), r"shape \[out, in\]"),
         (torch.zeros(0, 8), r"shape \[out, in\]"),
         (torch.full((8, 8), 1e-9), "root mean square of 1e-09"),
+        (torch.full((8, 8), 1e-25), "root mean square of 0"),
     ],
 )
 def test_impossible_weights_are_refused(W, message):

@@ -8,6 +8,7 @@ import torch
 from hf_lrq.decomposition import LDLQ, InputGram, RoundToNearest
 from hf_lrq.decomposition.gram import weighted_square
 from hf_lrq.decomposition.quantizers import refit_scales, unit_upper
+from hf_lrq.errors import CompressionError
 
 BOOKS = ["e8p2", "e8p3", "e8p4", "int2", "int4", "int8", "lloyd2", "lloyd3", "nf4"]
 
@@ -34,6 +35,16 @@ def test_unit_upper_is_a_block_ldl_factorisation(problem, block):
         torch.testing.assert_close(U[own, own], torch.eye(block, dtype=H.dtype), rtol=0, atol=1e-12)
         assert not U[k + block :, own].any()
     assert D[outside].abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("block", [1, 8])
+def test_a_gram_that_rounding_made_indefinite_still_guides_the_rounding(problem, block):
+    _, H = problem
+    H = H - 1.001 * torch.linalg.eigvalsh(H).min() * torch.eye(80)
+    assert torch.linalg.cholesky_ex(H).info.item() > 0
+    ridge = 1e-3 * H.diagonal().mean() * torch.eye(80)
+    torch.testing.assert_close(unit_upper(H, block), unit_upper(H + ridge, block))
+    assert torch.isfinite(LDLQ("e8p2", sweeps=1).quantize(torch.ones(3, 80), H).dequantize()).all()
 
 
 @pytest.mark.parametrize("codebook", BOOKS)
@@ -113,3 +124,10 @@ def test_the_weight_that_is_handed_in_is_not_changed(problem):
     LDLQ("e8p2", sweeps=1).quantize(W, H)
     assert torch.equal(W, before[0])
     assert torch.equal(H, before[1])
+
+
+def test_a_row_beyond_float16_scales_is_refused():
+    W = torch.ones(4, 8)
+    W[2] = 1e6
+    with pytest.raises(CompressionError, match="root mean square of 1e\\+06"):
+        RoundToNearest("e8p2").quantize(W, torch.eye(8))

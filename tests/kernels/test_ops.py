@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_lrq.decomposition import compress_matrix
+from hf_lrq.kernels import hadamard
 from hf_lrq.nn import LRQLinear
 from hf_lrq.spec import LayerSpec
 
@@ -50,6 +51,40 @@ def test_low_precision_inputs_give_the_same_within_their_precision(dtype):
 def test_any_leading_shape(batch):
     layer, generator = make({})
     assert layer(torch.randn(*batch, 40, generator=generator)).shape == (*batch, 24)
+
+
+@pytest.mark.parametrize("batch", [(), (0,), (1,), (2, 0), (2, 3)])
+def test_gradients_for_any_leading_shape(batch):
+    layer, generator = make({})
+    layer.requires_grad_(False).lr_R.requires_grad_(True)
+    x = torch.randn(*batch, 40, generator=generator, requires_grad=True)
+    layer(x).sum().backward()
+    expected = layer.dense().sum(0).expand_as(x)
+    torch.testing.assert_close(x.grad, expected, rtol=1e-4, atol=1e-4)
+    assert torch.isfinite(layer.lr_R.grad).all()
+
+
+@pytest.mark.parametrize("variant", [{}, {"rotation": "none", "rank": 0}], ids=str)
+def test_under_autocast_it_is_a_linear_layer_like_others(variant):
+    layer, generator = make(variant, bias=False)
+    x = torch.randn(5, 40, generator=generator, requires_grad=True)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+        assert y.dtype == compiled(x).dtype == torch.nn.Linear(40, 24)(x).dtype == torch.bfloat16
+        assert torch.equal(y, compiled(x))
+    assert torch.equal(y, layer(x.bfloat16()))
+    y.sum().backward()
+    assert x.grad.dtype == torch.float32
+
+
+def test_a_transform_outlives_the_mode_it_was_first_used_in():
+    """4096 is a block that no layer in these tests has."""
+    with torch.inference_mode(), torch.device("meta"):
+        hadamard(torch.ones(1, 4096, device="cpu"), 4096)
+    x = torch.ones(1, 4096, requires_grad=True)
+    hadamard(x, 4096)[0, 0].backward()
+    torch.testing.assert_close(x.grad, torch.full((1, 4096), 1 / 64))
 
 
 def test_non_contiguous_inputs():

@@ -1,6 +1,7 @@
 """LRQLinear and expert stacks as modules: state, copies, conversion."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -57,8 +58,31 @@ def test_copies_are_independent():
 
 def test_a_matrix_of_another_layout_is_refused():
     layer = LRQLinear(24, 16, False, SPEC.layout)
-    with pytest.raises(ValueError, match=r"lr_L of the matrix has shape \(16, 2\), the layer holds \(16, 4\)"):
+    with pytest.raises(ValueError, match=r"lr_L of the matrix is float \(16, 2\), the layer holds float \(16, 4\)"):
         layer.load_matrix(matrix(spec=LayerSpec(bits=2, rank=2, codebook="e8p", iters=1, sweeps=0)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank": 0}, "lr_L of the matrix is absent, the layer holds float"),
+        ({"factor_bits": 8}, "lr_L of the matrix is torch.int8"),
+        ({"codebook": "lloyd"}, "codebook of the matrix is 'lloyd2', of the layer 'e8p2'"),
+        ({"rotation": "none"}, "rot_in of the matrix is absent"),
+        ({"rotation_block": 8}, "rotation_block of the matrix is 8, of the layer 256"),
+    ],
+)
+def test_a_matrix_that_would_be_misread_is_refused_and_nothing_is_copied(changes, message):
+    other = matrix(1, replace(SPEC, **changes))
+    layer, stack = LRQLinear.from_matrix(matrix()), LRQExpertStack(2, 24, 16, SPEC.layout)
+    stack.load_matrix(1, matrix())
+    before = layer.dense()
+    with pytest.raises(ValueError, match=message):
+        layer.load_matrix(other)
+    with pytest.raises(ValueError, match=message):
+        stack.load_matrix(1, other)
+    assert torch.equal(layer.dense(), before)
+    assert torch.equal(stack.layer(1).dense(), before)
 
 
 def test_rank_counts_ranks_not_bytes():

@@ -155,7 +155,8 @@ def test_an_existing_relative_folder_is_no_hub_id(
 ) -> None:
     (tmp_path / "org" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert built(compression, base_model="org/model")["base_model"] == {"name": "model", "hub_id": None}
+    for name in ("org/model", "org"):
+        assert built(compression, base_model=name)["base_model"] == {"name": name.split("/")[-1], "hub_id": None}
 
 
 def test_files_are_replaced_and_nothing_else_is_left(compression: CompressionReport, tmp_path: Path) -> None:
@@ -206,14 +207,14 @@ def test_card_says_what_was_measured(compression: CompressionReport, evaluation:
         "| compressed layers: codes with padding, scales, rotations, factors | 5.000 |",
         "| whole file, embeddings and everything else included | 10.913 |",
         "| compressed layers as the CALDERA paper counts: codes and factors only | 5.000 |",
-        "| size of the weights on disk | 68.21 kB for 50,000 parameters |",
+        "| whole file | 50,000 | 68.21 kB | 10.913 |",
         "| perplexity | 10 | 12.5 |",
         "| rise of ln perplexity, nats per token |  | 0.2231 ± 0.002 |",
         "| KL(original, compressed), nats per token |  | 0.125 ± 0.003 |",
         "| KL(compressed, original), nats per token |  | 0.25 |",
         "| same most likely token |  | 90.00% ± 1.00% |",
         "Text: held-out text; 999 tokens scored, window 64, stride 32.",
-        "Calibrated on 4,096 tokens of bundled.",
+        "Calibrated on 8 sequences, 4,096 tokens of bundled.",
         "| `rank_pattern` | `q_proj\\|k_proj: 8` |",
         "| `seed` | `7` |",
         "12 matrices were compressed. Relative error of their outputs, on the calibration inputs: "
@@ -254,8 +255,11 @@ def test_card_of_a_model_without_perplexity_shows_the_output_error(
 
 def test_card_of_a_data_free_run_says_so(compression: CompressionReport) -> None:
     compression.layers = [layer(0, n_tokens=0)]
-    text = model_card(built(compression, recipe={"dataset": None})).content
+    recipe = {"dataset": None, "rank": 4, "nsamples": 128, "seqlen": 2048, "dequantize": False}
+    text = model_card(built(compression, recipe=recipe)).content
     assert "Compressed without calibration data" in text
+    assert "| `rank` | `4` |" in text
+    assert not any(f"`{name}`" in text for name in ("nsamples", "seqlen", "dequantize")), "they had no effect"
     assert "Relative error of their weights: median 0.1000" in text
 
 

@@ -1,0 +1,175 @@
+"""The adapter around one compressed linear layer."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from hf_lrq.integrations.peft.merging import MergesIntoFactors
+from hf_lrq.integrations.peft.modes import Mode
+from hf_lrq.nn import LRQLinear
+from hf_lrq.nn.linear import Pair, concatenated, dense_pair
+
+TRAINED = ("lrq_L", "lrq_R", "lrq_U", "lrq_V", "lrq_C", "lrq_turn")
+KEPT = ("lrq_P", "lrq_N")
+RANDOM_INIT = 0.1  # Standard deviation of what `init="random"` adds, over that of the layer's L; 1 for cores.
+
+
+class LRQAdapterLayer(BaseTunerLayer):
+    """What PEFT recognises a layer of this adapter type by.
+
+    Attributes:
+        lrq_L, lrq_R: adapter -> factors to train, [out, k] and [k, in]; always two factors of one product.
+        lrq_U, lrq_V: adapter -> additions to singular vectors, [out, k] and [k, in].
+        lrq_C: adapter -> additions to a core, [r] or [r, r].
+        lrq_turn: adapter -> generators of two rotations, [2, r, r].
+        lrq_P, lrq_N: adapter -> frozen [k, r] and [r, k], see `modes.singular_anchors`.
+        modes: adapter -> what it trains.
+    """
+
+    adapter_layer_names = TRAINED
+    other_param_names = (*KEPT, "modes")
+
+
+class LRQAdapterLinear(nn.Module, MergesIntoFactors, LRQAdapterLayer):
+    """A compressed linear layer with adapters.
+
+    Args:
+        base_layer: left as it is until adapters are merged.
+    """
+
+    # PEFT's, told to type checkers.
+    active_adapters: list[str]
+    disable_adapters: bool
+    merged: bool
+    set_adapter: Callable[..., None]
+    _cast_input_dtype: Callable[[Tensor, torch.dtype], Tensor]
+    _move_adapter_to_device_of_base_layer: Callable[[str], None]
+
+    def __init__(self, base_layer: LRQLinear):
+        super().__init__()
+        self.base_layer = base_layer
+        for name in (*TRAINED, *KEPT):
+            self.add_module(name, nn.ParameterDict())
+        self.modes: dict[str, Mode] = {}
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self._disable_adapters = False
+        self.merged_adapters = []
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        mode: Mode,
+        generator: torch.Generator,
+        randomly: bool = False,
+        inference_mode: bool = False,
+    ) -> None:
+        """Add an adapter.
+
+        Args:
+            generator: of its first values.
+            randomly: start beside the base layer, not at it.
+        """
+        L, R = self._base_pair()
+        trained, kept = mode.trained(L, R, generator), mode.kept(L, R)
+        for name, tensor in (trained | kept).items():
+            if randomly and name in trained:
+                relative = L.numel() and name not in ("lrq_C", "lrq_turn")
+                spread = RANDOM_INIT * (L.float().std() if relative else 1.0)
+                noise = torch.randn(tensor.shape, generator=generator, device=generator.device)
+                tensor = tensor + spread * noise.to(tensor.device)
+            getattr(self, name)[adapter_name] = nn.Parameter(tensor.contiguous(), requires_grad=name in trained)
+        self.modes[adapter_name] = mode
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def holds(self, adapter: str) -> bool:
+        """See `MergesIntoFactors`."""
+        return adapter in self.modes
+
+    def own(self, adapter: str) -> dict[str, Tensor]:
+        """The tensors of one adapter, by name."""
+        containers = {name: getattr(self, name) for name in (*TRAINED, *KEPT)}
+        return {name: tensors[adapter] for name, tensors in containers.items() if adapter in tensors}
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """[..., in] -> [..., out] through the base layer and the active adapters."""
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        names = [name for name in self.active_adapters if name in self.modes]
+        if self.merged or not names:
+            return self.base_layer(x, *args, **kwargs)
+        inside = [name for name in names if not self.modes[name].outside]
+        adapt = functools.partial(self._adapted_pair, inside) if inside else None
+        y: Tensor = self.base_layer(x, *args, adapt=adapt, **kwargs)
+        dtype = y.dtype
+        for name in names:
+            if self.modes[name].outside:
+                own = self.own(name)
+                z = self._cast_input_dtype(x, own["lrq_R"].dtype)
+                y = y + nn.functional.linear(nn.functional.linear(z, own["lrq_R"]), own["lrq_L"])
+        return y.to(dtype)
+
+    def _adapted_pair(self, inside: Sequence[str], L: Tensor, R: Tensor) -> Pair:
+        """The pair that the layer applies instead of (L, R)."""
+        # Sums over ranks in the dtype of the adapters; the layer rounds the result to that of its input.
+        with torch.autocast(L.device.type, enabled=False):
+            pairs = []
+            for name in inside:
+                own = self.own(name)
+                dtype = next(iter(own.values())).dtype
+                pairs.append(self.modes[name].product(L.to(dtype), R.to(dtype), own))
+            # Each of them contains L R.
+            surplus = [(L * -(len(pairs) - 1), R)] if len(pairs) > 1 else []
+            return concatenated([*pairs, *surplus])
+
+    def change_of(self, adapter: str) -> Pair:
+        """See `MergesIntoFactors`."""
+        base, mode = self.get_base_layer(), self.modes[adapter]
+        with torch.no_grad():
+            L, R = (factor.float() for factor in self._base_pair())
+            change = mode.change(L, R, {name: tensor.float() for name, tensor in self.own(adapter).items()})
+            return base.rotated(*change) if mode.outside else change
+
+    def outer_change_of(self, adapter: str) -> Pair:
+        """What an adapter adds to the weight, for inputs and outputs of the layer as they are."""
+        if self.modes[adapter].outside:
+            own = self.own(adapter)
+            return own["lrq_L"].detach().float(), own["lrq_R"].detach().float()
+        unrotated: Pair = self.get_base_layer().unrotated(*self.change_of(adapter))
+        return unrotated
+
+    def fold(self, base: LRQLinear, adapters: Sequence[str]) -> None:
+        """See `MergesIntoFactors`; float16 factors are replaced by trained ones instead of growing by a difference."""
+        inside = [adapter for adapter in adapters if not self.modes[adapter].outside]
+        if base.factors().are_codes or not inside:
+            super().fold(base, adapters)
+            return
+        with torch.no_grad():
+            pair = self._adapted_pair(inside, *(factor.float() for factor in base.low_rank()))
+        outside = [self.change_of(adapter) for adapter in adapters if self.modes[adapter].outside]
+        base.replace_factors(*concatenated([(pair[0].float(), pair[1].float()), *outside]))
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What an adapter adds to the weight, [out, in] float32."""
+        L, R = self.outer_change_of(adapter)
+        return L @ R
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Yes: every adapter adds something of low rank."""
+        return True
+
+    def _base_pair(self) -> Pair:
+        """Factors of the layer without what is merged into it."""
+        base: LRQLinear = self.get_base_layer()
+        if self.unmerged is None:
+            return base.low_rank()
+        return dense_pair(self.unmerged.tensors, base.out_features, base.in_features, base.scales)
+
+    def __repr__(self) -> str:
+        return "lrq." + super().__repr__()

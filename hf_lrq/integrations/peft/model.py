@@ -1,0 +1,176 @@
+"""The tuner: puts adapters around the compressed layers of a model, and everything PEFT does with them afterwards."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from hf_lrq.decomposition import generator_for
+from hf_lrq.errors import CheckpointError, SpecError, did_you_mean
+from hf_lrq.integrations.peft.config import LRQAdapterConfig
+from hf_lrq.integrations.peft.layer import LRQAdapterLayer, LRQAdapterLinear
+from hf_lrq.integrations.peft.offloading import check_none_is_offloaded
+from hf_lrq.integrations.peft.peft_type import PREFIX
+from hf_lrq.integrations.peft.targets import chosen_layers, fingerprints, layers_of, ranks_of
+from hf_lrq.nn import LRQLinear
+from hf_lrq.nn.linear import Pair, concatenated, least_ranks
+
+
+class LRQAdapterModel(BaseTuner):
+    """A model whose compressed linear layers are adapted; made by `peft.get_peft_model(model, LRQAdapterConfig())`.
+
+    Args:
+        model: with compressed layers.
+        config: an LRQAdapterConfig, or several by adapter name.
+        adapter_name: of the adapter to make.
+    """
+
+    prefix = PREFIX
+    tuner_layer_cls = LRQAdapterLayer
+    target_module_mapping: Mapping[str, Any] = {}
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.register_load_state_dict_post_hook(_check_loaded)
+
+    def _prepare_adapter_config(self, peft_config: LRQAdapterConfig, model_config: dict[str, Any]) -> LRQAdapterConfig:
+        """Choose the layers, and find all that is wrong with the choice before anything is changed."""
+        chosen = chosen_layers(peft_config, self.model)
+        peft_config.remember(fingerprints(chosen, ranks_of(self.model)))
+        peft_config.target_modules = set(chosen)
+        # PEFT shortens the names of many targets; endings could also fit other layers.
+        self._chosen = frozenset(chosen)
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: LRQAdapterConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if current_key not in self._chosen:
+            return
+        adapted = target if isinstance(target, LRQAdapterLinear) else LRQAdapterLinear(cast(LRQLinear, target))
+        if adapted is not target:
+            adapted._active_adapter = self.active_adapter
+        adapted.update_layer(
+            adapter_name,
+            peft_config.mode_for(current_key),
+            generator_for(peft_config.seed, current_key),
+            randomly=peft_config.init == "random",
+            inference_mode=peft_config.inference_mode,
+        )
+        if adapted is not target:
+            if adapter_name not in self.active_adapters:
+                adapted.requires_grad_(False)
+            self._replace_module(parent, target_name, adapted, target)
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        check_none_is_offloaded(self.model, layers_of(self.model), "merged")
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+    ) -> None:
+        """Make a new adapter that adds to each layer the weighted sum of what others add; exact, as ranks concatenate.
+
+        Args:
+            adapters: names, of any modes.
+            weights: one for each; negative ones subtract.
+            adapter_name: of the new one; it has mode "append:r" and, like any other that is added, is not active.
+            combination_type: "cat"; there is no approximation to choose.
+
+        Raises:
+            SpecError: on a name that is unknown, given twice, or taken; on weights that do not match; if one of the
+                adapters also trains whole modules.
+        """
+        self._check_combination(adapters, weights, adapter_name, combination_type)
+        pairs: dict[str, Pair] = {}
+        for name, module in self.model.named_modules():
+            if isinstance(module, LRQAdapterLinear):
+                held = [(a, float(w)) for a, w in zip(adapters, weights, strict=True) if module.holds(a)]
+                if held:
+                    changes = [(module.outer_change_of(adapter), weight) for adapter, weight in held]
+                    pairs[name] = least_ranks(*concatenated([(L * weight, R) for (L, R), weight in changes]))
+        ranks = {name: L.shape[1] for name, (L, _) in pairs.items()}
+        self.peft_config[adapter_name] = replace(
+            self.peft_config[adapters[0]],
+            mode=f"append:{max(ranks.values())}",
+            target_modules=list(pairs),
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+            rank_pattern=ranks,
+            init="zero",
+            base_layers=None,
+        )
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except BaseException:
+            del self.peft_config[adapter_name]
+            raise
+        for name, pair in pairs.items():
+            for factor, values in zip(("lrq_L", "lrq_R"), pair, strict=True):
+                self.model.get_submodule(name).get_parameter(f"{factor}.{adapter_name}").data.copy_(values)
+
+    def _check_combination(
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str
+    ) -> None:
+        known = list(self.peft_config)
+        if not adapters or len(adapters) != len(weights):
+            raise SpecError(f"Give one weight for each adapter: got {len(adapters)} and {len(weights)}.")
+        for name in adapters:
+            if name not in known:
+                raise SpecError(
+                    f"There is no adapter {name!r}.{did_you_mean(name, known)} Adapters: {', '.join(known)}."
+                )
+            if self.peft_config[name].modules_to_save:
+                raise SpecError(f"{name!r} also trains whole modules (modules_to_save), which cannot be added up.")
+        if len(set(adapters)) < len(adapters):
+            raise SpecError(f"An adapter is given twice: {', '.join(adapters)}. Add up its weights.")
+        if adapter_name in known:
+            raise SpecError(f"There is an adapter {adapter_name!r} already. Choose another name, or delete it first.")
+        if combination_type != "cat":
+            raise SpecError(f"combination_type must be 'cat', which is exact; got {combination_type!r}.")
+
+
+def _check_loaded(tuner: LRQAdapterModel, keys: Any) -> None:
+    """After `load_state_dict`: refuse adapters of which something matched nothing, or something is missing.
+
+    PEFT itself passes over the former and warns of the latter. What it loads is one adapter; all other parameters are
+    missing then, and an adapter of which nothing was given is another one.
+
+    Raises:
+        CheckpointError: naming the first.
+    """
+    own: dict[str, set[str]] = {}
+    for name, module in tuner.named_modules():
+        if isinstance(module, LRQAdapterLinear):
+            for adapter in module.modes:
+                own.setdefault(adapter, set()).update(f"{name}.{kind}.{adapter}" for kind in module.own(adapter))
+    known = set().union(*own.values())
+    missing = {name for key in keys.missing_keys if (name := _name_in_tuner(key)) in known}
+    unexpected = [_name_in_tuner(key) for key in keys.unexpected_keys if f".{PREFIX}" in key]
+    partly = [min(lost) for names in own.values() if 0 < len(lost := names & missing) < len(names)]
+    for what, names in (("matches nothing in the model", unexpected), ("is missing", partly)):
+        if names:
+            more = f" ({len(names) - 1} more like it.)" if len(names) > 1 else ""
+            raise CheckpointError(
+                f"The file does not hold the tensors of this adapter: {min(names)} {what}.{more} adapter_config.json "
+                "and adapter_model.safetensors are of different adapters, or one was edited."
+            )
+
+
+def _name_in_tuner(key: str) -> str:
+    """The name of a parameter within the tuner, which PEFT's models call `base_model`."""
+    return key.removeprefix("_orig_mod.").removeprefix("base_model.")
