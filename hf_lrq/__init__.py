@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from hf_lrq.evaluation import evaluate
     from hf_lrq.integrations.peft import LRQAdapterConfig
     from hf_lrq.integrations.saving import save
-    from hf_lrq.integrations.transformers import LRQConfig, LRQHfQuantizer
+    from hf_lrq.integrations.transformers import LRQConfig, LRQHfQuantizer, compress_pretrained
     from hf_lrq.nn.linear import LRQLinear
+    from hf_lrq.optim import RiemannianAdamW, RiemannianSGD, precondition, riemannian_param_groups
     from hf_lrq.spec import CompressionSpec, LayerSpec
 
 __version__ = "0.1.0"
@@ -36,12 +37,17 @@ __all__ = [
     "LRQHfQuantizer",
     "LRQLinear",
     "LayerSpec",
+    "RiemannianAdamW",
+    "RiemannianSGD",
     "SpecError",
     "__version__",
     "compress",
     "compress_matrix",
+    "compress_pretrained",
     "evaluate",
+    "precondition",
     "proxy_loss",
+    "riemannian_param_groups",
     "save",
 ]
 
@@ -56,11 +62,16 @@ _HOME = {
     "LRQHfQuantizer": "hf_lrq.integrations.transformers",
     "LRQLinear": "hf_lrq.nn.linear",
     "LayerSpec": "hf_lrq.spec",
+    "RiemannianAdamW": "hf_lrq.optim",
+    "RiemannianSGD": "hf_lrq.optim",
     "SpecError": "hf_lrq.errors",
     "compress": "hf_lrq.calibration.compress",
     "compress_matrix": "hf_lrq.decomposition.compress_matrix",
+    "compress_pretrained": "hf_lrq.integrations.transformers",
     "evaluate": "hf_lrq.evaluation",
+    "precondition": "hf_lrq.optim",
     "proxy_loss": "hf_lrq.decomposition.gram",
+    "riemannian_param_groups": "hf_lrq.optim",
     "save": "hf_lrq.integrations.saving",
 }
 

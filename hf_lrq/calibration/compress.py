@@ -38,6 +38,9 @@ def compress(
 ) -> CompressionReport:
     """Replace the linear layers of a model by compressed ones.
 
+    For any torch module. A model of transformers that is to be saved and loaded again goes through
+    `compress_pretrained`, which also records what it is.
+
     The result depends on the model, the batches and the spec alone, not on the number of threads: on a CPU,
     torch.get_num_threads() threads work side by side, each on whole matrices and whole batches.
 

@@ -22,9 +22,9 @@ REQUIRED = {
     "huggingface_hub": (1, 0),
 }
 OPTIONAL = {
-    "peft": ((0, 18), "to fine-tune"),
-    "triton": ((3, 2), "for fast layers on GPUs"),
-    "bitsandbytes": ((0, 45), "for its optimizers"),
+    "peft": ((0, 20), "to fine-tune"),
+    "triton": ((3, 2), "which this release does not use yet"),
+    "bitsandbytes": ((0, 45), "which this release does not use yet"),
 }
 
 

@@ -41,7 +41,7 @@ def _register_with_peft() -> None:
         # Not an error: whoever imports PEFT for something else is not to be stopped.
         warnings.warn(
             f"hf_lrq could not register its adapters with peft {version} ({type(error).__name__}: {error}). "
-            "LRQAdapterConfig needs peft >= 0.18: upgrade peft.",
+            "LRQAdapterConfig needs peft >= 0.20: upgrade peft.",
             UserWarning,
             stacklevel=2,
         )

@@ -147,8 +147,17 @@ class LRQConfig(QuantizationConfigMixin):
         for name in ("dequantize", "sequential"):
             if not isinstance(getattr(self, name), bool):
                 raise SpecError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+        if not isinstance(self.codebook, str):
+            raise SpecError(f"codebook must be the name of a family, such as 'e8p' or 'auto', got {self.codebook!r}.")
+        for name in ("rank_pattern", "bits_pattern"):
+            table = getattr(self, name)
+            if table is not None and not (isinstance(table, Mapping) and all(isinstance(key, str) for key in table)):
+                raise SpecError(
+                    f"{name} must map regular expressions to numbers, such as {{'q_proj': 4}}; got {table!r}."
+                )
         skipped = self.modules_to_not_convert
-        if skipped is not None and (isinstance(skipped, str) or not all(isinstance(name, str) for name in skipped)):
+        listed = isinstance(skipped, Sequence) and not isinstance(skipped, str)
+        if skipped is not None and not (listed and all(isinstance(name, str) for name in skipped)):
             raise SpecError(f"modules_to_not_convert must be a list of names, got {skipped!r}. Write ['lm_head'].")
         spec = self.spec
         for pattern, changes in spec.patterns:
@@ -194,7 +203,7 @@ class LRQConfig(QuantizationConfigMixin):
             CheckpointError: if a stored config is damaged or newer than this library.
             SpecError: if an option is unknown or out of range.
         """
-        stored = "format_version" in config_dict
+        stored = "format_version" in config_dict or "modules" in config_dict
         config = cls.from_header(parse_header(config_dict)) if stored else cls(**config_dict)
         unused = config.update(**kwargs)
         return (config, unused) if return_unused_kwargs else config

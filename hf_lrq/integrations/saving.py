@@ -52,6 +52,11 @@ def save(
     if report is not None:
         quantizer.report = report
     if evaluation is not None:
+        if quantizer.report is None:
+            raise LRQError(
+                "this model was loaded compressed and has no report that an evaluation could be added to. Save it "
+                "without evaluation=, or pass report= as well."
+            )
         quantizer.evaluation = evaluation
     if base_model is not None:
         quantizer.base_model = base_model
@@ -100,7 +105,7 @@ def bind_saving(model: Any) -> None:
     On the instance, as the class belongs to transformers; a deep copy of the model gets methods of its own.
     """
     model.save_pretrained = MethodType(save_pretrained, model)
-    model.push_to_hub = MethodType(push_to_hub, model)
+    model.push_to_hub = MethodType(push_to_hub_with_papers, model)
 
 
 def unbind_saving(model: Any) -> None:
@@ -122,11 +127,13 @@ def save_pretrained(
         return
     write_papers(model, directory, ask_hub=push_to_hub)
     if push_to_hub:
-        _upload(directory, to_hub.pop("repo_id", directory.name), token=kwargs.get("token"), **to_hub)
+        # Not the directory itself: there may be more in it than the model.
+        to_hub |= {name: kwargs[name] for name in ("token", "max_shard_size") if name in kwargs}
+        push_to_hub_with_papers(model, to_hub.pop("repo_id", directory.name), **to_hub)
 
 
 @functools.wraps(PreTrainedModel.push_to_hub)
-def push_to_hub(
+def push_to_hub_with_papers(
     model: Any,
     repo_id: str,
     *,
@@ -176,7 +183,7 @@ def _quantizer_of(model: Any) -> Any:
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is None or quantizer.quantization_config.quant_method != QUANT_METHOD:
         raise LRQError(
-            f"this {type(model).__name__} is not compressed. Call compress_pretrained(model), or load it with "
+            f"this {type(model).__name__} is not compressed. Call hf_lrq.compress_pretrained(model), or load it with "
             "from_pretrained(..., quantization_config=LRQConfig())."
         )
     return quantizer

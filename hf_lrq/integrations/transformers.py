@@ -25,7 +25,7 @@ from hf_lrq.checkpoint import QUANT_METHOD, QuantizationHeader, check_headers, r
 from hf_lrq.errors import CalibrationError, CheckpointError, CompressionError, SpecError
 from hf_lrq.integrations.config import LRQConfig, stored_header
 from hf_lrq.integrations.conversions import names_in_files, names_in_model, spare_on_save, sparing
-from hf_lrq.integrations.experts import PREFIX, owns_stacks, remove_stacks, use_stacks
+from hf_lrq.integrations.experts import owns_stacks, remove_stacks, use_stacks
 from hf_lrq.integrations.layers import (
     as_conv1d,
     biases_of,
@@ -239,12 +239,14 @@ class LRQHfQuantizer(HfQuantizer):
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         known = self.targets.compressed if self.targets is not None else []
         transposed = {target.name for target in known if target.kind == "conv1d"}
+        # All of them before the first is replaced: a model of both kinds must not come about.
+        for name, module in model.named_modules():
+            if isinstance(module, LRQLinear | LRQExpertStack):
+                check_here(name, module.weight)
         for name, module in list(model.named_modules()):
             if owns_stacks(module):
-                check_here(name, module.get_submodule(PREFIX + EXPERT_MATRICES[0]).weight)
                 remove_stacks(module, dtype)
             elif isinstance(module, LRQLinear):
-                check_here(name, module.weight)
                 plain = module.to_linear(dtype).requires_grad_(True).train(module.training)
                 model.set_submodule(name, with_hook_of(module, as_conv1d(plain) if name in transposed else plain))
         return model
@@ -271,7 +273,7 @@ class LRQHfQuantizer(HfQuantizer):
         config = self.quantization_config
         patterns = tuple(config.modules_to_not_convert or ())
         if self.targets is None:  # With calibration data, this is run before and after loading.
-            _warn_of_idle_patterns(model, patterns)
+            _warn_of_idle_patterns(model, config)
         reasons = {exactly(name): why for name, why in skip_reasons(model, patterns).items()}
         targets = find_targets(model, config.spec, list(reasons), reasons)
         # A fused experts module computes with both of its stacks compressed or with none.
@@ -458,6 +460,9 @@ class LRQHfQuantizer(HfQuantizer):
             logger.log(logging.WARNING if compressed_here else logging.INFO, "hf_lrq: %s", self.targets.summary())
             for name, reason in self.targets.skipped.items():
                 logger.info("hf_lrq: %s is not compressed: %s", name, reason)
+        if compressed_here and self.report is not None:
+            for warning in self.report.warnings:
+                logger.warning("hf_lrq: %s", warning)
 
     def _describe(self, model: Any) -> None:
         """Make the config say what the modules of the model are, in the names of the files."""
@@ -541,8 +546,8 @@ def calibration_batches(model: Any, config: LRQConfig) -> list[Batch]:
 
 def _load_tokenizer(name: str | Path) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise CalibrationError(
             f"calibration texts need a tokenizer, and {str(name)!r} has none that can be loaded "
             f"({str(error).splitlines()[0]}). Pass tokenizer= to LRQConfig, or give token tensors as dataset."
@@ -556,11 +561,13 @@ def _described(dataset: Any) -> str | None:
     return f"{len(dataset)} items given by the caller" if isinstance(dataset, Sized) else "given by the caller"
 
 
-def _warn_of_idle_patterns(model: Any, patterns: Iterable[str]) -> None:
+def _warn_of_idle_patterns(model: Any, config: LRQConfig) -> None:
     names = [name for name, _ in model.named_modules()]
-    for pattern in patterns:
-        if not any(name_matches(name, [pattern]) for name in names):
-            logger.warning("hf_lrq: modules_to_not_convert has %r, which matches no module of the model", pattern)
+    names += [f"{name}.{matrix}" for name in names for matrix in EXPERT_MATRICES]
+    for option in ("modules_to_not_convert", "rank_pattern", "bits_pattern"):
+        for pattern in getattr(config, option) or ():
+            if not any(name_matches(name, [pattern]) for name in names):
+                logger.warning("hf_lrq: %s has %r, which matches no module of the model", option, pattern)
 
 
 def _refuse_tensor_parallelism(model: Any) -> None:

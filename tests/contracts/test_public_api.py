@@ -20,12 +20,17 @@ PUBLIC = [
     "LRQHfQuantizer",
     "LRQLinear",
     "LayerSpec",
+    "RiemannianAdamW",
+    "RiemannianSGD",
     "SpecError",
     "__version__",
     "compress",
     "compress_matrix",
+    "compress_pretrained",
     "evaluate",
+    "precondition",
     "proxy_loss",
+    "riemannian_param_groups",
     "save",
 ]
 

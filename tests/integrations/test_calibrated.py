@@ -137,3 +137,12 @@ def test_experts_are_calibrated_and_load(
     model.save_pretrained(tmp_path / "compressed")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "compressed")
     assert torch.equal(logits(again, tokens), logits(model, tokens))
+
+
+def test_warnings_of_the_calibration_reach_the_log(
+    original: Path, fast: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = LRQConfig(**fast, dataset=[torch.full((1, 5), 5)], rank_pattern={"up_porj": 2})
+    AutoModelForCausalLM.from_pretrained(original, quantization_config=config)
+    assert "times as much data" in caplog.text
+    assert "rank_pattern has 'up_porj', which matches no module" in caplog.text

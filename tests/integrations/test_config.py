@@ -170,3 +170,25 @@ def test_the_config_of_a_checkpoint_compresses_another_model_alike() -> None:
     assert config.header is None
     with pytest.raises(SpecError, match="settings of its own for 1 modules"):
         LRQConfig.from_dict(stored(modules={"a": {"rank": 4}})).for_compression()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"codebook": None}, "codebook must be the name of a family"),
+        ({"codebook": 3}, "codebook must be the name of a family"),
+        ({"bits_pattern": ["a"]}, "bits_pattern must map regular expressions to numbers"),
+        ({"rank_pattern": {1: 4}}, "rank_pattern must map regular expressions to numbers"),
+        ({"modules_to_not_convert": 3}, "modules_to_not_convert must be a list of names, got 3"),
+    ],
+)
+def test_a_wrong_type_is_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        LRQConfig(**options)
+
+
+def test_a_stored_dict_without_its_version_is_known_as_one() -> None:
+    stored = LRQConfig().to_dict()
+    del stored["format_version"]
+    with pytest.raises(CheckpointError, match="format_version"):
+        LRQConfig.from_dict({**stored, "modules": {}})

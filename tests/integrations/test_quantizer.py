@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -543,6 +544,19 @@ def test_compression_runs_on_the_gpu_unless_told_otherwise(
     assert quantizer.update_device_map(given) == given
 
 
+@pytest.fixture
+def registration_restored() -> Iterator[None]:
+    """Puts back the classes that everybody else has imported."""
+    module, auto = sys.modules["hf_lrq.integrations.transformers"], transformers.quantizers.auto
+    tables = [vars(module), auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING]
+    before = [dict(table) for table in tables]
+    yield
+    for table, content in zip(tables, before, strict=True):
+        table.clear()
+        table.update(content)
+
+
+@pytest.mark.usefixtures("registration_restored")
 def test_importing_again_registers_again(original: Path, compressed: Path, tokens: torch.Tensor) -> None:
     expected = logits(AutoModelForCausalLM.from_pretrained(compressed), tokens)
     module = sys.modules["hf_lrq.integrations.transformers"]

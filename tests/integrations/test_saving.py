@@ -120,7 +120,7 @@ def test_an_interrupted_save_leaves_the_old_model(
 
 
 def test_an_uncompressed_model_is_refused(original: Path, tmp_path: Path) -> None:
-    with pytest.raises(LRQError, match=r"this LlamaForCausalLM is not compressed. Call compress_pretrained"):
+    with pytest.raises(LRQError, match=r"this LlamaForCausalLM is not compressed. Call hf_lrq.compress_pretrained"):
         save(AutoModelForCausalLM.from_pretrained(original), tmp_path / "out")
     assert names(tmp_path) == set()
 
@@ -152,6 +152,13 @@ def test_a_loaded_model_passes_its_papers_on(compressed: Path, tmp_path: Path) -
             assert (folder / name).read_bytes() == (compressed / name).read_bytes()
 
 
+def test_an_evaluation_is_not_dropped_in_silence(compressed: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(compressed)
+    with pytest.raises(LRQError, match="no report that an evaluation could be added to"):
+        save(model, tmp_path / "out", evaluation={"perplexity": None})
+    assert not (tmp_path / "out").exists()
+
+
 def test_other_processes_write_no_papers(model: Any, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path, is_main_process=False)
     assert not names(tmp_path) & set(PAPERS)
@@ -167,8 +174,11 @@ def test_push_uploads_weights_and_papers(model: Any, hub: list[dict[str, Any]]) 
 
 
 def test_save_pretrained_pushes_what_it_saved(model: Any, hub: list[dict[str, Any]], tmp_path: Path) -> None:
+    (tmp_path / "name").mkdir()
+    (tmp_path / "name" / ".env").write_text("SECRET=1")
     model.save_pretrained(tmp_path / "name", push_to_hub=True, commit_message="first")
     (upload,) = hub
+    assert ".env" not in upload["files"]
     assert (upload["repo_id"], upload["commit_message"]) == ("name", "first")
     assert upload["files"]["README.md"] == (tmp_path / "name" / "README.md").read_bytes()
 

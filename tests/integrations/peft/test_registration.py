@@ -72,7 +72,7 @@ def test_a_peft_without_what_is_needed_goes_on_with_a_warning() -> None:
         said = [str(each.message) for each in caught if "hf_lrq" in str(each.message)]
         assert len(said) == 1, caught
         assert f"could not register its adapters with peft {peft.__version__}" in said[0], said
-        assert "needs peft >= 0.18: upgrade peft" in said[0], said
+        assert "needs peft >= 0.20: upgrade peft" in said[0], said
         assert "LRQ" not in peft.PeftType.__members__
         """
     )
