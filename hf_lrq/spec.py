@@ -84,7 +84,11 @@ class LayerSpec:
         """
         family = self.codebook
         if family == "auto":
-            family = next((name for name in ("e8p", "int") if self.bits in known_families()[name]), "int")
+            fitting = [name for name in ("e8p", "int") if self.bits in known_families()[name]]
+            if not fitting:
+                listed = "; ".join(f"{name}: {', '.join(map(str, bits))}" for name, bits in known_families().items())
+                raise SpecError(f"no codebook has {self.bits} bits per weight. Bits of each family: {listed}.")
+            family = fitting[0]
         return codebook_name(family, self.bits)
 
     @property

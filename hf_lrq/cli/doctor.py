@@ -23,8 +23,8 @@ REQUIRED = {
 }
 OPTIONAL = {
     "peft": ((0, 20), "to fine-tune"),
-    "triton": ((3, 2), "which this release does not use yet"),
-    "bitsandbytes": ((0, 45), "which this release does not use yet"),
+    "triton": ((3, 2), "no part of this release needs it"),
+    "bitsandbytes": ((0, 45), "no part of this release needs it"),
 }
 
 
