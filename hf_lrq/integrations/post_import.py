@@ -33,6 +33,8 @@ class PostImportFinder:
         self.key = (awaited, action.__module__, action.__qualname__)
         self._package = awaited.partition(".")[0]
         self._thread = threading.local()
+        # Not its presence in sys.modules: another thread may be in the middle of running it.
+        self.arrived = False
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         """What the other finders say about `name`, its loader wrapped when `name` belongs to the awaited package."""
@@ -68,7 +70,7 @@ class PostImportFinder:
 
     def act_if_due(self) -> None:
         """Run the action when the awaited module is there and no import of its package is under way in this thread."""
-        if self._thread.depth > 0 or self.awaited not in sys.modules:
+        if self._thread.depth > 0 or not self.arrived:
             return
         # Counted like an import: those that the action makes are then no outermost ones, which would lead back here.
         self.entered()
@@ -103,6 +105,8 @@ class _CountingLoader:
         self._finder.entered()
         try:
             self._loader.exec_module(module)
+            if module.__name__ == self._finder.awaited:
+                self._finder.arrived = True
         finally:
             self._finder.left()
         self._finder.act_if_due()
