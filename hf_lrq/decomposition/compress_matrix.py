@@ -47,7 +47,7 @@ class CompressedMatrix:
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
         quantized = self.decomposition.quantized
-        return quantized.packed.shape[0], quantized.in_features
+        return quantized.out_features, quantized.in_features
 
     @property
     def proxy_loss(self) -> float:

@@ -23,7 +23,7 @@ torch.library.register_kernel("hf_lrq::linear_backward", None, reference.lrq_lin
 
 @torch.library.register_fake("hf_lrq::linear")
 def _(x: Tensor, weight: Tensor, scales: Tensor, *_rest: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+    return x.new_empty(*x.shape[:-1], scales.shape[0])
 
 
 @torch.library.register_fake("hf_lrq::linear_backward")
