@@ -47,11 +47,12 @@ def codebook_name(family: str, bits: int) -> str:
 
 
 def packed_bits(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Bits per weight, and columns with padding, of codes stored in this shape [..., tiles, width] by some codebook."""
-    kinds = {
-        kind(bits).packed_shape(1, 1)[-1]: kind(bits) for kind in FAMILIES.values() for bits in kind.available_bits
-    }
-    book = kinds.get(shape[-1])
-    if book is None:
-        raise SpecError(f"no codebook stores codes in the shape {list(shape)}.")
-    return book.bits, shape[-2] * book.column_block
+    """Bits per weight, and columns with padding, of codes stored in a shape [..., tiles, width].
+
+    Raises:
+        SpecError: if no codebook stores codes so.
+    """
+    for book in _BY_NAME.values():
+        if book.packed_shape(1, 1)[-1] == shape[-1]:
+            return book.bits, shape[-2] * book.column_block
+    raise SpecError(f"no codebook stores codes in the shape {list(shape)}.")

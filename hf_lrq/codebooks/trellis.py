@@ -3,8 +3,8 @@
 Trellis-coded quantization with computed points (Tseng et al., QTIP, 2024); the two codes here are our own choice.
 
 Format. A tile of 128 rows and 16 columns is 16 circular streams of bits. Stream l holds the rows l, l + 16, ...,
-l + 112, one after another, the 16 columns of a row in order, `bits` bits a weight, least significant bit first. A tile is
-stored as 32-bit little-endian words [4 * bits][16 streams], so that word w of all streams stand together.
+l + 112, one after another, the 16 columns of a row in order, `bits` bits a weight, least significant bit first. A tile
+is stored as 32-bit little-endian words [4 * bits][16 streams], so that word w of all streams stand together.
 
 `bt`, the byte-step trellis: each byte of a stream, b, gives 8 / bits weights together with the byte before it, a. With
 P = M1 * (b, a, b, a) and Q = M2 * (a, b, a, b), four bytes read as a little-endian number, products modulo 2**32:
@@ -35,8 +35,8 @@ ROWS_PER_STREAM = ROWS // STREAMS
 LARGEST_TARGET = 511  # In units of the points; beyond the outermost ones, and small enough for exact 32-bit costs.
 
 # Part of the format, by bits per weight.
-BYTE_MULTIPLIERS = {2: (0x73C106FD, 0xE3DC9435), 4: (0x73C106FD, 0xE3DC9435)}
-BYTE_GAINS = {2: 674 / 65536, 4: 315 / 65536}
+BYTE_MULTIPLIERS = {2: (0x98A85CDD, 0x439E7501), 4: (0x63492BED, 0xD4737759)}
+BYTE_GAINS = {2: 672 / 65536, 4: 316 / 65536}
 BIT_MULTIPLIERS = {2: 0x83DCD12D, 3: 0x83DCD12D, 4: 0x83DCD12D}
 BIT_GAINS = {2: 429 / 65536, 3: 440 / 65536, 4: 443 / 65536}
 

@@ -57,7 +57,8 @@ def bit_path(points: Tensor, half_norms: Tensor, x: Tensor, bits: int, window: i
     return result
 
 
-def _viterbi(points: Tensor, half_norms: Tensor, x: Tensor, window: int) -> Tensor:
+def viterbi(points: Tensor, half_norms: Tensor, x: Tensor, window: int) -> Tensor:
+    """The reference of `byte_path`."""
     # Integers below 2**53 in double precision: exact, with products of matrices by a library made for them.
     state = torch.arange(256, device=x.device).repeat_interleave(256)
     # The predecessor in the low digits: one minimum then finds both, and the smaller predecessor of equals.
@@ -67,7 +68,8 @@ def _viterbi(points: Tensor, half_norms: Tensor, x: Tensor, window: int) -> Tens
     return _closed_paths(_ByteTrellis(table), x, window)
 
 
-def _bit_viterbi(points: Tensor, half_norms: Tensor, x: Tensor, bits: int, window: int) -> Tensor:
+def bit_viterbi(points: Tensor, half_norms: Tensor, x: Tensor, bits: int, window: int) -> Tensor:
+    """The reference of `bit_path`."""
     table = torch.stack((half_norms.long(), -points.long())).double()
     return _closed_paths(_BitTrellis(table, bits), x.unsqueeze(2), window)
 
@@ -163,5 +165,5 @@ def _run(trellis: _ByteTrellis | _BitTrellis, x: Tensor, seam: Tensor | None) ->
     return path
 
 
-torch.library.register_kernel("hf_lrq::viterbi", None, _viterbi)
-torch.library.register_kernel("hf_lrq::bit_viterbi", None, _bit_viterbi)
+torch.library.register_kernel("hf_lrq::viterbi", None, viterbi)
+torch.library.register_kernel("hf_lrq::bit_viterbi", None, bit_viterbi)

@@ -120,6 +120,7 @@ def compress_matrix(
         CompressionError: if W is not a matrix, is empty, or holds NaN or Inf; if the Gram is for another width.
     """
     W = _checked(W)
+    spec = spec.fitted(*W.shape)
     with _one_thread(W.device), torch.autocast(W.device.type, enabled=False):
         return _compress(W, gram, spec, generator, rotate_in)
 

@@ -114,8 +114,9 @@ class LDLQ(Quantizer):
 
     Attributes:
         sweeps: guarded Gauss-Seidel passes afterwards. A sweep visits every block again, with all others fixed, and
-            keeps the new code of a row (of the rows that are coded together) only if their loss falls; so the loss never rises (the unguarded sweeps of
-            QuIP# can raise it). Each sweep starts with the scales refitted by least squares.
+            keeps the new code of a row (of the rows that are coded together) only if their loss falls; so the loss
+            never rises (the unguarded sweeps of QuIP# can raise it). Each sweep starts with the scales refitted by
+            least squares.
     """
 
     sweeps: int = 0
