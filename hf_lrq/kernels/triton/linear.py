@@ -1,0 +1,186 @@
+"""The operator: which product for how many tokens, and what lies around it."""
+
+import torch
+import triton
+from torch import Tensor
+
+from hf_lrq.kernels.reference import hadamard
+from hf_lrq.kernels.triton import launches, layer
+from hf_lrq.kernels.triton.decoders import Decoder, decoder_for
+from hf_lrq.kernels.triton.layer import GROUP, Codes, Factors
+from hf_lrq.layout import hadamard_block
+from hf_lrq.matrices import dense_factor
+
+# More vectors (tokens times digits) than this and decoding once for tensor cores costs less than a dot product each.
+_GEMV_VECTORS = 3
+# More tokens than this and a dense product by the vendor's library costs less than decoding in registers.
+_DOT_TOKENS = 64
+# Bytes of a dense tile of rows: large enough to fill a GPU, small next to a model.
+_DENSE_BYTES = 1 << 25
+# Digits of 8 bits that keep what the dtype of x holds, rounding to the largest of 256 columns.
+_DIGITS = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 3}
+_LARGEST = 1 << 31  # Offsets in kernels are 32-bit.
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, which has no assembly."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def declines(
+    x: Tensor, weight: Tensor, scales: Tensor, L: Tensor | None, R: Tensor | None, codebook: str, activation: str
+) -> str | None:
+    """Why these kernels do not take a call, None if they do."""
+    decoder = decoder_for(codebook)
+    if decoder is None:
+        return f"the Triton kernels have no decoder for codebook {codebook!r}"
+    if x.dtype not in _DIGITS:
+        return f"the Triton kernels take {', '.join(str(d) for d in _DIGITS)}, got {x.dtype}"
+    tensors = [t for t in (x, weight, scales, L, R) if t is not None]
+    if not all(t.is_cuda for t in tensors):
+        return f"the Triton kernels run on CUDA devices, got tensors on {sorted({str(t.device) for t in tensors})}"
+    if len({t.device for t in tensors}) > 1:
+        return f"the tensors lie on several devices: {sorted({str(t.device) for t in tensors})}"
+    if torch.cuda.get_device_capability(x.device) < (8, 0):
+        return "the Triton kernels need compute capability 8.0 or later"
+    if any(t.numel() >= _LARGEST for t in tensors):
+        return f"a tensor has {_LARGEST} elements or more, the Triton kernels count them in 32 bits"
+    if not weight.is_contiguous() or weight.data_ptr() % 16:
+        return "the codes are not contiguous, or do not start at a multiple of 16 bytes"
+    return None
+
+
+def _decoder(codebook: str) -> Decoder:
+    decoder = decoder_for(codebook)
+    if decoder is None:
+        raise ValueError(
+            f"The Triton kernels have no decoder for codebook {codebook!r}. Use backend='auto' or backend='torch'."
+        )
+    return decoder
+
+
+def lrq_linear(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    rot_in: Tensor | None,
+    rot_out: Tensor | None,
+    L: Tensor | None,
+    R: Tensor | None,
+    L_scale: Tensor | None,
+    R_scale: Tensor | None,
+    bias: Tensor | None,
+    codebook: str,
+    group_size: int,
+    block: int,
+    activation: str,
+) -> Tensor:
+    """y = rot_out * H_out(scales * (Q z) + L (R z)) + bias with z = H_in(rot_in * x); see `reference.lrq_linear`.
+
+    Args:
+        x: [..., in] float16, bfloat16 or float32.
+        activation: "float": z keeps the precision of the dtype of x. "int8": z is rounded to 8 bits for the product
+            with Q, with one scale per 256 columns.
+
+    Returns:
+        [..., out] in the dtype of x.
+
+    Raises:
+        ValueError: if the codebook has no decoder here.
+    """
+    columns = x.shape[-1]
+    codes = Codes(weight, scales.contiguous(), _decoder(codebook), columns, group_size)
+    factors = None
+    if L is not None and R is not None and R.shape[0]:
+        factors = Factors(L.contiguous(), R.contiguous(), L_scale, R_scale)
+    tokens = x.reshape(-1, columns)
+    if tokens.stride(1) != 1:
+        tokens = tokens.contiguous()
+    out = x.new_empty(len(tokens), codes.rows)
+    if out.numel():
+        digits = 1 if activation == "int8" else _DIGITS[x.dtype]
+        if _in_registers(len(tokens), codes):
+            _from_codes(tokens, codes, factors, rot_in, rot_out, bias, block, digits, out)
+        else:
+            out = _from_dense(tokens, codes, factors, rot_in, rot_out, bias, block)
+    return out.reshape(*x.shape[:-1], codes.rows)
+
+
+def _in_registers(tokens: int, codes: Codes) -> bool:
+    """Whether codes are decoded where they are multiplied, rather than to a dense matrix."""
+    # A tile of 128 columns has one scale per row.
+    return tokens <= _DOT_TOKENS and codes.scale_group_size % 128 == 0
+
+
+def _from_codes(
+    x: Tensor,
+    codes: Codes,
+    factors: Factors | None,
+    rot_in: Tensor | None,
+    rot_out: Tensor | None,
+    bias: Tensor | None,
+    block: int,
+    digits: int,
+    out: Tensor,
+) -> None:
+    block_in, block_out = hadamard_block(codes.columns, block), hadamard_block(codes.rows, block)
+    if rot_in is not None and block_in > GROUP:
+        # A transform wider than the slice of a program cannot be part of it.
+        x, rot_in, block_in = hadamard(x.float() * rot_in.float(), block), None, 1
+    wide_out = rot_out is not None and block_out > GROUP
+    assembly = not interpreted()
+    shape = launches.Shape(codes.rows, codes.columns, len(x) * digits)
+    if shape.vectors <= _GEMV_VECTORS:
+        launch = launches.gemv_launch(shape, x.device)
+        partials = layer.gemv(x, rot_in, block_in, digits, codes, factors, launch, assembly=assembly)
+    else:
+        dot_launch = launches.dot_launch(shape, x.device)
+        partials = layer.dot(x, rot_in, block_in, digits, codes, factors, dot_launch, assembly=assembly)
+    if rot_out is None or not wide_out:
+        layer.reduce(partials, codes, factors, rot_out, bias, block_out, out, assembly=assembly)
+        return
+    y = torch.empty_like(out, dtype=torch.float32)
+    layer.reduce(partials, codes, factors, None, None, 1, y, assembly=assembly)
+    y = hadamard(y, block) * rot_out.float()
+    out.copy_(y if bias is None else y + bias.float())
+
+
+def _from_dense(
+    x: Tensor,
+    codes: Codes,
+    factors: Factors | None,
+    rot_in: Tensor | None,
+    rot_out: Tensor | None,
+    bias: Tensor | None,
+    block: int,
+) -> Tensor:
+    z = x if rot_in is None else hadamard(x * rot_in.to(x.dtype), block)
+    y = x.new_empty(len(x), codes.rows)
+    rows = max(128, _DENSE_BYTES // (codes.columns * x.element_size()) // 128 * 128)
+    for start in range(0, codes.rows, rows):
+        stop = min(start + rows, codes.rows)
+        dense = x.new_empty(stop - start, codes.columns)
+        layer.dequantize(codes, start, stop, dense, scaled=True, assembly=not interpreted())
+        y[:, start:stop] = z @ dense.T
+    if factors is not None:
+        right = dense_factor(factors.R, factors.R_scale, 0).to(x.dtype)
+        left = dense_factor(factors.L, factors.L_scale, 1).to(x.dtype)
+        y += (z @ right.T) @ left.T
+    if rot_out is not None:
+        y = hadamard(y, block) * rot_out.to(x.dtype)
+    return y if bias is None else y + bias.to(x.dtype)
+
+
+def decode_rows(weight: Tensor, codebook: str, in_features: int, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    """gain * Y of rows [start, stop), without scales: [stop - start, in_features] in `dtype`.
+
+    Args:
+        start, stop: multiples of 128 for trellises, or the number of rows; stop may lie in the padding.
+    """
+    decoder = _decoder(codebook)
+    nothing = weight.new_empty(stop, dtype=torch.float32)  # only its length is read
+    codes = Codes(weight, nothing, decoder, in_features, GROUP)
+    out = torch.empty(stop - start, in_features, dtype=dtype, device=weight.device)
+    if out.numel():
+        layer.dequantize(codes, start, stop, out, scaled=False, assembly=not interpreted())
+    return out

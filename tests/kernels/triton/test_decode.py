@@ -1,0 +1,33 @@
+"""Codes to values: exactly those of the format."""
+
+import pytest
+import torch
+
+from hf_lrq.kernels.triton import decode_rows
+
+CODEBOOKS = ["bt2", "bt4", "tcq2", "tcq3", "tcq4", "int2", "int4", "int8"]
+
+
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (130, 40), (128, 296)])
+def test_values_are_those_of_the_format(codebook, rows, columns, device, make_layer):
+    layer = make_layer(codebook, rows, columns, device)
+    decoded = decode_rows(layer.weight, codebook, columns, 0, rows, torch.float32)
+    # Integers below 2^24 times the float32 gain: one rounding on both sides.
+    expected = layer.values.float() * torch.tensor(layer.gain, dtype=torch.float32)
+    assert torch.equal(decoded.cpu(), expected)
+
+
+@pytest.mark.parametrize("codebook", ["bt2", "int4"])
+@pytest.mark.parametrize(("start", "stop"), [(128, 256), (128, 300), (256, 256)])
+def test_a_range_of_rows(codebook, start, stop, device, make_layer):
+    layer = make_layer(codebook, 300, 24, device)
+    part = decode_rows(layer.weight, codebook, 24, start, stop, torch.float32)
+    assert torch.equal(part, decode_rows(layer.weight, codebook, 24, 0, 300, torch.float32)[start:stop])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_values_are_rounded_to_nearest(dtype, device, make_layer):
+    layer = make_layer("bt2", 40, 40, device)
+    decoded = decode_rows(layer.weight, "bt2", 40, 0, 40, dtype)
+    assert torch.equal(decoded, decode_rows(layer.weight, "bt2", 40, 0, 40, torch.float32).to(dtype))
