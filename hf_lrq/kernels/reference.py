@@ -11,7 +11,7 @@ from hf_lrq.codebooks.decoding import decode_rows
 from hf_lrq.layout import hadamard_block
 from hf_lrq.matrices import dense_factor, expand_scales
 
-TILE_WEIGHTS = 1 << 22  # Weights that are decoded at a time: what a layer needs beside its codes.
+TILE_WEIGHTS = 1 << 21  # Weights that are decoded at a time: what a layer needs beside its codes.
 
 
 @cached_table

@@ -28,7 +28,8 @@ for parameter in (small.lr_L, small.lr_R, small.scales, small.rot_in, small.rot_
 step(small, x)  # Whatever is made once and kept.
 layer = LRQLinear.random(size, size, LayerLayout(codebook="bt2", rank=8))
 layer.backend = backend
-for parameter in (layer.lr_L, layer.lr_R, *([layer.scales, layer.rot_in, layer.rot_out] if sys.argv[3] == "all" else [])):
+vectors = [layer.scales, layer.rot_in, layer.rot_out]
+for parameter in (layer.lr_L, layer.lr_R, *(vectors if sys.argv[3] == "all" else [])):
     parameter.requires_grad_(True)
 x = torch.randn(4, size, requires_grad=True)
 before = peak()
@@ -41,9 +42,9 @@ print(json.dumps(peak() - before))
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("trained", ["factors", "all"])
 def test_backward_takes_less_than_the_dense_weight(backend: str, trained: str) -> None:
-    """8192 x 8192: 256 MiB as float32, 128 MiB as bfloat16; a tile of 4 M weights is 16 MiB, twice that with its index.
+    """8192 x 8192: 256 MiB as float32, 128 MiB as bfloat16; a tile of 2 M weights is 8 MiB.
 
-    The reference decodes through 64-bit states, which is a few tiles more.
+    The reference decodes through 64-bit states, some tiles more.
     """
     size = 8192
     command = [sys.executable, "-c", PROGRAM, backend, str(size), trained]

@@ -26,7 +26,7 @@ def test_byte_paths(tier, generator, half_norms, bits, n):
     x = torch.randint(-2, 3, (n, 12, width), generator=generator) * 100
     x = x.to(torch.int16)
     for window in (1, 6):
-        expected = viterbi._viterbi(points, norms, x, window)
+        expected = viterbi.viterbi(points, norms, x, window)
         assert torch.equal(cpu.viterbi(points, norms, x, window), expected)
 
 
@@ -36,7 +36,7 @@ def test_bit_paths(tier, generator, half_norms, bits):
     points, norms = book.points().view(-1), half_norms(book)
     for n in (0, 1, 3):
         x = torch.randint(-2, 3, (n, 14), generator=generator).mul(100).to(torch.int16)
-        expected = viterbi._bit_viterbi(points, norms, x, bits, 7)
+        expected = viterbi.bit_viterbi(points, norms, x, bits, 7)
         assert torch.equal(cpu.bit_viterbi(points, norms, x, bits, 7), expected)
 
 
@@ -45,10 +45,10 @@ def test_costs_of_extreme_targets_stay_in_their_integers(kernels, half_norms, ex
     bt, tcq = get_codebook("bt4"), get_codebook("tcq2")
     points, norms = bt.points().view(256, 256, 2), half_norms(bt).view(256, 256)
     x = torch.full((1, 64, 2), extreme, dtype=torch.int16)
-    assert torch.equal(cpu.viterbi(points, norms, x, 16), viterbi._viterbi(points, norms, x, 16))
+    assert torch.equal(cpu.viterbi(points, norms, x, 16), viterbi.viterbi(points, norms, x, 16))
     points, norms = tcq.points().view(-1), half_norms(tcq)
     x = torch.full((1, 40), extreme, dtype=torch.int16)
-    assert torch.equal(cpu.bit_viterbi(points, norms, x, 2, 16), viterbi._bit_viterbi(points, norms, x, 2, 16))
+    assert torch.equal(cpu.bit_viterbi(points, norms, x, 2, 16), viterbi.bit_viterbi(points, norms, x, 2, 16))
 
 
 def test_searches_refuse_what_they_would_misread(kernels):
