@@ -27,8 +27,8 @@ second pair is there where an adapter was merged into factors that are codes; fl
 block-diagonal orthonormal Sylvester-Hadamard; its block is the largest power of two that divides the axis, at most
 rotation_block, and 1 where that is below 8. Codes are packed least significant bit first: bit i of a tile of 8 columns
 is bit i % 8 of its byte i // 8, and code k of the tile takes the bits from k * (bits of a code) on. Columns are padded
-to whole tiles with codes of zeros. The docstring of `codebooks/trellis.py` says how a tile of a trellis is read; its rows
-and columns of padding hold any codes. Which values a code means is fixed by the name of the codebook.
+to whole tiles with codes of zeros. The docstring of `codebooks/trellis.py` says how a tile of a trellis is read; rows
+and columns of its padding hold any codes. Which values a code means is fixed by the name of the codebook.
 
 A transposed linear (Conv1D of GPT-2) is stored like a linear layer. A stack of E expert matrices [E, out, in] called
 `<module>.gate_up_proj` or `<module>.down_proj` is stored as `<module>.qstack_gate_up_proj.*` and

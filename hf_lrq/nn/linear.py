@@ -157,12 +157,17 @@ class LRQLinear(nn.Linear):
                 that are offloaded are at hand.
 
         Raises:
-            ValueError: if x has the wrong width or is not floating point.
+            ValueError: if x has the wrong width, is not floating point, or lies on another device.
         """
         if x.shape[-1] != self.in_features or not x.is_floating_point():
             raise ValueError(
                 f"LRQLinear({self.in_features}, {self.out_features}) takes floating-point inputs of width "
                 f"{self.in_features}, got {x.dtype} of shape {tuple(x.shape)}."
+            )
+        if x.device != self.weight.device:
+            raise ValueError(
+                f"LRQLinear({self.in_features}, {self.out_features}) is on {self.weight.device}, the input on "
+                f"{x.device}. Move one of them with .to()."
             )
         L: Tensor | None = self.lr_L
         R: Tensor | None = self.lr_R

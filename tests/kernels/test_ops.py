@@ -104,6 +104,12 @@ def test_bad_inputs_are_named(x):
         layer(x)
 
 
+def test_an_input_on_another_device_is_named():
+    layer, _ = make({})
+    with pytest.raises(ValueError, match=r"LRQLinear\(40, 24\) is on cpu, the input on meta. Move one of them"):
+        layer(torch.empty(2, 40, device="meta"))
+
+
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_gradients_are_those_of_finite_differences(variant):
     layer, generator = make(variant, 8, 16)
