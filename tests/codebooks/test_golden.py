@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_lrq.codebooks import get_codebook
+from hf_lrq.codebooks import get_codebook, known_families
+from hf_lrq.codebooks.trellis import Trellis
 
 POINTS = {
     "e8p2": "b0e62c4878f05dd6dd127ad8f2b9000addea3cd2f14dc82f2586b8a4179870fc",
@@ -36,6 +37,22 @@ CODES = {
     "lloyd3": "2916a7ffff13c3d7500a2d14ccedba5a59979980134dcca34fc1e01df507f23e",
     "lloyd4": "9aa8c6ac816cfb3118206b93ac7814c0f16cccfe8a50a3ed4925d813ea31e9e0",
     "nf4": "6252ecfb48663c073ffb860d1176b2a01317be1b13d686f996e0cdf6b9a30081",
+}
+
+# Of a trellis: every value a weight can take by the state it is computed from, and the bytes of the nearest path.
+TRELLIS_POINTS = {
+    "bt2": "c320e97e470a9768e89420bfc13fa3529b2b1a751d397bd974dbb9a74ead5d39",
+    "bt4": "8d02809ec4714e554906fc9af8bbb22ac55423bf96f63d0ebce031ccfff66ff1",
+    "tcq2": "9578c3a6c6dea31e6f8958d6cef64d8c9438702c006e7468c0cd8a4787da5b17",
+    "tcq3": "660e83681a7bf3e5b8e22f704da9e88b5ec967fc7d16a7db0960f448f6b8b8d0",
+    "tcq4": "322a68abd00a12229e085081ba92e2faf323e6f34cf8d447d9f654d840db4d09",
+}
+TRELLIS_CODES = {
+    "bt2": "43d37ca82c5d82b18e0cfb3cef65964a05fcc5793da25bae718a2acc912c5bf0",
+    "bt4": "e105307cbdaf92b02d5d0fc9eb57e8b8b1775642a35bebb4f03babcdd02e1a4a",
+    "tcq2": "30443971c77eb68940926dba26765a5798dba7a1435ba8b8842b8bd05eec7efd",
+    "tcq3": "3ab3c16c55f4454f63ce4dd0ec766cbce6b941b7685447fbf4fc66fd8bf37297",
+    "tcq4": "2c3cfc27eeb903f617e11cdc9cdcc51118a2dc118812b6a3edc7585c8e3c64c8",
 }
 
 NAMES = list(POINTS)
@@ -80,3 +97,28 @@ def test_codes_have_not_changed(name: str) -> None:
     book = get_codebook(name)
     codes = book.encode(bell(64, 128).reshape(64, -1, book.dim))
     assert digest(book.pack(codes)) == CODES[name]
+
+
+def trellis(name: str) -> Trellis:
+    book = get_codebook(name)
+    assert isinstance(book, Trellis)
+    return book
+
+
+def test_every_codebook_is_pinned() -> None:
+    names = {f"{family}{bits}" for family, choices in known_families().items() for bits in choices}
+    assert names == POINTS.keys() | TRELLIS_POINTS.keys() == CODES.keys() | TRELLIS_CODES.keys()
+
+
+@pytest.mark.parametrize("name", TRELLIS_POINTS)
+def test_points_of_trellises_have_not_changed(name: str) -> None:
+    book = trellis(name)
+    assert digest(fixed_point(book.points().double() * book.gain)) == TRELLIS_POINTS[name]
+
+
+@pytest.mark.parametrize("name", TRELLIS_CODES)
+def test_paths_of_trellises_have_not_changed(name: str) -> None:
+    """Targets are rounded to integers, and everything after that is exact."""
+    book = trellis(name)
+    codes = book.encode(bell(128, 16).reshape(128, -1, 16))
+    assert digest(book.pack(codes)) == TRELLIS_CODES[name]
