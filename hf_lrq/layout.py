@@ -33,7 +33,7 @@ class LayerLayout:
     """The inference side of a `LayerSpec`: all that is needed to read one layer.
 
     Attributes:
-        codebook: resolved codebook name, for example "e8p2".
+        codebook: resolved codebook name, for example "bt2".
         rank: columns of L and rows of R before clamping to the matrix.
         factor_bits: 16 (float16), 8 (int8 with one scale per rank) or 4 (two codes per byte along the rank axis).
         group_size: columns that share a scale, for codebooks with group scales.

@@ -74,7 +74,7 @@ class LRQConfig(QuantizationConfigMixin):
         SpecError: on an unknown argument or a value out of range.
 
     >>> LRQConfig(bits=4, rank=32).spec.default.resolved_codebook
-    'e8p4'
+    'bt4'
     """
 
     header: QuantizationHeader | None = None  # Set when the config comes from, or describes, a compressed model.
@@ -167,7 +167,7 @@ class LRQConfig(QuantizationConfigMixin):
                 known = ", ".join(map(repr, allowed))
                 raise SpecError(f"{name} must be one of {known}, got {getattr(self, name)!r}.")
         if not isinstance(self.codebook, str):
-            raise SpecError(f"codebook must be the name of a family, such as 'e8p' or 'auto', got {self.codebook!r}.")
+            raise SpecError(f"codebook must be the name of a family, such as 'bt' or 'auto', got {self.codebook!r}.")
         for name in ("rank_pattern", "bits_pattern"):
             table = getattr(self, name)
             if table is not None and not (isinstance(table, Mapping) and all(isinstance(key, str) for key in table)):
