@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from hf_lrq.evaluation import evaluate
     from hf_lrq.integrations.peft import LRQAdapterConfig
     from hf_lrq.integrations.saving import save
+    from hf_lrq.integrations.trainer import register_optimizers, trainer_optimizer
     from hf_lrq.integrations.transformers import LRQConfig, LRQHfQuantizer, compress_pretrained
     from hf_lrq.nn.linear import LRQLinear
     from hf_lrq.optim import RiemannianAdamW, RiemannianSGD, precondition, riemannian_param_groups
+    from hf_lrq.recovery import recover
     from hf_lrq.spec import CompressionSpec, LayerSpec
 
 __version__ = "0.1.0"
@@ -47,8 +49,11 @@ __all__ = [
     "evaluate",
     "precondition",
     "proxy_loss",
+    "recover",
+    "register_optimizers",
     "riemannian_param_groups",
     "save",
+    "trainer_optimizer",
 ]
 
 _HOME = {
@@ -71,8 +76,11 @@ _HOME = {
     "evaluate": "hf_lrq.evaluation",
     "precondition": "hf_lrq.optim",
     "proxy_loss": "hf_lrq.decomposition.gram",
+    "recover": "hf_lrq.recovery",
+    "register_optimizers": "hf_lrq.integrations.trainer",
     "riemannian_param_groups": "hf_lrq.optim",
     "save": "hf_lrq.integrations.saving",
+    "trainer_optimizer": "hf_lrq.integrations.trainer",
 }
 
 

@@ -30,8 +30,11 @@ PUBLIC = [
     "evaluate",
     "precondition",
     "proxy_loss",
+    "recover",
+    "register_optimizers",
     "riemannian_param_groups",
     "save",
+    "trainer_optimizer",
 ]
 
 
