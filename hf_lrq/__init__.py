@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from hf_lrq.integrations.transformers import LRQConfig, LRQHfQuantizer, compress_pretrained
     from hf_lrq.nn.linear import LRQLinear
     from hf_lrq.optim import RiemannianAdamW, RiemannianSGD, precondition, riemannian_param_groups
-    from hf_lrq.recovery import recover
+    from hf_lrq.recovery import RecoveryOptions, recover
     from hf_lrq.spec import CompressionSpec, LayerSpec
 
 __version__ = "0.1.0"
@@ -39,6 +39,7 @@ __all__ = [
     "LRQHfQuantizer",
     "LRQLinear",
     "LayerSpec",
+    "RecoveryOptions",
     "RiemannianAdamW",
     "RiemannianSGD",
     "SpecError",
@@ -67,6 +68,7 @@ _HOME = {
     "LRQHfQuantizer": "hf_lrq.integrations.transformers",
     "LRQLinear": "hf_lrq.nn.linear",
     "LayerSpec": "hf_lrq.spec",
+    "RecoveryOptions": "hf_lrq.recovery",
     "RiemannianAdamW": "hf_lrq.optim",
     "RiemannianSGD": "hf_lrq.optim",
     "SpecError": "hf_lrq.errors",

@@ -20,6 +20,7 @@ PUBLIC = [
     "LRQHfQuantizer",
     "LRQLinear",
     "LayerSpec",
+    "RecoveryOptions",
     "RiemannianAdamW",
     "RiemannianSGD",
     "SpecError",

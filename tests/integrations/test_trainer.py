@@ -210,7 +210,7 @@ def test_raw_gradients_are_clipped_before_they_are_preconditioned(compressed: Pa
     norm = torch.nn.utils.clip_grad_norm_(list(by_hand.parameters()), limit)
     assert norm > 10 * limit
     optimizer.step()
-    assert largest_difference(by_trainer, by_hand) <= 1e-5 * largest_difference(by_hand, adapted(compressed))
+    assert largest_difference(by_trainer, by_hand) <= 1e-4 * largest_difference(by_hand, adapted(compressed))
 
 
 def test_clipping_after_whitening_is_an_option(compressed: Path, tmp_path: Path) -> None:
