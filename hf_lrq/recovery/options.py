@@ -33,7 +33,7 @@ class RecoveryOptions:
 
     train: tuple[str, ...] = ("factors", "scales", "norms")
     lr: float = 1e-3
-    vector_lr: float = 1e-3
+    vector_lr: float = 3e-3
     epochs: int = 4
     top_k: int = 64
     hidden_weight: float = 1.0
