@@ -67,11 +67,18 @@ def loop_adam(params, memory, step, lr, precond, damping, betas=(0.9, 0.999), ep
 
 
 @pytest.mark.parametrize("precond", ["pre", "two_sided"])
-@pytest.mark.parametrize("stack_elements", [1, 100, 2**20])
-def test_adamw_equals_a_loop_over_the_pairs(generator, precond, stack_elements, monkeypatch):
-    """However the pairs are cut into stacks."""
-    monkeypatch.setattr(batches_module, "STACK_ELEMENTS", stack_elements)
+@pytest.mark.parametrize("stacked_elements", [1, 2**20])
+@pytest.mark.parametrize("batch_elements", [1, 100, 2**20])
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_adamw_equals_a_loop_over_the_pairs(
+    generator, precond, stacked_elements, batch_elements, by_columns, monkeypatch
+):
+    """However the pairs are batched, stacked for products, and laid out in memory."""
+    monkeypatch.setattr(batches_module, "BATCH_ELEMENTS", batch_elements)
+    monkeypatch.setattr(batches_module, "STACKED_ELEMENTS", stacked_elements)
     params = factor_list(generator)
+    if by_columns:
+        params = [p.detach().mT.contiguous().mT.requires_grad_() for p in params]
     naive, memory = copies(params), {}
     group = {"params": params, "paired": True}
     optimizer = RiemannianAdamW([group], lr=1e-2, precond=precond, damping=1e-3, trust=None)
