@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hf_lrq.integrations.saving import save
     from hf_lrq.integrations.trainer import register_optimizers, trainer_optimizer
     from hf_lrq.integrations.transformers import LRQConfig, LRQHfQuantizer, compress_pretrained
+    from hf_lrq.nn import refit_factors
     from hf_lrq.nn.linear import LRQLinear
     from hf_lrq.optim import RiemannianAdamW, RiemannianSGD, precondition, riemannian_param_groups
     from hf_lrq.recovery import RecoveryOptions, recover
@@ -51,6 +52,7 @@ __all__ = [
     "precondition",
     "proxy_loss",
     "recover",
+    "refit_factors",
     "register_optimizers",
     "riemannian_param_groups",
     "save",
@@ -79,6 +81,7 @@ _HOME = {
     "precondition": "hf_lrq.optim",
     "proxy_loss": "hf_lrq.decomposition.gram",
     "recover": "hf_lrq.recovery",
+    "refit_factors": "hf_lrq.nn",
     "register_optimizers": "hf_lrq.integrations.trainer",
     "riemannian_param_groups": "hf_lrq.optim",
     "save": "hf_lrq.integrations.saving",

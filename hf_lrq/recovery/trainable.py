@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from hf_lrq.decomposition import LPLR, InputGram
 from hf_lrq.nn import LRQExpertStack, LRQLinear
 from hf_lrq.nn.linear import StoredFactors, dense_pair
+from hf_lrq.nn.refit import coded
 from hf_lrq.recovery.errors import RecoveryError
 
 Compressed = LRQLinear | LRQExpertStack
@@ -203,13 +203,7 @@ def store_factors(layer: LRQLinear, before: StoredFactors, generator: torch.Gene
     product = layer.lr_L.float() @ layer.lr_R.float()
     second = None if layer.ft_L is None or layer.ft_R is None else (layer.ft_L.float(), layer.ft_R.float())
     rank = len(before.tensors["lr_L_scale"])  # type: ignore[arg-type]
-    gram = InputGram.identity(layer.in_features, product.device).damped(1e-6)
-    found = LPLR(rank, before.layout.factor_bits).solve(product, gram, generator)
-    tensors: dict[str, nn.Parameter | None] = dict.fromkeys(before.tensors)
-    for side, factor in (("lr_L", found.L), ("lr_R", found.R)):
-        assert factor.scale is not None, "LPLR gives codes"
-        tensors[side] = nn.Parameter(factor.data, requires_grad=False)
-        tensors[f"{side}_scale"] = nn.Parameter(factor.scale, requires_grad=False)
+    tensors = coded(product, rank, before.layout.factor_bits, generator)
     layer.restore(StoredFactors(replace(before.layout, ft_rank=0), tensors))
     if second is not None:
         layer.absorb(*second)

@@ -32,6 +32,7 @@ PUBLIC = [
     "precondition",
     "proxy_loss",
     "recover",
+    "refit_factors",
     "register_optimizers",
     "riemannian_param_groups",
     "save",
