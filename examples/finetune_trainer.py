@@ -238,7 +238,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("finetune-trainer"))
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2, 3e-2])
-    numbers = {"rank": 4, "nsamples": 16, "steps": 60, "batch": 8, "head": 16, "body": 40, "test": 160}
+    numbers = {"rank": 4, "nsamples": 16, "steps": 40, "batch": 8, "head": 16, "body": 40, "test": 128}
     for name, default in {**numbers, "eval-tokens": 4096}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     arguments = parser.parse_args()

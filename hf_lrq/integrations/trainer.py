@@ -87,9 +87,8 @@ def trainer_optimizer(
         )
     if getattr(args, "deepspeed", None) or args.distributed_state.distributed_type == "DEEPSPEED":
         raise SpecError(
-            f"{optimizer} pairs parameters, and DeepSpeed hands it flattened ones. Put "
-            "hf_lrq.optim.precondition_in_graph into the forward pass and use any other optimizer, or train with DDP "
-            "or FSDP2."
+            f"{optimizer} pairs parameters, and DeepSpeed hands it flattened ones. Call "
+            "hf_lrq.optim.precondition_gradients(model) and use any other optimizer, or train with DDP or FSDP2."
         )
     given = {
         "lr": args.learning_rate,

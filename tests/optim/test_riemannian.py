@@ -403,7 +403,7 @@ def empty(*shape, dtype=torch.float32):
         ),
         ([empty(2, 7, 3), empty(3, 9)], r"Pair 0 has L of shape \[2, 7, 3\] and R of shape \[3, 9\]"),
         ([empty(3, 9), empty(9, 3)], r"rank 9 is larger than both sides of the product\. If the two are swapped"),
-        ([empty(7), empty(3, 9)], r"at least two dimensions.*use precondition_in_graph"),
+        ([empty(7), empty(3, 9)], r"at least two dimensions.*use precondition_gradients"),
         ([empty(7, 3, dtype=torch.int8), empty(3, 9)], r"Pair 0 has factors of torch\.int8 and torch\.float32"),
         ([empty(7, 3), torch.empty(3, 9, device="meta")], r"Pair 0 has L on cpu and R on meta"),
     ],
@@ -432,7 +432,7 @@ def test_parameters_flattened_by_a_wrapper_are_noticed_at_the_step(generator):
     flat = parameters(generator, (21,), (27,))
     give_gradients(flat, generator)
     optimizer.param_groups[0]["params"] = flat
-    with pytest.raises(ValueError, match="use precondition_in_graph with any optimizer instead"):
+    with pytest.raises(ValueError, match="use precondition_gradients with any optimizer instead"):
         optimizer.step()
 
 
