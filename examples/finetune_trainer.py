@@ -1,10 +1,10 @@
-"""Fine-tune a compressed model with the standard Trainer: L and R by the Riemannian optimizer, against AdamW on LoRA.
+"""Fine-tune a compressed model with the standard Trainer: the Riemannian optimizer on L and R or LoRA, against AdamW.
 
     python examples/finetune_trainer.py                 # needs matplotlib: pip install "hf_lrq[examples]"
 
 The small language model beside this file is compressed to Q + L R. The task: given the head of a function or class of
 PyTorch, write the docstring. The model has seen Python's standard library only. The score is the loss in nats per token
-(and the fraction of tokens guessed right) on docstrings of files that were not trained on. Both ways train equally many
+(and the fraction of tokens guessed right) on docstrings of files that were not trained on. All ways train equally many
 numbers on the same examples in the same order, for a sweep of learning rates.
 
 What is special about a compressed model are the three marked lines in `fine_tune`.
@@ -44,7 +44,8 @@ from hf_lrq.evaluation import perplexity
 mpl.use("Agg")  # Needs no display.
 TINY_LM = Path(__file__).parent / "tiny_lm"
 PARTS = ("nn", "optim", "distributions", "utils/data")  # Of the torch package, where docstrings are long.
-LORA, OURS = "LoRA, AdamW", "L and R, Riemannian AdamW"
+LORA, RIEMANNIAN_LORA, OURS = "LoRA, AdamW", "LoRA, Riemannian AdamW", "L and R, Riemannian AdamW"
+COLORS = {LORA: "tab:orange", RIEMANNIAN_LORA: "tab:green", OURS: "tab:blue"}
 
 
 RELOAD = """
@@ -148,15 +149,15 @@ def fine_tune(
 ) -> tuple[Any, list[float], float]:
     """An adapted model after training, the losses of the steps, and the seconds it took."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    if method == OURS:
+    config: Any = peft.LoraConfig(
+        r=arguments.rank, lora_alpha=arguments.rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    optimizer = {"optim": "adamw_torch"}
+    if method != LORA:
         hf_lrq.register_optimizers()  # 1
-        config: Any = hf_lrq.LRQAdapterConfig(task_type="CAUSAL_LM")  # 2
-        optimizer = {"optim": "riemannian_adamw", "optim_args": "precond=two_sided"}  # 3
-    else:
-        config = peft.LoraConfig(
-            r=arguments.rank, lora_alpha=arguments.rank, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
-        optimizer = {"optim": "adamw_torch"}
+        optimizer = {"optim": "riemannian_adamw", "optim_args": "precond=two_sided"}  # 2
+    if method == OURS:
+        config = hf_lrq.LRQAdapterConfig(task_type="CAUSAL_LM")  # 3
     torch.manual_seed(0)
     losses = Losses()
     trainer = Trainer(
@@ -188,7 +189,7 @@ def fine_tune(
 def draw(results: list[Result], start: float, path: Path) -> None:
     """Held-out loss over learning rates, and the training losses of the best run of each method."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for method, color in ((LORA, "tab:orange"), (OURS, "tab:blue")):
+    for method, color in COLORS.items():
         runs = sorted((run for run in results if run.method == method), key=lambda run: run.lr)
         left.plot([run.lr for run in runs], [run.nats for run in runs], "o-", color=color, label=method)
         best = min(runs, key=lambda run: run.nats)
@@ -259,7 +260,7 @@ def main() -> None:
         print(f"| {name}, not trained | | {nats:.3f} | {accuracy:.1%} | |")
     results: list[Result] = []
     best: Any = None
-    for method in (LORA, OURS):
+    for method in COLORS:
         for lr in arguments.rates:
             model, losses, seconds = fine_tune(base, method, lr, arguments, train)
             results.append(Result(method, lr, *score(model, test), seconds, losses))

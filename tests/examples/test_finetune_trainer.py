@@ -24,7 +24,11 @@ def test_a_short_run_learns_draws_and_merges(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     start = record["start"]["compressed"][0]
-    assert [run["method"] for run in record["results"]] == ["LoRA, AdamW", "L and R, Riemannian AdamW"]
+    assert [run["method"] for run in record["results"]] == [
+        "LoRA, AdamW",
+        "LoRA, Riemannian AdamW",
+        "L and R, Riemannian AdamW",
+    ]
     for run in record["results"]:
         assert run["nats"] < start
         assert len(run["losses"]) == 10
