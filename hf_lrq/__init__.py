@@ -19,9 +19,12 @@ if TYPE_CHECKING:
     from hf_lrq.evaluation import evaluate
     from hf_lrq.integrations.peft import LRQAdapterConfig
     from hf_lrq.integrations.saving import save
+    from hf_lrq.integrations.trainer import register_optimizers, trainer_optimizer
     from hf_lrq.integrations.transformers import LRQConfig, LRQHfQuantizer, compress_pretrained
+    from hf_lrq.nn import refit_factors
     from hf_lrq.nn.linear import LRQLinear
     from hf_lrq.optim import RiemannianAdamW, RiemannianSGD, precondition, riemannian_param_groups
+    from hf_lrq.recovery import RecoveryOptions, recover
     from hf_lrq.spec import CompressionSpec, LayerSpec
 
 __version__ = "0.1.0"
@@ -37,6 +40,7 @@ __all__ = [
     "LRQHfQuantizer",
     "LRQLinear",
     "LayerSpec",
+    "RecoveryOptions",
     "RiemannianAdamW",
     "RiemannianSGD",
     "SpecError",
@@ -47,8 +51,12 @@ __all__ = [
     "evaluate",
     "precondition",
     "proxy_loss",
+    "recover",
+    "refit_factors",
+    "register_optimizers",
     "riemannian_param_groups",
     "save",
+    "trainer_optimizer",
 ]
 
 _HOME = {
@@ -62,6 +70,7 @@ _HOME = {
     "LRQHfQuantizer": "hf_lrq.integrations.transformers",
     "LRQLinear": "hf_lrq.nn.linear",
     "LayerSpec": "hf_lrq.spec",
+    "RecoveryOptions": "hf_lrq.recovery",
     "RiemannianAdamW": "hf_lrq.optim",
     "RiemannianSGD": "hf_lrq.optim",
     "SpecError": "hf_lrq.errors",
@@ -71,8 +80,12 @@ _HOME = {
     "evaluate": "hf_lrq.evaluation",
     "precondition": "hf_lrq.optim",
     "proxy_loss": "hf_lrq.decomposition.gram",
+    "recover": "hf_lrq.recovery",
+    "refit_factors": "hf_lrq.nn",
+    "register_optimizers": "hf_lrq.integrations.trainer",
     "riemannian_param_groups": "hf_lrq.optim",
     "save": "hf_lrq.integrations.saving",
+    "trainer_optimizer": "hf_lrq.integrations.trainer",
 }
 
 

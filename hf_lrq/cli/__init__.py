@@ -263,6 +263,85 @@ def evaluate_command(
     )
 
 
+@app.command("recover")
+@_friendly
+def recover_command(
+    model: Annotated[str, typer.Argument(help="Folder or id on the Hub of the compressed model.")],
+    teacher: Annotated[str, typer.Option(help="Folder or id on the Hub of the original.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; must be empty or not exist.")],
+    train: Annotated[
+        str, typer.Option(help="What to train: factors, scales, norms, biases, rotations; separated by commas.")
+    ] = "factors,scales,norms",
+    dataset: Annotated[str, typer.Option(help="Text: bundled, a text file, or a data set's name.")] = "bundled",
+    nsamples: Annotated[int, typer.Option(help="Sequences.")] = 256,
+    seqlen: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
+    batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = 2,
+    epochs: Annotated[int, typer.Option(help="Passes over the text at most; it stops when nothing improves.")] = 4,
+    lr: Annotated[float, typer.Option(help="Learning rate of factors.")] = 1e-3,
+    vector_lr: Annotated[float, typer.Option(help="Of everything else, relative to its size.")] = 3e-3,
+    top_k: Annotated[int, typer.Option(help="Most likely tokens of the original to compare one by one.")] = 64,
+    held_out: Annotated[float, typer.Option(help="Fraction of the text that decides when to stop.")] = 0.1,
+    patience: Annotated[int, typer.Option(help="Evaluations without improvement before it stops.")] = 3,
+    teacher_device: Annotated[
+        str | None, typer.Option(help="Where the original computes. Default: as --device.")
+    ] = None,
+    record: Annotated[
+        Path | None, typer.Option(help="Folder for the original's outputs, so that it need not stay in memory.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
+    dtype: Annotated[DType, typer.Option(help="Of the models in memory; auto is that of their files.")] = DType.auto,
+    device: Device = None,
+    eval_text: Annotated[
+        Path | None, typer.Option(help="Text to evaluate on. Default: a part of the bundled text not trained on.")
+    ] = None,
+    no_eval: Annotated[bool, typer.Option("--no-eval", help="Do not evaluate.")] = False,
+    window: Window = None,
+    stride: Stride = None,
+    eval_tokens: EvalTokens = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model at --out.")] = False,
+    threads: Threads = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Train a compressed model on what its original says, without labels, and save it."""
+    from hf_lrq.cli.recover import RecoverOptions, run
+    from hf_lrq.recovery import RecoveryOptions
+
+    run(
+        RecoverOptions(
+            model=model,
+            teacher=teacher,
+            out=out,
+            recovery=RecoveryOptions(
+                train=tuple(kind.strip() for kind in train.split(",")),
+                lr=lr,
+                vector_lr=vector_lr,
+                epochs=epochs,
+                top_k=top_k,
+                held_out=held_out,
+                patience=patience,
+                seed=seed,
+            ),
+            dataset=dataset,
+            nsamples=nsamples,
+            seqlen=seqlen,
+            batch_size=batch_size,
+            teacher_device=teacher_device,
+            record=record,
+            dtype=dtype.value,
+            device=device,
+            eval_text=eval_text,
+            evaluate=not no_eval,
+            window=window,
+            stride=stride,
+            eval_tokens=eval_tokens,
+            overwrite=overwrite,
+            threads=threads,
+            as_json=as_json,
+        )
+    )
+
+
 @app.command("doctor")
 @_friendly
 def doctor_command(as_json: AsJson = False, debug: Debug = False) -> None:

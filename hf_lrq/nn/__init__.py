@@ -2,5 +2,6 @@
 
 from hf_lrq.nn.experts import LRQExpertStack
 from hf_lrq.nn.linear import LRQLinear
+from hf_lrq.nn.refit import Refit, refit_factors
 
-__all__ = ["LRQExpertStack", "LRQLinear"]
+__all__ = ["LRQExpertStack", "LRQLinear", "Refit", "refit_factors"]

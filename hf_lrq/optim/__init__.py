@@ -2,17 +2,20 @@
 
 from hf_lrq.optim.groups import FactorPair
 from hf_lrq.optim.in_graph import PreconditionedFactor, precondition_in_graph
+from hf_lrq.optim.in_graph_model import InGraph, precondition_gradients
 from hf_lrq.optim.pairs import factor_pairs, riemannian_param_groups
 from hf_lrq.optim.precondition import precondition
 from hf_lrq.optim.riemannian import RiemannianAdamW, RiemannianSGD
 
 __all__ = [
     "FactorPair",
+    "InGraph",
     "PreconditionedFactor",
     "RiemannianAdamW",
     "RiemannianSGD",
     "factor_pairs",
     "precondition",
+    "precondition_gradients",
     "precondition_in_graph",
     "riemannian_param_groups",
 ]

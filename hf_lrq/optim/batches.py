@@ -1,6 +1,6 @@
 """Parameters that are updated together: plain ones, or factors of equal shape with their gradients' whitening."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -12,10 +12,12 @@ from hf_lrq.optim.groups import FactorPair, Group, pairs_of
 from hf_lrq.optim.precondition import Whitening, compute_dtype, inverse_root, left_gram, right_gram
 from hf_lrq.optim.sharding import is_sharded, layout_of, local, sharded_like, sum_over_shards
 
-# Elements in one stack. Stacking saves launches and costs a copy, which is cheap while it stays in a cache: on one CPU
-# core stacks of 2^17 to 2^20 elements take the same time, larger ones more. Of shards it saves collectives.
-STACK_ELEMENTS = 2**20
-SHARDED_STACK_ELEMENTS = 2**24
+# Elements in one batch: what passes over it follow each other should find it in a cache. Of shards a batch saves
+# collectives.
+BATCH_ELEMENTS = 2**20
+SHARDED_BATCH_ELEMENTS = 2**24
+# Stacking factors for one product saves launches and costs a copy. On a CPU it stops paying here, elements of a factor.
+STACKED_ELEMENTS = 2**14
 
 Item = TypeVar("Item")
 
@@ -45,29 +47,42 @@ class Batch:
 
     def whiten(self, grads: list[Tensor]) -> list[Tensor]:
         """Whitened gradients; `grads` itself for plain parameters."""
-        if self.whitening is None:
-            return grads
-        return unstack(self.whitening.whiten(self.stack(grads)))
+        return grads if self.whitening is None else self._mapped(Whitening.whiten, grads)
 
     def precondition(self, grads: list[Tensor]) -> list[Tensor]:
         """Preconditioned gradients; `grads` itself for plain parameters."""
-        if self.whitening is None:
-            return grads
-        return unstack(self.whitening.precondition(self.stack(grads)))
+        return grads if self.whitening is None else self._mapped(Whitening.precondition, grads)
 
     def unwhiten(self, steps: list[Tensor], trust: float | None) -> list[Tensor]:
         """Steps in the coordinates of the factors, none longer than `trust` times its matrix; inverts `whiten`."""
         if self.whitening is None:
             return steps
-        stacked = self.whitening.unwhiten(self.stack(steps))
-        if trust is not None:
-            stacked = stacked * relative_bound(stacked, self.stack([local(p) for p in self.params]), trust)
-        return unstack(stacked)
+        unwhitened = self._mapped(Whitening.unwhiten, steps)
+        if trust is None:
+            return unwhitened
+        if not self.stacked:
+            bounds = [relative_bound(step, p, trust) for step, p in zip(unwhitened, self.params, strict=True)]
+            torch._foreach_mul_(unwhitened, [bound.reshape(()) for bound in bounds])
+            return unwhitened
+        together = self.stack(unwhitened)
+        return unstack(together * relative_bound(together, self.stack([local(p) for p in self.params]), trust))
 
     def squared_norm(self) -> Tensor:
         """Of all whitened gradients together, on all ranks; a scalar."""
         norms = torch._foreach_norm(self.whiten(self.gradients()))
         return sum_over_shards(torch.stack(norms).square().sum(), self.params[0])
+
+    @property
+    def stacked(self) -> bool:
+        """Whether products are taken of stacks rather than one by one."""
+        return stacking_pays(self.params[0])
+
+    def _mapped(self, how: Callable[[Whitening, Tensor], Tensor], parts: list[Tensor]) -> list[Tensor]:
+        """A method of the whitening, of each part."""
+        assert self.whitening is not None, "callers deal with None"
+        if self.stacked:
+            return unstack(how(self.whitening, self.stack(parts)))
+        return [how(one, part) for one, part in zip(self.whitening.unbind(), parts, strict=True)]
 
     def stack(self, parts: list[Tensor]) -> Tensor:
         """[P, ...], sharded as the parameters are."""
@@ -77,6 +92,11 @@ class Batch:
 def unstack(stacked: Tensor) -> list[Tensor]:
     """The local parts of what `Batch.stack` put together."""
     return list(local(stacked).unbind(0))
+
+
+def stacking_pays(x: Tensor) -> bool:
+    """Whether factors like x are better multiplied in a stack."""
+    return is_sharded(x) or x.device.type != "cpu" or x.numel() < STACKED_ELEMENTS
 
 
 def relative_bound(steps: Tensor, factors: Tensor, trust: float) -> Tensor:
@@ -179,7 +199,7 @@ def stacks_of(pairs: list[FactorPair]) -> Iterator[list[FactorPair]]:
 
 def cut(items: list[Item], largest: Tensor) -> Iterator[list[Item]]:
     """Runs of items that fit one stack if each is as large as `largest`."""
-    limit = SHARDED_STACK_ELEMENTS if is_sharded(largest) else STACK_ELEMENTS
+    limit = SHARDED_BATCH_ELEMENTS if is_sharded(largest) else BATCH_ELEMENTS
     length = max(1, limit // max(1, largest.numel()))
     for start in range(0, len(items), length):
         yield items[start : start + length]
@@ -188,11 +208,17 @@ def cut(items: list[Item], largest: Tensor) -> Iterator[list[Item]]:
 def grams_of(pairs: list[FactorPair]) -> Iterator[Tensor]:
     """[P, ..., r, r] of the R, if the L have gradients to divide by it, then of the L, if the R have."""
     if pairs[0].L.grad is not None:
-        R = torch.stack([pair.R for pair in pairs])
-        yield right_gram(R.to(compute_dtype(R)))
+        yield each_gram([pair.R for pair in pairs], right_gram)
     if pairs[0].R.grad is not None:
-        L = torch.stack([pair.L for pair in pairs])
-        yield left_gram(L.to(compute_dtype(L)))
+        yield each_gram([pair.L for pair in pairs], left_gram)
+
+
+def each_gram(factors: list[Tensor], gram: Callable[[Tensor], Tensor]) -> Tensor:
+    """The Gram of each, stacked; in float32 or float64."""
+    dtype = compute_dtype(factors[0])
+    if stacking_pays(factors[0]):
+        return gram(torch.stack(factors).to(dtype))
+    return torch.stack([gram(factor.to(dtype)) for factor in factors])
 
 
 def inverse_roots(grams: list[Tensor], damping: float) -> list[Tensor]:

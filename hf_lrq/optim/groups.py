@@ -43,7 +43,8 @@ def pairs_of(group: Group) -> list[FactorPair]:
     if len(params) % 2:
         raise ValueError(
             f"A paired group has {len(params)} parameters, but pairs are listed as L0, R0, L1, R1, ... "
-            "Put a parameter that is no factor into a group without `paired`."
+            "Put a parameter that is no factor into a group without `paired`. If a wrapper joins parameters "
+            "(DeepSpeed), use precondition_gradients with any optimizer instead."
         )
     pairs = []
     for i in range(0, len(params), 2):
@@ -67,7 +68,7 @@ def check_pair(pair: FactorPair) -> None:
     if L.ndim < 2 or R.ndim < 2:
         raise ValueError(
             f"{seen}; a factor has at least two dimensions. If a wrapper flattens parameters (DeepSpeed, FSDP1), "
-            "use precondition_in_graph with any optimizer instead."
+            "use precondition_gradients with any optimizer instead."
         )
     if L.shape[:-2] != R.shape[:-2] or L.shape[-1] != R.shape[-2]:
         raise ValueError(

@@ -64,7 +64,9 @@ def inverse_root(gram: Tensor, damping: float) -> Tensor:
     shift = torch.where(alive, torch.full_like(mean, damping), torch.ones_like(mean))
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     for _ in range(MAX_ATTEMPTS):
-        C, info = torch.linalg.cholesky_ex(gram / unit + shift * eye)
+        damped = gram / unit
+        damped.diagonal(dim1=-2, dim2=-1).add_(shift.squeeze(-1))
+        C, info = torch.linalg.cholesky_ex(damped)
         failed = (info != 0)[..., None, None]
         if not failed.any():
             return torch.linalg.solve_triangular(C, eye, upper=False) / unit.sqrt()
@@ -89,6 +91,10 @@ class Whitening:
 
     K: Tensor
     left: bool
+
+    def unbind(self) -> list["Whitening"]:
+        """One for each entry of the first axis."""
+        return [Whitening(K, self.left) for K in self.K.unbind(0)]
 
     def whiten(self, X: Tensor) -> Tensor:
         """[..., out, r] or [..., r, in], as the factor; sharded as X is."""

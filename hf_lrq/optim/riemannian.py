@@ -1,14 +1,17 @@
 """AdamW and SGD for weights that hold a low-rank product: pairs of factors are preconditioned, the rest is as usual."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from hf_lrq.optim.batches import Batch, working_copies
 from hf_lrq.optim.paired import PairedOptimizer, Params
 from hf_lrq.optim.precondition import DAMPING
+from hf_lrq.optim.sharding import local
 
 
 class RiemannianAdamW(PairedOptimizer):
@@ -87,32 +90,81 @@ class RiemannianAdamW(PairedOptimizer):
         grads = batch.whiten(grads) if two_sided else batch.precondition(grads)
 
         m, v = self._running(batch, "exp_avg"), self._running(batch, "exp_avg_sq")
-        torch._foreach_lerp_(m, grads, 1 - beta1)
-        torch._foreach_mul_(v, beta2)
-        torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
-
-        steps = self._count(batch)
-        denominators = torch._foreach_sqrt(v)
-        torch._foreach_div_(denominators, [(1 - beta2**step) ** 0.5 for step in steps])
-        torch._foreach_add_(denominators, group["eps"])
-        sizes = [-lr / (1 - beta1**step) for step in steps]
-
+        one_pass = batch.whitening is not None and one_pass_fits(grads, m, v, batch.params)
+        adam = one_pass_adam if one_pass else foreach_adam
+        average = Average(m, v, self._count(batch), beta1, beta2, group["eps"])
+        # Plain parameters take the roundings of torch's AdamW.
         with working_copies(batch.params, self._low_bits(batch)) as values:
             if group["weight_decay"] != 0:
                 torch._foreach_mul_(values, 1 - lr * group["weight_decay"])
             if two_sided:
-                moves = torch._foreach_div(m, denominators)
-                torch._foreach_mul_(moves, sizes)
-                torch._foreach_add_(values, batch.unwhiten(list(moves), group["trust"]))
+                moves = [torch.zeros_like(x) for x in m]
+                adam(moves, grads, average, lr)
+                torch._foreach_add_(values, batch.unwhiten(moves, group["trust"]))
             else:
-                torch._foreach_addcdiv_(values, m, denominators, sizes)
+                adam(values, grads, average, lr)
 
-    def _count(self, batch: Batch) -> list[float]:
+    def _count(self, batch: Batch) -> list[Tensor]:
         """The number of this step, for each parameter; kept as float32 on the CPU, as torch does."""
         for p in batch.params:
             before = self.state[p].get("step", torch.zeros((), dtype=torch.float32, device="cpu"))
             self.state[p]["step"] = before + 1
-        return [self.state[p]["step"].item() for p in batch.params]
+        return [self.state[p]["step"] for p in batch.params]
+
+
+@dataclass(frozen=True, eq=False)
+class Average:
+    """Adam's running averages, before a step brings them up to date.
+
+    Attributes:
+        m, v: of the gradients and of their squares.
+        steps: numbers of this step, float32 on the CPU.
+        beta1, beta2, eps: of AdamW.
+    """
+
+    m: list[Tensor]
+    v: list[Tensor]
+    steps: list[Tensor]
+    beta1: float
+    beta2: float
+    eps: float
+
+
+def foreach_adam(values: list[Tensor], grads: list[Tensor], average: Average, lr: float) -> None:
+    """values -= lr * m / (sqrt(v) + eps), bias-corrected; the operations of torch's AdamW, in its order."""
+    torch._foreach_lerp_(average.m, grads, 1 - average.beta1)
+    torch._foreach_mul_(average.v, average.beta2)
+    torch._foreach_addcmul_(average.v, grads, grads, 1 - average.beta2)
+    steps = [step.item() for step in average.steps]
+    denominators = torch._foreach_sqrt(average.v)
+    torch._foreach_div_(denominators, [(1 - average.beta2**step) ** 0.5 for step in steps])
+    torch._foreach_add_(denominators, average.eps)
+    torch._foreach_addcdiv_(values, average.m, denominators, [-lr / (1 - average.beta1**step) for step in steps])
+
+
+def one_pass_fits(*tensors: list[Tensor]) -> bool:
+    """Whether `one_pass_adam` can be used: it goes through memory, so all tensors must lie there in the same order."""
+    return all(x.device.type == "cpu" and local(x).is_contiguous() for some in tensors for x in some)
+
+
+def one_pass_adam(values: list[Tensor], grads: list[Tensor], average: Average, lr: float) -> None:
+    """The same in one pass over memory, which is what a step costs on a CPU; other roundings."""
+    adamw(
+        values,
+        grads,
+        average.m,
+        average.v,
+        [],
+        [step - 1 for step in average.steps],  # It counts by itself.
+        fused=True,
+        amsgrad=False,
+        beta1=average.beta1,
+        beta2=average.beta2,
+        lr=lr,
+        weight_decay=0.0,
+        eps=average.eps,
+        maximize=False,
+    )
 
 
 class RiemannianSGD(PairedOptimizer):

@@ -56,7 +56,7 @@ def model_card(report: Mapping[str, Any]) -> ModelCard:
         measured=_measurements(report),
         measured_on=_measured_on(report),
         recipe=[(code_cell(name), code_cell(_shown(value))) for name, value in _recipe(report)],
-        calibration=_calibration(report),
+        calibration=_calibration(report) + _recovery(report),
         errors=_errors(report),
         worst=_worst_layers(report),
         n_layers=len(report["compression"]["layers"]),
@@ -169,6 +169,18 @@ def _calibration(report: Mapping[str, Any]) -> str:
     source = f" of {plain(_shown(dataset))}" if dataset else ""
     sequences = report["compression"]["calibration"].get("sequences")
     return f"Calibrated on {f'{sequences:,} sequences, ' if sequences else ''}{tokens:,} tokens{source}."
+
+
+def _recovery(report: Mapping[str, Any]) -> str:
+    """What was done after the compression, where something was."""
+    recovery = report.get("recovery")
+    if not recovery or recovery["stopped"] == "no gain":
+        return ""
+    return (
+        f" Then trained on {recovery['tokens']:,} tokens of the original's outputs, without labels, which brought the "
+        f"divergence from it on held-out text from {recovery['before']['divergence']:.4g} to "
+        f"{recovery['after']['divergence']:.4g} nats per token."
+    )
 
 
 def _tokens(report: Mapping[str, Any]) -> int:

@@ -3,7 +3,8 @@
 Fields of version 1: `report_version`, `base_model` {name, hub_id, and what its card says about licence and language},
 `architecture`, `recipe`, `seed`, `versions`, `bits` {compressed_layers, whole_file, caldera}, `size`
 (`evaluation.Size`), `evaluation` (`evaluation.Evaluation` without its size), `compression`
-(`calibration.CompressionReport`). A figure that was not measured is null.
+(`calibration.CompressionReport`), and after `hf-lrq recover` also `recovery` (`recovery.RecoveryReport`). A figure that
+was not measured is null.
 """
 
 import json

@@ -22,6 +22,7 @@ ROWS = (
     ("decomposition", "optim"),
     ("nn",),
     ("calibration", "checkpoint", "evaluation"),
+    ("recovery",),
     ("report",),
     ("integrations",),
     ("cli",),

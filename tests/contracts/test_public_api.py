@@ -20,6 +20,7 @@ PUBLIC = [
     "LRQHfQuantizer",
     "LRQLinear",
     "LayerSpec",
+    "RecoveryOptions",
     "RiemannianAdamW",
     "RiemannianSGD",
     "SpecError",
@@ -30,8 +31,12 @@ PUBLIC = [
     "evaluate",
     "precondition",
     "proxy_loss",
+    "recover",
+    "refit_factors",
+    "register_optimizers",
     "riemannian_param_groups",
     "save",
+    "trainer_optimizer",
 ]
 
 

@@ -18,7 +18,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_lrq.optim import RiemannianAdamW, RiemannianSGD, precondition_in_graph, riemannian_param_groups
+from hf_lrq.optim import (
+    RiemannianAdamW,
+    RiemannianSGD,
+    precondition_gradients,
+    precondition_in_graph,
+    riemannian_param_groups,
+)
 
 RANKS = 2
 STEPS = 3
@@ -153,6 +159,14 @@ def check_all(rank: int) -> dict[str, Any]:
     model = shard(build(in_graph=True))
     train(model, plain_adamw(model), rank)
     found["in-graph fsdp2"] = distance(model, reference)
+
+    # The same by hooks, put on before the wrapper.
+    for name, wrap in (("ddp", DistributedDataParallel), ("fsdp2", shard)):
+        model = build()
+        precondition_gradients(model, 1e-3)
+        wrapped = wrap(model)
+        train(wrapped, plain_adamw(wrapped), rank)
+        found[f"hooks {name}"] = distance(wrapped, reference)
 
     # A gradient that is broken on one rank alone must stop both, or the other would wait for ever.
     model = shard(build())

@@ -70,6 +70,12 @@ def test_in_graph_with_torch_adamw_equals_the_optimizer(ranks, wrapper):
         assert found[f"in-graph {wrapper}"] < 1e-12
 
 
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_hooks_with_torch_adamw_equal_the_optimizer(ranks, wrapper):
+    for found in ranks:
+        assert found[f"hooks {wrapper}"] < 1e-12
+
+
 def test_a_gradient_broken_on_one_rank_stops_all_of_them(ranks):
     for found in ranks:
         assert "R of pair 1 (1.lr_L) in group 0. Nothing was updated" in found["broken"]

@@ -67,11 +67,18 @@ def loop_adam(params, memory, step, lr, precond, damping, betas=(0.9, 0.999), ep
 
 
 @pytest.mark.parametrize("precond", ["pre", "two_sided"])
-@pytest.mark.parametrize("stack_elements", [1, 100, 2**20])
-def test_adamw_equals_a_loop_over_the_pairs(generator, precond, stack_elements, monkeypatch):
-    """However the pairs are cut into stacks."""
-    monkeypatch.setattr(batches_module, "STACK_ELEMENTS", stack_elements)
+@pytest.mark.parametrize("stacked_elements", [1, 2**20])
+@pytest.mark.parametrize("batch_elements", [1, 100, 2**20])
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_adamw_equals_a_loop_over_the_pairs(
+    generator, precond, stacked_elements, batch_elements, by_columns, monkeypatch
+):
+    """However the pairs are batched, stacked for products, and laid out in memory."""
+    monkeypatch.setattr(batches_module, "BATCH_ELEMENTS", batch_elements)
+    monkeypatch.setattr(batches_module, "STACKED_ELEMENTS", stacked_elements)
     params = factor_list(generator)
+    if by_columns:
+        params = [p.detach().mT.contiguous().mT.requires_grad_() for p in params]
     naive, memory = copies(params), {}
     group = {"params": params, "paired": True}
     optimizer = RiemannianAdamW([group], lr=1e-2, precond=precond, damping=1e-3, trust=None)
@@ -396,7 +403,7 @@ def empty(*shape, dtype=torch.float32):
         ),
         ([empty(2, 7, 3), empty(3, 9)], r"Pair 0 has L of shape \[2, 7, 3\] and R of shape \[3, 9\]"),
         ([empty(3, 9), empty(9, 3)], r"rank 9 is larger than both sides of the product\. If the two are swapped"),
-        ([empty(7), empty(3, 9)], r"at least two dimensions.*use precondition_in_graph"),
+        ([empty(7), empty(3, 9)], r"at least two dimensions.*use precondition_gradients"),
         ([empty(7, 3, dtype=torch.int8), empty(3, 9)], r"Pair 0 has factors of torch\.int8 and torch\.float32"),
         ([empty(7, 3), torch.empty(3, 9, device="meta")], r"Pair 0 has L on cpu and R on meta"),
     ],
@@ -425,7 +432,7 @@ def test_parameters_flattened_by_a_wrapper_are_noticed_at_the_step(generator):
     flat = parameters(generator, (21,), (27,))
     give_gradients(flat, generator)
     optimizer.param_groups[0]["params"] = flat
-    with pytest.raises(ValueError, match="use precondition_in_graph with any optimizer instead"):
+    with pytest.raises(ValueError, match="use precondition_gradients with any optimizer instead"):
         optimizer.step()
 
 

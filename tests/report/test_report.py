@@ -263,6 +263,15 @@ def test_card_of_a_data_free_run_says_so(compression: CompressionReport) -> None
     assert "Relative error of their weights: median 0.1000" in text
 
 
+def test_card_of_a_recovered_model_says_so(compression: CompressionReport) -> None:
+    recovery = {"tokens": 118784, "before": {"divergence": 0.0625}, "after": {"divergence": 0.03125}}
+    report = built(compression)
+    card = str(model_card({**report, "recovery": {**recovery, "stopped": "all steps"}}))
+    assert "Then trained on 118,784 tokens of the original's outputs" in card
+    assert "from 0.0625 to 0.03125 nats per token" in card
+    assert "Then trained" not in str(model_card({**report, "recovery": {**recovery, "stopped": "no gain"}}))
+
+
 def test_foreign_text_is_literal(compression: CompressionReport, evaluation: Evaluation, tmp_path: Path) -> None:
     compression.skipped = {"a`|`b\n---\n": "be|cause <img src=x>"}
     compression.layers[0] = layer(0, name="x`| y", relative_error=1.0)

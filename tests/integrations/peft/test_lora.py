@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import Linear as LoraLinear
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -212,3 +212,21 @@ def test_registering_twice_wraps_once() -> None:
     after = [getattr(LoraModel, name)._hf_lrq_original for name in ("_create_new_module", "_check_merge_allowed")]
     assert before == after
     assert not any(hasattr(original, "_hf_lrq_original") for original in after)
+
+
+def test_eva_starts_at_the_inputs_that_a_compressed_layer_sees(base: Any, tokens: torch.Tensor) -> None:
+    """It looks at activations alone, so codes are no obstacle."""
+    options = {"eva_config": EvaConfig(rho=1.0), "init_lora_weights": "eva", "r": 2}
+    model = get_peft_model(base(), LoraConfig(target_modules=["q_proj", "down_proj"], **options))
+    batches = [{"input_ids": (tokens * (i + 1)) % 128} for i in range(4)]
+    seen: list[torch.Tensor] = []
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.down_proj")
+    hook = layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach().flatten(0, -2)))
+    model(**batches[0])
+    hook.remove()
+    initialize_lora_eva_weights(model, batches, show_progress_bar=False)
+    A = layer.lora_A["default"].weight.detach()
+    torch.testing.assert_close(A @ A.T, torch.eye(2), atol=1e-4, rtol=0)  # Singular vectors,
+    directions = torch.linalg.qr(torch.randn(A.shape[1], 2, generator=torch.Generator().manual_seed(0))).Q
+    assert (seen[0] @ A.T).norm() > (seen[0] @ directions).norm()  # those along which the inputs are large.
+    assert not layer.lora_B["default"].weight.any()

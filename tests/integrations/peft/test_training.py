@@ -8,7 +8,13 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from hf_lrq.optim import RiemannianAdamW, factor_pairs, riemannian_param_groups
+from hf_lrq.optim import (
+    RiemannianAdamW,
+    factor_pairs,
+    precondition,
+    precondition_gradients,
+    riemannian_param_groups,
+)
 
 # Releases of PEFT and transformers warn about each other.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -112,3 +118,19 @@ def test_a_riemannian_step_changes_the_adapter_alone(base: Any, adapted: Any, to
     optimizer.step()
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) == (not parameter.requires_grad), name
+
+
+@pytest.mark.parametrize("mode", ["all", "head:2", "append:2"])
+def test_hooks_precondition_the_gradients_of_an_adapter(
+    base: Any, trained: Any, tokens: torch.Tensor, mode: str
+) -> None:
+    model = trained(base(8), mode)
+    pairs = factor_pairs(model)
+    model(tokens, labels=tokens).loss.backward()
+    expected = [precondition(p.L.grad, p.R.grad, p.L.detach(), p.R.detach(), 1e-3) for p in pairs]
+    model.zero_grad()
+    precondition_gradients(model, 1e-3)
+    model(tokens, labels=tokens).loss.backward()
+    for pair, (grad_L, grad_R) in zip(pairs, expected, strict=True):
+        torch.testing.assert_close(pair.L.grad, grad_L, rtol=1e-3, atol=1e-5 * grad_L.abs().max().item())
+        torch.testing.assert_close(pair.R.grad, grad_R, rtol=1e-3, atol=1e-5 * grad_R.abs().max().item())

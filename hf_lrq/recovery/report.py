@@ -1,0 +1,76 @@
+"""What a recovery says about itself, during it and afterwards."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Distance from the teacher, per position.
+
+    Attributes:
+        divergence: KL(teacher, student) over "one of the teacher's top k, or any other token", in nats.
+        hidden: squared error of the last hidden states over their squared norm.
+        total: divergence + hidden_weight * hidden.
+    """
+
+    divergence: float
+    hidden: float
+    total: float
+
+
+@dataclass(frozen=True)
+class RecoveryStep:
+    """The state after one step.
+
+    Attributes:
+        step, steps: done, and in all.
+        tokens: trained on so far; a token that is seen twice counts twice.
+        loss: on the batch of this step.
+        held_out: loss on the held-out batches, where it was measured after this step.
+        best: the least of them so far.
+    """
+
+    step: int
+    steps: int
+    tokens: int
+    loss: float
+    held_out: float | None
+    best: float
+
+
+@dataclass(frozen=True)
+class RecoveryReport:
+    """What a recovery did.
+
+    Attributes:
+        before: held-out loss at the start.
+        trained: of the best state, in float32.
+        after: of the model as it is left: rounded, and where factors are codes, refitted to codes.
+        steps, best_step: taken, and the one whose state was kept; 0 is the start.
+        tokens: trained on; a token that is seen twice counts twice.
+        held_out_tokens: that the losses above are means over.
+        parameters: numbers that were trained.
+        refitted: matrices whose factors went back to codes.
+        untouched: modules with factors that cannot be trained.
+        stopped: "all steps", "no improvement", or "no gain": `after` would have been no better than `before`, and the
+            model is as it was.
+        seconds: of everything.
+    """
+
+    before: Loss
+    trained: Loss
+    after: Loss
+    steps: int
+    best_step: int
+    tokens: int
+    held_out_tokens: int
+    parameters: int
+    refitted: int
+    untouched: tuple[str, ...]
+    stopped: str
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {**asdict(self), "untouched": list(self.untouched)}

@@ -1,0 +1,209 @@
+"""The tensors of a compressed model that a recovery trains: float32 while it lasts, afterwards as they are stored."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from hf_lrq.nn import LRQExpertStack, LRQLinear
+from hf_lrq.nn.linear import StoredFactors, dense_pair
+from hf_lrq.nn.refit import coded
+from hf_lrq.recovery.errors import RecoveryError
+
+Compressed = LRQLinear | LRQExpertStack
+State = list[Tensor]
+
+# Kind -> attributes of a compressed module.
+VECTORS = {"scales": ("scales",), "rotations": ("rot_in", "rot_out"), "biases": ("bias",)}
+PAIRS = (("lr_L", "lr_R"), ("ft_L", "ft_R"))
+
+
+@dataclass(eq=False)
+class Slot:
+    """One tensor that is trained.
+
+    Attributes:
+        parameter: as the module holds it; float32 meanwhile.
+        original: its tensor before.
+    """
+
+    parameter: nn.Parameter
+    original: Tensor
+
+    def round(self) -> None:
+        """In the dtype it had.
+
+        Raises:
+            FloatingPointError: if that cannot hold it.
+        """
+        rounded = self.parameter.data.to(self.original.dtype)
+        if not rounded.isfinite().all():
+            raise FloatingPointError(f"a trained tensor is beyond the range of {self.original.dtype}.")
+        self.parameter.data = rounded
+
+
+@dataclass(eq=False)
+class Trainable:
+    """What is trained of one model; `open` it, train, then `store` or `undo`, and `close` it.
+
+    Attributes:
+        model: compressed.
+        kinds: of `options.KINDS`.
+        pairs: (L, R) slots.
+        vectors: slots of everything else.
+        in_place: slots that are rounded where they are; the others are factors of a layer, which are stored as pairs.
+        layers: layer -> its factors before, of layers whose factors are trained.
+        untouched: names of modules with factors that cannot be trained.
+        refitted: layers whose factors were put back to codes.
+    """
+
+    model: nn.Module
+    kinds: tuple[str, ...]
+    pairs: list[tuple[Slot, Slot]] = field(default_factory=list)
+    vectors: list[Slot] = field(default_factory=list)
+    in_place: list[Slot] = field(default_factory=list)
+    layers: dict[LRQLinear, StoredFactors] = field(default_factory=dict)
+    untouched: list[str] = field(default_factory=list)
+    refitted: int = 0
+    _flags: list[tuple[nn.Parameter, bool]] = field(default_factory=list)
+
+    def open(self) -> None:
+        """Turn what is trained to float32 and freeze everything else.
+
+        Raises:
+            RecoveryError: if there is nothing to train.
+        """
+        self._flags = [(p, p.requires_grad) for p in self.model.parameters()]
+        self.model.requires_grad_(False)
+        try:
+            for name, module in list(self.model.named_modules()):
+                if isinstance(module, LRQLinear | LRQExpertStack):
+                    self._open_compressed(name, module)
+                elif "norms" in self.kinds and is_norm(module):
+                    self.vectors += [slot_of(p) for p in module.parameters(recurse=False) if p.is_floating_point()]
+            self.in_place += self.vectors
+            if not self.pairs and not self.vectors:
+                raise RecoveryError(
+                    f"{type(self.model).__name__} has nothing to train of the kinds {', '.join(self.kinds)}. "
+                    "Compress it first, or name other kinds."
+                )
+        except BaseException:
+            self.undo()
+            self.close()
+            raise
+
+    def _open_compressed(self, name: str, module: Compressed) -> None:
+        if "factors" in self.kinds:
+            if isinstance(module, LRQLinear) and module.rank + module.ft_rank:
+                self.layers[module] = module.factors()
+                with_float_factors(module)
+            elif isinstance(module, LRQExpertStack) and getattr(module, "lr_L_scale", None) is not None:
+                self.untouched.append(name)
+            for left, right in PAIRS:
+                L, R = getattr(module, left), getattr(module, right)
+                if L is not None and L.is_floating_point():
+                    self.pairs.append((slot_of(L), slot_of(R)))
+                    if module not in self.layers:
+                        self.in_place += self.pairs[-1]
+        for kind, attributes in VECTORS.items():
+            tensors = [getattr(module, attribute, None) for attribute in attributes if kind in self.kinds]
+            self.vectors += [slot_of(p) for p in tensors if p is not None]
+
+    def slots(self) -> Iterator[Slot]:
+        """All of them."""
+        for L, R in self.pairs:
+            yield L
+            yield R
+        yield from self.vectors
+
+    def state(self) -> State:
+        """A copy of all values, on the CPU."""
+        return [slot.parameter.detach().to("cpu", copy=True) for slot in self.slots()]
+
+    def load(self, state: State) -> None:
+        """Put values back that `state` returned."""
+        for slot, values in zip(self.slots(), state, strict=True):
+            slot.parameter.data.copy_(values)
+
+    @torch.no_grad()
+    def store(self, generator: torch.Generator) -> None:
+        """Make everything what a checkpoint can hold: float16, and codes where factors were codes.
+
+        Args:
+            generator: of the randomised decomposition of large layers.
+
+        Raises:
+            FloatingPointError: if something is beyond the range of its dtype.
+        """
+        for slot in self.in_place:
+            slot.round()
+        for layer, before in self.layers.items():
+            store_factors(layer, before, generator)
+            self.refitted += before.are_codes
+
+    def undo(self) -> None:
+        """Give the model back every tensor that it had."""
+        for slot in self.slots():
+            slot.parameter.data = slot.original
+        for layer, before in self.layers.items():
+            layer.restore(before)
+        self.refitted = 0
+
+    def close(self) -> None:
+        """Give every parameter back its own `requires_grad`; new ones are frozen, as compressed layers are."""
+        self.model.requires_grad_(False)
+        for p, flag in self._flags:
+            if p.is_floating_point():
+                p.requires_grad_(flag)
+        for p in self.model.parameters():
+            p.grad = None
+
+
+def slot_of(parameter: nn.Parameter) -> Slot:
+    """The parameter, turned to a float32 copy of itself that requires a gradient."""
+    original = parameter.data
+    parameter.data = original.float().clone()
+    parameter.requires_grad_(True)
+    return Slot(parameter, original)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether the module is some LayerNorm or RMSNorm: architectures have classes of their own, named alike."""
+    return "Norm" in type(module).__name__ and getattr(module, "weight", None) is not None
+
+
+def with_float_factors(layer: LRQLinear) -> None:
+    """Give a layer parameters of its own for all factors; those of codes become float32."""
+    stored = layer.factors()
+    tensors = {
+        name: None if p is None or not p.is_floating_point() else nn.Parameter(p.data.clone(), requires_grad=False)
+        for name, p in stored.tensors.items()
+    }
+    layout = stored.layout
+    if stored.are_codes:
+        own = {name: None if name.startswith("ft_") else p for name, p in stored.tensors.items()}
+        L, R = dense_pair(own, layer.out_features, layer.in_features, layer.scales)
+        tensors |= {"lr_L": nn.Parameter(L.float(), requires_grad=False), "lr_L_scale": None}
+        tensors |= {"lr_R": nn.Parameter(R.float(), requires_grad=False), "lr_R_scale": None}
+        layout = replace(layout, factor_bits=16)
+    layer.restore(StoredFactors(layout, tensors))
+
+
+def store_factors(layer: LRQLinear, before: StoredFactors, generator: torch.Generator) -> None:
+    """Round trained factors to float16; where they were codes, refit codes of as many ranks and bits to their product.
+
+    A second pair beside codes stays one, in float16.
+    """
+    if not before.are_codes:
+        layer.replace_factors(*layer.low_rank())
+        return
+    assert layer.lr_L is not None, "codes have a product"
+    assert layer.lr_R is not None, "codes have a product"
+    product = layer.lr_L.float() @ layer.lr_R.float()
+    second = None if layer.ft_L is None or layer.ft_R is None else (layer.ft_L.float(), layer.ft_R.float())
+    rank = len(before.tensors["lr_L_scale"])  # type: ignore[arg-type]
+    tensors = coded(product, rank, before.layout.factor_bits, generator)
+    layer.restore(StoredFactors(replace(before.layout, ft_rank=0), tensors))
+    if second is not None:
+        layer.absorb(*second)
