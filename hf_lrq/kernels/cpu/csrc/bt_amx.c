@@ -10,7 +10,9 @@
 
 #define SHUFFLES(table, j) _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table[j]))
 
-enum { UNIT_ROWS = 16, UNIT_BYTES = 1024, AHEAD = 4096 };
+/* Tiles of the format that all rows are taken of before the next ones: they stay in the first cache, and the next ones
+   are prefetched meanwhile. */
+enum { UNIT_ROWS = 16, UNIT_BYTES = 1024, CHUNK_TILES = 64 };
 
 typedef struct {
     __m512i new_first[4], old_first[4], m1, m2;
@@ -49,15 +51,8 @@ AMX_TARGET ALWAYS_INLINE void build(uint8_t *to, const uint8_t *codes, int64_t k
     UNROLL for (int half = 0; half < 2; half++) {
         const uint8_t *tile = codes + (words == 1 ? smaller(2 * k + half, tiles - 1) : k) * all * 64;
         int q = words == 1 ? row : 2 * row + half;
-        _mm_prefetch((const char *)tile + AHEAD + 64 * q, _MM_HINT_T0);
+        _mm_prefetch((const char *)tile + CHUNK_TILES * all * 64 + 64 * q, _MM_HINT_T1);
         products(to + half * 256, _mm512_loadu_si512(tile + 64 * q), _mm512_loadu_si512(tile + 64 * ((q + all - 1) % all)), c);
-    }
-}
-
-AMX_TARGET ALWAYS_INLINE void add_sums(int32_t *acc, const int32_t *sums, int planes, int row) {
-    for (int m = 0; m < planes; m++) {
-        int32_t *to = acc + m * TILE_ROWS + row * LANES;
-        _mm512_storeu_si512(to, _mm512_add_epi32(_mm512_loadu_si512(to), _mm512_load_si512(sums + m * LANES)));
     }
 }
 
@@ -82,25 +77,17 @@ typedef struct {
         _tile_loadd(REGISTER, job->ring + (SLOT) * UNIT_BYTES, 64);                                                    \
     } while (0)
 #define INTEGERS(REGISTER, UNIT) _tile_loadd(REGISTER, job->x + ((UNIT) * job->blocks + k) * job->rows * 64, 64)
-#define ZERO_SUMS()                                                                                                    \
-    do {                                                                                                               \
-        _tile_zero(0);                                                                                                 \
-        _tile_zero(1);                                                                                                 \
-        _tile_zero(2);                                                                                                 \
-        _tile_zero(3);                                                                                                 \
-    } while (0)
-#define ADD_SUMS(REGISTER, UNIT, ROW)                                                                                  \
-    do {                                                                                                               \
-        _Alignas(64) int32_t sums[UNIT_ROWS * LANES];                                                                  \
-        _tile_stored(REGISTER, sums, 64);                                                                              \
-        __asm__ volatile("" ::"r"(sums) : "memory");                                                                   \
-        add_sums(job->acc + (UNIT) * job->rows * TILE_ROWS, sums, job->rows, ROW);                                     \
-    } while (0)
+#define SUMS(UNIT, ROW) (job->acc + (UNIT) * job->rows * TILE_ROWS + (ROW) * LANES)
+#define LOAD_SUMS(REGISTER, UNIT, ROW) _tile_loadd(REGISTER, SUMS(UNIT, ROW), TILE_ROWS * sizeof(int32_t))
+#define STORE_SUMS(REGISTER, UNIT, ROW) _tile_stored(REGISTER, SUMS(UNIT, ROW), TILE_ROWS * sizeof(int32_t))
 
 /* Four rows of the lanes at a time. */
 AMX_TARGET ALWAYS_INLINE void one_unit(const Job *job, int words) {
     for (int row = 0; row < 8; row += 4) {
-        ZERO_SUMS();
+        LOAD_SUMS(0, 0, row);
+        LOAD_SUMS(1, 0, row + 1);
+        LOAD_SUMS(2, 0, row + 2);
+        LOAD_SUMS(3, 0, row + 3);
         BUILD(job->from, row, 0);
         BUILD(job->from, row + 1, 1);
         for (int64_t k = job->from; k < job->to; k++) {
@@ -118,17 +105,20 @@ AMX_TARGET ALWAYS_INLINE void one_unit(const Job *job, int words) {
             WEIGHTS(7, 3);
             _tile_dpbsud(3, 4, 7);
         }
-        ADD_SUMS(0, 0, row);
-        ADD_SUMS(1, 0, row + 1);
-        ADD_SUMS(2, 0, row + 2);
-        ADD_SUMS(3, 0, row + 3);
+        STORE_SUMS(0, 0, row);
+        STORE_SUMS(1, 0, row + 1);
+        STORE_SUMS(2, 0, row + 2);
+        STORE_SUMS(3, 0, row + 3);
     }
 }
 
 /* Two rows. */
 AMX_TARGET ALWAYS_INLINE void two_units(const Job *job, int words) {
     for (int row = 0; row < 8; row += 2) {
-        ZERO_SUMS();
+        LOAD_SUMS(0, 0, row);
+        LOAD_SUMS(1, 1, row);
+        LOAD_SUMS(2, 0, row + 1);
+        LOAD_SUMS(3, 1, row + 1);
         BUILD(job->from, row, 0);
         BUILD(job->from, row + 1, 1);
         int now = 0;
@@ -144,17 +134,20 @@ AMX_TARGET ALWAYS_INLINE void two_units(const Job *job, int words) {
             _tile_dpbsud(2, 4, 7);
             _tile_dpbsud(3, 5, 7);
         }
-        ADD_SUMS(0, 0, row);
-        ADD_SUMS(1, 1, row);
-        ADD_SUMS(2, 0, row + 1);
-        ADD_SUMS(3, 1, row + 1);
+        STORE_SUMS(0, 0, row);
+        STORE_SUMS(1, 1, row);
+        STORE_SUMS(2, 0, row + 1);
+        STORE_SUMS(3, 1, row + 1);
     }
 }
 
 /* Three or four: one row. */
 AMX_TARGET ALWAYS_INLINE void more_units(const Job *job, int words) {
     for (int row = 0; row < 8; row++) {
-        ZERO_SUMS();
+        LOAD_SUMS(0, 0, row);
+        LOAD_SUMS(1, 1, row);
+        LOAD_SUMS(2, 2, row);
+        if (job->units == 4) LOAD_SUMS(3, 3, row);
         BUILD(job->from, row, 0);
         BUILD(job->from + 1, row, 1);
         int now = 0;
@@ -172,10 +165,10 @@ AMX_TARGET ALWAYS_INLINE void more_units(const Job *job, int words) {
                 _tile_dpbsud(3, 5, 6);
             }
         }
-        ADD_SUMS(0, 0, row);
-        ADD_SUMS(1, 1, row);
-        ADD_SUMS(2, 2, row);
-        if (job->units == 4) ADD_SUMS(3, 3, row);
+        STORE_SUMS(0, 0, row);
+        STORE_SUMS(1, 1, row);
+        STORE_SUMS(2, 2, row);
+        if (job->units == 4) STORE_SUMS(3, 3, row);
     }
 }
 
@@ -187,8 +180,6 @@ AMX_TARGET ALWAYS_INLINE void dot(DOT_PARAMETERS, int words) {
                .acc = acc,
                .all_tiles = all_tiles,
                .blocks = ceil_div(all_tiles, per_block),
-               .from = first_tile / per_block,
-               .to = ceil_div(first_tile + tiles, per_block),
                .units = units,
                .rows = planes / units,
                .ring = ring};
@@ -199,12 +190,19 @@ AMX_TARGET ALWAYS_INLINE void dot(DOT_PARAMETERS, int words) {
         job.c.old_first[j] = SHUFFLES(OLD_FIRST, j);
     }
     configure(job.rows);
-    if (units == 1)
-        one_unit(&job, words);
-    else if (units == 2)
-        two_units(&job, words);
-    else
-        more_units(&job, words);
+    __asm__ volatile("" ::: "memory");
+    int64_t end = ceil_div(first_tile + tiles, per_block);
+    for (job.to = first_tile / per_block; job.to < end;) {
+        job.from = job.to;
+        job.to = smaller(job.from + CHUNK_TILES / per_block, end);
+        if (units == 1)
+            one_unit(&job, words);
+        else if (units == 2)
+            two_units(&job, words);
+        else
+            more_units(&job, words);
+    }
+    __asm__ volatile("" ::: "memory");
     _tile_release();
 }
 
