@@ -21,7 +21,8 @@ DIGITS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 2}
 MOST_COLUMNS = {"bt2": 65536, "bt4": 32768, "tcq2": 32768, "tcq3": 32768, "tcq4": 32768}
 
 # Tokens from which matrix products of decoded rows are faster than integer sums, by tier, for bfloat16 and for others
-# (measured at 4096 x 4096 with bt2, one thread; the matrix unit does integers faster than any float product but one).
+# (4096 x 4096, bt2, one thread). avx512 is measured. amx is measured up to 512 tokens, where integer sums still win in
+# every dtype; 768 is extrapolated. avx2, scalar and the number for tcq are estimates.
 MANY_TOKENS = {"scalar": (8, 8), "avx2": (24, 32), "avx512": (64, 128), "amx": (768, 1 << 62)}
 MANY_TOKENS_TCQ = 32  # at any tier above scalar
 
