@@ -23,7 +23,7 @@ def unavailable() -> str | None:
 def status() -> str:
     """One line: the instruction set in use, or why there are no kernels."""
     found = _loader.get()
-    return f"torch (CPU kernels are off: {found})" if isinstance(found, str) else f"C kernels ({found.tier})"
+    return f"torch (CPU kernels are off: {found})" if isinstance(found, str) else f"C kernels ({found.tier_name})"
 
 
 def declines(

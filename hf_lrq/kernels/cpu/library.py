@@ -17,6 +17,7 @@ TIERS = ("scalar", "avx2", "avx512", "amx")
 
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "hf_lrq_limit_isa": (ctypes.c_int32, (ctypes.c_int32,)),
+    "hf_lrq_tier": (ctypes.c_int32, ()),
     "hf_lrq_call_size": (ctypes.c_int64, ()),
     "hf_lrq_linear": (ctypes.c_int32, (ctypes.c_char_p,)),
     "hf_lrq_decode": (None, (*[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 8, ctypes.c_double)),
@@ -39,6 +40,7 @@ class Library:
 
     path: Path
     limit_isa: Callable[[int], int]
+    tier: Callable[[], int]
     call_size: Callable[[], int]
     linear: Callable[..., int]
     decode: Callable[..., None]
@@ -48,9 +50,9 @@ class Library:
     bit_viterbi: Callable[..., int]
 
     @property
-    def tier(self) -> str:
+    def tier_name(self) -> str:
         """The instruction set in use."""
-        return TIERS[self.limit_isa(_tier_limit())]
+        return TIERS[self.tier()]
 
 
 def open_library(path: Path) -> Library:

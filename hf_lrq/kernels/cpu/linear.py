@@ -8,7 +8,9 @@ from torch import Tensor
 
 from hf_lrq.codebooks import get_codebook
 from hf_lrq.kernels.cpu.library import Library
+from hf_lrq.kernels.reference import hadamard
 from hf_lrq.layout import hadamard_block
+from hf_lrq.matrices import dense_factor
 
 # Kinds of `floats.h`; a dtype that is not here has no kernel.
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3, torch.uint8: 4}
@@ -17,6 +19,16 @@ FAMILIES = {"bt": 0, "tcq": 1}
 DIGITS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 2}
 # Columns for which sums of products fit into 32 bits: 2**31 / (128 * the largest y), by codebook.
 MOST_COLUMNS = {"bt2": 65536, "bt4": 32768, "tcq2": 32768, "tcq3": 32768, "tcq4": 32768}
+
+# Tokens from which matrix products of decoded rows are faster than integer sums, by tier, for bfloat16 and for others
+# (4096 x 4096, bt2, one thread). avx512 is measured. amx is measured up to 512 tokens, where integer sums still win in
+# every dtype; 768 is extrapolated. avx2, scalar and the number for tcq are estimates.
+MANY_TOKENS = {"scalar": (8, 8), "avx2": (24, 32), "avx512": (64, 128), "amx": (768, 1 << 62)}
+MANY_TOKENS_TCQ = 32  # at any tier above scalar
+
+# Rows decoded at a time.
+TILE_ROWS = 1024
+SURELY_FEW = 8
 
 _RECORD = struct.Struct("=34qd")  # `Call` of layer.c
 
@@ -81,6 +93,11 @@ def lrq_linear(
         rank = L.shape[1] if L_scale is None else L_scale.shape[0]
         _expect(L, rows, (rank + 1) // 2 if L.dtype == torch.uint8 else rank)
         _expect(R, (rank + 1) // 2 if R.dtype == torch.uint8 else rank, columns)
+    if tokens.shape[0] >= SURELY_FEW and tokens.shape[0] >= many_tokens(library, codebook, x.dtype):
+        factors = (L, R, L_scale, R_scale)
+        return by_matrix_products(
+            library, tokens, weight, scales, rot_in, rot_out, factors, bias, codebook, block
+        ).view(y.shape)
     # Copies of what is not contiguous have to live until the call returns.
     held = [
         None if t is None else t.contiguous() for t in (weight, scales, rot_in, rot_out, L, L_scale, R, R_scale, bias)
@@ -108,6 +125,45 @@ def lrq_linear(
     return y
 
 
+def many_tokens(library: Library, codebook: str, dtype: torch.dtype) -> int:
+    """Tokens from which `by_matrix_products` is faster."""
+    found = MANY_TOKENS[library.tier_name][dtype != torch.bfloat16]
+    return min(found, MANY_TOKENS_TCQ) if codebook.startswith("tcq") else found
+
+
+@torch.no_grad()
+def by_matrix_products(
+    library: Library,
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    rot_in: Tensor | None,
+    rot_out: Tensor | None,
+    factors: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    bias: Tensor | None,
+    codebook: str,
+    block: int,
+) -> Tensor:
+    """The layer for many tokens [n, in]: rows of Q, some at a time, are decoded to the dtype of x and multiplied."""
+    dtype, columns, rows = x.dtype, x.shape[1], scales.shape[0]
+    z = x if rot_in is None else hadamard(x * rot_in.to(dtype), block)
+    y = x.new_empty(x.shape[0], rows)
+    tile = torch.empty(min(TILE_ROWS, rows), columns, dtype=dtype)
+    gain = _format(codebook)[4]
+    # In bfloat16 the integers of bt2 are exact, their multiples are not; in float16 sums of integers may overflow.
+    inner, outer = (1.0, gain) if dtype == torch.bfloat16 else (gain, 1.0)
+    for start in range(0, rows, TILE_ROWS):
+        stop = min(start + TILE_ROWS, rows)
+        Q = decode(library, weight, codebook, columns, start, stop, dtype, inner, tile)
+        y[:, start:stop] = (z @ Q.T) * (scales[start:stop].float() * outer).to(dtype)
+    L, R, L_scale, R_scale = factors
+    if L is not None and R is not None:
+        y += (z @ dense_factor(R, R_scale, 0).to(dtype).T) @ dense_factor(L, L_scale, 1).to(dtype).T
+    if rot_out is not None:
+        y = hadamard(y, block) * rot_out.to(dtype)
+    return y if bias is None else y + bias.to(dtype)
+
+
 def decode_rows(
     library: Library, weight: Tensor, codebook: str, in_features: int, start: int, stop: int, dtype: torch.dtype
 ) -> Tensor | None:
@@ -126,8 +182,9 @@ def decode(
     stop: int,
     dtype: torch.dtype,
     gain: float,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Integers of the trellis times `gain`, rounded once to `dtype`: [stop - start, in]."""
+    """Integers of the trellis times `gain`, rounded once to `dtype`: [stop - start, in]; in `out` if given."""
     blocks, row_block = weight.contiguous(), get_codebook(codebook).row_block
     count = max(stop - start, 0)
     if start % row_block or stop > len(weight) * row_block or weight.shape[1] != -(-in_features // 16):
@@ -135,7 +192,7 @@ def decode(
             f"rows {start} to {stop} of {in_features} columns are not in codes of shape {list(weight.shape)}; "
             f"the first row must be a multiple of {row_block}."
         )
-    values = torch.empty(count, in_features, dtype=dtype)
+    values = torch.empty(count, in_features, dtype=dtype) if out is None else out[:count]
     family, bits, first, second, _ = _format(codebook)
     if values.numel():
         library.decode(

@@ -20,7 +20,7 @@ def fault(library: Library) -> str | None:
         for codebook in MOST_COLUMNS:
             book = get_codebook(codebook)
             if isinstance(book, Trellis) and not _is_right(library, book, generator):
-                return f"the library {library.path} computes {codebook} wrongly at {library.tier}."
+                return f"the library {library.path} computes {codebook} wrongly at {library.tier_name}."
     return None
 
 

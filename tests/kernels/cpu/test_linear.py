@@ -29,6 +29,26 @@ def test_error_is_at_most_twice_that_of_plain_torch(tier, make_layer, generator,
         assert error(y, exact) <= 2 * max(plain, torch.finfo(dtype).eps / 4), (rows, columns)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+def test_matrix_products_for_many_tokens(kernels, make_layer, generator, monkeypatch, codebook, dtype):
+    monkeypatch.setattr(cpu.linear, "many_tokens", lambda *_: 9)
+    monkeypatch.setattr(cpu.linear, "TILE_ROWS", 128)
+    seen = []
+    decode = cpu.linear.decode
+    monkeypatch.setattr(cpu.linear, "decode", lambda *a: seen.append(a[4:6]) or decode(*a))
+    layer = make_layer(300, 200, codebook)
+    x = torch.randn(9, 200, generator=generator).to(dtype)
+    exact = layer.exact(x)
+    y = layer(x.view(3, 3, 200)).view(9, 300)
+    assert seen == [(0, 128), (128, 256), (256, 300)]
+    assert error(y, exact) <= 2 * error(layer.plain(x, dtype, 200), exact)
+    large = layer(x * 64)  # in float16 a sum of integers would overflow
+    assert error(large, layer.exact(x * 64)) <= 2 * error(layer.plain(x * 64, dtype, 200), layer.exact(x * 64))
+    layer(x[:8])
+    assert len(seen) == 6
+
+
 @pytest.mark.parametrize("form", ["none", "int8", "uint8", "float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("rank", [1, 16, 19])
 def test_every_form_of_the_factors(tier, make_layer, generator, form, rank):

@@ -9,6 +9,10 @@ candidate is 2^k * cost + d: one minimum finds both. */
 #include "common.h"
 #include "pool.h"
 
+#if HF_LRQ_X86
+#include <immintrin.h>
+#endif
+
 enum { STATES = 1 << 16 };
 
 /* best[g] = least of 2^k * cost + d over the group g; returned in cost and choice. */
@@ -93,6 +97,117 @@ static int backward(const Search *search, int steps, int to, int state, uint8_t 
     return state;
 }
 
+#if HF_LRQ_X86
+/* Several sequences at once, so that the tables are read once for all. Costs are multiples of 2^bits, and the newest bits
+   of a state stand below them: a minimum over states that differ there only is cost and choice in one. They may grow for
+   MOST_STEPS steps before they leave 32 bits. */
+enum { TOGETHER = 4, MOST_STEPS = 256, FAR = 1 << 28 };
+
+typedef struct {
+    int32_t *norms; /* [STATES]: 2^bits * half_norm + newest bits of the next choice */
+    int32_t *pairs; /* [STATES]: 2^bits * point, as int16, and 0 */
+    int32_t *best[TOGETHER], *next[TOGETHER]; /* [groups]: least cost of a group, choice removed */
+    uint8_t *back[TOGETHER];                  /* [step][groups] */
+} FastSearch;
+
+/* Minima of the 16 quadruples of lanes of v[0..3]: lane 4 b + i is quadruple b of v[i]. */
+AVX512_TARGET ALWAYS_INLINE __m512i quadruples(const __m512i *v) {
+    __m512 half[2], low, high;
+    UNROLL for (int i = 0; i < 2; i++) {
+        __m512 a = _mm512_castsi512_ps(v[2 * i]), b = _mm512_castsi512_ps(v[2 * i + 1]);
+        low = _mm512_shuffle_ps(a, b, 0x88);
+        high = _mm512_shuffle_ps(a, b, 0xdd);
+        half[i] = _mm512_castsi512_ps(_mm512_min_epi32(_mm512_castps_si512(low), _mm512_castps_si512(high)));
+    }
+    low = _mm512_shuffle_ps(half[0], half[1], 0x88);
+    high = _mm512_shuffle_ps(half[0], half[1], 0xdd);
+    return _mm512_min_epi32(_mm512_castps_si512(low), _mm512_castps_si512(high));
+}
+
+/* Minima of the pairs of quarters of a and b. */
+AVX512_TARGET ALWAYS_INLINE __m512i quarters(__m512i a, __m512i b) {
+    return _mm512_min_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
+}
+
+/* Minima of the 16 runs of 2^bits lanes of v, in order. */
+AVX512_TARGET ALWAYS_INLINE __m512i minima(const __m512i *v, int bits) {
+    if (bits == 2) {
+        const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        return _mm512_permutexvar_epi32(order, quadruples(v));
+    }
+    if (bits == 3) {
+        const __m512i order = _mm512_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+        return _mm512_permutexvar_epi32(order, quarters(quadruples(v), quadruples(v + 4)));
+    }
+    return quarters(quarters(quadruples(v), quadruples(v + 4)), quarters(quadruples(v + 8), quadruples(v + 12)));
+}
+
+AVX512_TARGET ALWAYS_INLINE void step_of(FastSearch *f, const int16_t *x, int t, int bits) {
+    int groups = STATES >> bits, branches = 1 << bits;
+    const __m512i choice = _mm512_set1_epi32(branches - 1);
+    __m512i by[TOGETHER];
+    UNROLL for (int s = 0; s < TOGETHER; s++) by[s] = _mm512_set1_epi32((uint16_t)-x[s]);
+    for (int first = 0; first < STATES; first += 16 * branches)
+        for (int s = 0; s < TOGETHER; s++) {
+            const int32_t *best = f->best[s] + (first & (groups - 1));
+            __m512i v[16];
+            UNROLL for (int i = 0; i < branches; i++) {
+                v[i] = _mm512_add_epi32(_mm512_load_si512(best + 16 * i), _mm512_load_si512(f->norms + first + 16 * i));
+                v[i] = _mm512_dpwssd_epi32(v[i], _mm512_load_si512(f->pairs + first + 16 * i), by[s]);
+            }
+            __m512i least = minima(v, bits);
+            int group = first >> bits;
+            _mm512_store_si512(f->next[s] + group, _mm512_andnot_si512(choice, least));
+            __m128i chosen = _mm512_cvtepi32_epi8(_mm512_and_si512(choice, least));
+            _mm_storeu_si128((__m128i *)(f->back[s] + (size_t)t * groups + group), chosen);
+        }
+    for (int s = 0; s < TOGETHER; s++) {
+        int32_t *swap = f->best[s];
+        f->best[s] = f->next[s];
+        f->next[s] = swap;
+    }
+}
+
+AVX512_TARGET static void fast_step(FastSearch *f, const int16_t *x, int t, int bits) {
+    if (bits == 2)
+        step_of(f, x, t, 2);
+    else if (bits == 3)
+        step_of(f, x, t, 3);
+    else
+        step_of(f, x, t, 4);
+}
+
+/* As `forward` for up to TOGETHER sequences, all but the last step's metric; starts: states, or NULL for anywhere. */
+static void fast_forward(FastSearch *f, const int16_t *x, int count, int length, int first, int steps, const int *starts,
+                         int bits) {
+    int groups = STATES >> bits;
+    for (int s = 0; s < TOGETHER; s++) {
+        memset(f->back[s], 0, (size_t)groups);
+        for (int g = 0; g < groups; g++) f->best[s][g] = starts ? FAR : 0;
+        if (starts) {
+            f->best[s][starts[s] >> bits] = 0;
+            f->back[s][starts[s] >> bits] = (uint8_t)(starts[s] & ((1 << bits) - 1));
+        }
+    }
+    for (int t = 0; t + 1 < steps; t++) {
+        int16_t now[TOGETHER] = {0};
+        for (int s = 0; s < count; s++) now[s] = x[(int64_t)s * length + (first + t) % length];
+        fast_step(f, now, t + 1, bits);
+    }
+}
+
+/* The first of the cheapest states after the last step, with x. */
+static int cheapest(const int32_t *best, const int16_t *points, const int32_t *half_norms, int x, int bits) {
+    int groups = STATES >> bits, found = 0;
+    int64_t least = INT64_MAX;
+    for (int s = 0; s < STATES; s++) {
+        int64_t value = (best[s & (groups - 1)] >> bits) + half_norms[s] - points[s] * x;
+        if (value < least) least = value, found = s;
+    }
+    return found;
+}
+#endif
+
 typedef struct {
     const int16_t *points, *x;
     const int32_t *half_norms;
@@ -103,8 +218,54 @@ typedef struct {
     atomic_int failed;
 } Work;
 
+#if HF_LRQ_X86
+static void fast_work(Work *w) {
+    int groups = STATES >> w->bits, steps = w->steps, window = w->window, bits = w->bits;
+    FastSearch f;
+    size_t back = (size_t)larger(steps, 2 * window) * (size_t)groups;
+    f.norms = allocate(2 * STATES * sizeof *f.norms + TOGETHER * (2 * (size_t)groups * sizeof **f.best + back));
+    if (!f.norms) {
+        atomic_store(&w->failed, 1);
+        return;
+    }
+    f.pairs = f.norms + STATES;
+    for (int s = 0; s < STATES; s++) {
+        f.norms[s] = w->half_norms[s] * (1 << bits) + (s & ((1 << bits) - 1));
+        f.pairs[s] = (uint16_t)(w->points[s] * (1 << bits));
+    }
+    for (int s = 0; s < TOGETHER; s++) {
+        f.best[s] = f.pairs + STATES + 2 * s * groups;
+        f.next[s] = f.best[s] + groups;
+        f.back[s] = (uint8_t *)(f.pairs + STATES + 2 * TOGETHER * groups) + s * back;
+    }
+    int64_t first;
+    while ((first = atomic_fetch_add(&w->next, TOGETHER)) < w->n) {
+        int count = (int)smaller(TOGETHER, w->n - first), seam[TOGETHER] = {0};
+        const int16_t *x = w->x + first * steps;
+        fast_forward(&f, x, count, steps, steps - window, 2 * window, NULL, bits);
+        for (int s = 0; s < count; s++) {
+            int state = cheapest(f.best[s], w->points, w->half_norms, x[s * steps + window - 1], bits);
+            Search search = {.bits = bits, .back = f.back[s]};
+            seam[s] = backward(&search, 2 * window, window, state, NULL);
+        }
+        fast_forward(&f, x, count, steps, 0, steps, seam, bits);
+        for (int s = 0; s < count; s++) {
+            Search search = {.bits = bits, .back = f.back[s]};
+            backward(&search, steps, 0, seam[s], w->out + (first + s) * steps);
+        }
+    }
+    free(f.norms);
+}
+#endif
+
 static void work(void *context) {
     Work *w = context;
+#if HF_LRQ_X86
+    if (hf_lrq_isa() >= HF_LRQ_AVX512 && w->steps <= MOST_STEPS) {
+        fast_work(w);
+        return;
+    }
+#endif
     int groups = STATES >> w->bits, steps = w->steps, window = w->window;
     Search search = {.points = w->points, .half_norms = w->half_norms, .bits = w->bits};
     search.cost = allocate(STATES * sizeof *search.cost);

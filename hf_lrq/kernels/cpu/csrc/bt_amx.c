@@ -10,7 +10,9 @@
 
 #define SHUFFLES(table, j) _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table[j]))
 
-enum { UNIT_ROWS = 16, UNIT_BYTES = 1024, AHEAD = 4096 };
+/* Tiles of the format that all rows are taken of before the next ones: they stay in the first cache, and the next ones
+   are prefetched meanwhile. */
+enum { UNIT_ROWS = 16, UNIT_BYTES = 1024, CHUNK_TILES = 64 };
 
 typedef struct {
     __m512i new_first[4], old_first[4], m1, m2;
@@ -41,126 +43,175 @@ AMX_TARGET ALWAYS_INLINE void products(uint8_t *to, __m512i word, __m512i before
     }
 }
 
-/* Rows [first, first + rows) of the lanes, for columns of the block `k` of 8 steps: a tile of the unit for each.
-   At 2 bits a block is two tiles of the format, the second of which may be beyond the end. */
-#define BUILD(NAME, WORDS)                                                                                             \
-    AMX_TARGET ALWAYS_INLINE void NAME(uint8_t *to, const uint8_t *codes, int64_t k, int64_t tiles, int first,         \
-                                       int rows, const Constants *c) {                                                 \
-        enum { ALL = 8 * WORDS };                                                                                      \
-        UNROLL for (int half = 0; half < 2; half++) {                                                                  \
-            int64_t tile = WORDS == 1 ? smaller(2 * k + half, tiles - 1) : k;                                          \
-            const uint8_t *at = codes + tile * ALL * 64;                                                               \
-            if (WORDS == 1) {                                                                                          \
-                __m512i before = _mm512_loadu_si512(at + 64 * ((first + 7) % 8));                                      \
-                UNROLL for (int p = 0; p < rows; p++) {                                                                \
-                    __m512i word = _mm512_loadu_si512(at + 64 * (first + p));                                          \
-                    _mm_prefetch((const char *)at + AHEAD + 64 * (first + p), _MM_HINT_T0);                            \
-                    products(to + p * UNIT_BYTES + half * 256, word, before, c);                                       \
-                    before = word;                                                                                     \
-                }                                                                                                      \
-            } else {                                                                                                   \
-                UNROLL for (int p = 0; p < rows; p++) {                                                                \
-                    int q = 2 * (first + p) + half;                                                                    \
-                    __m512i word = _mm512_loadu_si512(at + 64 * q);                                                    \
-                    _mm_prefetch((const char *)at + AHEAD + 64 * q, _MM_HINT_T0);                                      \
-                    products(to + p * UNIT_BYTES + half * 256, word,                                                   \
-                             _mm512_loadu_si512(at + 64 * ((q + ALL - 1) % ALL)), c);                                  \
-                }                                                                                                      \
-            }                                                                                                          \
-        }                                                                                                              \
-    }
-BUILD(build1, 1)
-BUILD(build2, 2)
-
-AMX_TARGET ALWAYS_INLINE void add_sums(int32_t *acc, const int32_t *sums, int planes, int row) {
-    for (int m = 0; m < planes; m++) {
-        int32_t *to = acc + m * TILE_ROWS + row * LANES;
-        _mm512_storeu_si512(to, _mm512_add_epi32(_mm512_loadu_si512(to), _mm512_load_si512(sums + m * LANES)));
+/* A tile of the unit: row `row` of the lanes, columns of block `k` of 8 steps. At 2 bits a block is two tiles of the
+   format, the second of which may be beyond the end: whatever stands there meets zeros. */
+AMX_TARGET ALWAYS_INLINE void build(uint8_t *to, const uint8_t *codes, int64_t k, int64_t tiles, int row, int words,
+                                    const Constants *c) {
+    int all = 8 * words;
+    UNROLL for (int half = 0; half < 2; half++) {
+        const uint8_t *tile = codes + (words == 1 ? smaller(2 * k + half, tiles - 1) : k) * all * 64;
+        int q = words == 1 ? row : 2 * row + half;
+        _mm_prefetch((const char *)tile + CHUNK_TILES * all * 64 + 64 * q, _MM_HINT_T1);
+        products(to + half * 256, _mm512_loadu_si512(tile + 64 * q), _mm512_loadu_si512(tile + 64 * ((q + all - 1) % all)), c);
     }
 }
 
-#define STORE(REGISTER, UNIT, ROW)                                                                                     \
-    _tile_stored(REGISTER, sums, 64);                                                                                  \
-    add_sums(acc + (UNIT) * planes * TILE_ROWS, sums, planes, ROW);
+typedef struct {
+    const uint8_t *codes;
+    const int8_t *x;
+    int32_t *acc;
+    int64_t all_tiles, blocks, from, to; /* tiles of the format; blocks of 8 steps there are, and those to take */
+    int units, rows;                     /* units of up to 16 planes, and planes of each */
+    Constants c;
+    uint8_t *ring;
+} Job;
 
-#define X(UNIT) (x + (((UNIT) * blocks + k) * planes) * 64)
+/* Weights are built two tiles before the unit reads them, in a ring of four: what it reads has left the store buffer
+   then, and lies at other offsets in its page than what is being written. The barrier is for compilers to which a tile
+   load is no use of memory. */
+#define BUILD(K, ROW, SLOT)                                                                                            \
+    build(job->ring + (SLOT) * UNIT_BYTES, job->codes, smaller(K, job->to - 1), job->all_tiles, ROW, words, &job->c)
+#define WEIGHTS(REGISTER, SLOT)                                                                                        \
+    do {                                                                                                               \
+        __asm__ volatile("" ::: "memory");                                                                             \
+        _tile_loadd(REGISTER, job->ring + (SLOT) * UNIT_BYTES, 64);                                                    \
+    } while (0)
+#define INTEGERS(REGISTER, UNIT) _tile_loadd(REGISTER, job->x + ((UNIT) * job->blocks + k) * job->rows * 64, 64)
+#define SUMS(UNIT, ROW) (job->acc + (UNIT) * job->rows * TILE_ROWS + (ROW) * LANES)
+#define LOAD_SUMS(REGISTER, UNIT, ROW) _tile_loadd(REGISTER, SUMS(UNIT, ROW), TILE_ROWS * sizeof(int32_t))
+#define STORE_SUMS(REGISTER, UNIT, ROW) _tile_stored(REGISTER, SUMS(UNIT, ROW), TILE_ROWS * sizeof(int32_t))
 
-/* One block is built while the unit works on the one before: what it reads was written long enough ago.
-   The barrier is for compilers to which a tile load is no use of memory. */
-#define LOOP(BUILDER, ROWS, MULTIPLY)                                                                                  \
-    for (int first = 0; first < 8; first += ROWS) {                                                                    \
-        _tile_zero(0);                                                                                                 \
-        _tile_zero(1);                                                                                                 \
-        _tile_zero(2);                                                                                                 \
-        _tile_zero(3);                                                                                                 \
-        BUILDER(buffer[from & 1], codes, from, all_tiles, first, ROWS, &c);                                            \
-        for (int64_t k = from; k < to; k++) {                                                                          \
-            if (k + 1 < to) BUILDER(buffer[(k + 1) & 1], codes, k + 1, all_tiles, first, ROWS, &c);                    \
-            const uint8_t *weights = buffer[k & 1];                                                                    \
-            __asm__ volatile("" ::: "memory");                                                                         \
-            MULTIPLY                                                                                                   \
-        }                                                                                                              \
-        __asm__ volatile("" ::: "memory");
-
-#define DOT(NAME, WORDS)                                                                                               \
-    AMX_TARGET void NAME(DOT_PARAMETERS) {                                                                             \
-        _Alignas(64) uint8_t buffer[2][4 * UNIT_BYTES];                                                                \
-        _Alignas(64) int32_t sums[UNIT_ROWS * LANES];                                                                  \
-        Constants c = {.m1 = _mm512_set1_epi32((int)multipliers[0]), .m2 = _mm512_set1_epi32((int)multipliers[1])};    \
-        for (int j = 0; j < 4; j++) c.new_first[j] = SHUFFLES(NEW_FIRST, j), c.old_first[j] = SHUFFLES(OLD_FIRST, j);  \
-        int units = (planes + UNIT_ROWS - 1) / UNIT_ROWS;                                                              \
-        planes /= units;                                                                                               \
-        const int8_t *x = x_planes;                                                                                    \
-        int64_t blocks = WORDS == 1 ? (all_tiles + 1) / 2 : all_tiles;                                                 \
-        int64_t from = WORDS == 1 ? first_tile / 2 : first_tile;                                                       \
-        int64_t to = WORDS == 1 ? (first_tile + tiles + 1) / 2 : first_tile + tiles;                                   \
-        codes -= first_tile * 512 * WORDS;                                                                             \
-        configure(planes);                                                                                             \
-        if (units == 1) {                                                                                              \
-            LOOP(build##WORDS, 4, {                                                                                    \
-                _tile_loadd(4, X(0), 64);                                                                              \
-                _tile_loadd(6, weights, 64);                                                                           \
-                _tile_dpbsud(0, 4, 6);                                                                                 \
-                _tile_loadd(7, weights + UNIT_BYTES, 64);                                                              \
-                _tile_dpbsud(1, 4, 7);                                                                                 \
-                _tile_loadd(6, weights + 2 * UNIT_BYTES, 64);                                                          \
-                _tile_dpbsud(2, 4, 6);                                                                                 \
-                _tile_loadd(7, weights + 3 * UNIT_BYTES, 64);                                                          \
-                _tile_dpbsud(3, 4, 7);                                                                                 \
-            })                                                                                                         \
-            STORE(0, 0, first) STORE(1, 0, first + 1) STORE(2, 0, first + 2) STORE(3, 0, first + 3) }                  \
-        } else if (units == 2) {                                                                                       \
-            LOOP(build##WORDS, 2, {                                                                                    \
-                _tile_loadd(4, X(0), 64);                                                                              \
-                _tile_loadd(5, X(1), 64);                                                                              \
-                _tile_loadd(6, weights, 64);                                                                           \
-                _tile_loadd(7, weights + UNIT_BYTES, 64);                                                              \
-                _tile_dpbsud(0, 4, 6);                                                                                 \
-                _tile_dpbsud(1, 5, 6);                                                                                 \
-                _tile_dpbsud(2, 4, 7);                                                                                 \
-                _tile_dpbsud(3, 5, 7);                                                                                 \
-            })                                                                                                         \
-            STORE(0, 0, first) STORE(1, 1, first) STORE(2, 0, first + 1) STORE(3, 1, first + 1) }                      \
-        } else {                                                                                                       \
-            LOOP(build##WORDS, 1, {                                                                                    \
-                _tile_loadd(6, weights, 64);                                                                           \
-                _tile_loadd(4, X(0), 64);                                                                              \
-                _tile_dpbsud(0, 4, 6);                                                                                 \
-                _tile_loadd(5, X(1), 64);                                                                              \
-                _tile_dpbsud(1, 5, 6);                                                                                 \
-                _tile_loadd(4, X(2), 64);                                                                              \
-                _tile_dpbsud(2, 4, 6);                                                                                 \
-                if (units == 4) {                                                                                      \
-                    _tile_loadd(5, X(3), 64);                                                                          \
-                    _tile_dpbsud(3, 5, 6);                                                                             \
-                }                                                                                                      \
-            })                                                                                                         \
-            STORE(0, 0, first) STORE(1, 1, first) STORE(2, 2, first)                                                   \
-            if (units == 4) { STORE(3, 3, first) } }                                                                   \
-        }                                                                                                              \
-        _tile_release();                                                                                               \
+/* Four rows of the lanes at a time. */
+AMX_TARGET ALWAYS_INLINE void one_unit(const Job *job, int words) {
+    for (int row = 0; row < 8; row += 4) {
+        LOAD_SUMS(0, 0, row);
+        LOAD_SUMS(1, 0, row + 1);
+        LOAD_SUMS(2, 0, row + 2);
+        LOAD_SUMS(3, 0, row + 3);
+        BUILD(job->from, row, 0);
+        BUILD(job->from, row + 1, 1);
+        for (int64_t k = job->from; k < job->to; k++) {
+            INTEGERS(4, 0);
+            BUILD(k, row + 2, 2);
+            WEIGHTS(6, 0);
+            _tile_dpbsud(0, 4, 6);
+            BUILD(k, row + 3, 3);
+            WEIGHTS(7, 1);
+            _tile_dpbsud(1, 4, 7);
+            BUILD(k + 1, row, 0);
+            WEIGHTS(6, 2);
+            _tile_dpbsud(2, 4, 6);
+            BUILD(k + 1, row + 1, 1);
+            WEIGHTS(7, 3);
+            _tile_dpbsud(3, 4, 7);
+        }
+        STORE_SUMS(0, 0, row);
+        STORE_SUMS(1, 0, row + 1);
+        STORE_SUMS(2, 0, row + 2);
+        STORE_SUMS(3, 0, row + 3);
     }
-DOT(hf_lrq_bt1_amx, 1)
-DOT(hf_lrq_bt2_amx, 2)
+}
+
+/* Two rows. */
+AMX_TARGET ALWAYS_INLINE void two_units(const Job *job, int words) {
+    for (int row = 0; row < 8; row += 2) {
+        LOAD_SUMS(0, 0, row);
+        LOAD_SUMS(1, 1, row);
+        LOAD_SUMS(2, 0, row + 1);
+        LOAD_SUMS(3, 1, row + 1);
+        BUILD(job->from, row, 0);
+        BUILD(job->from, row + 1, 1);
+        int now = 0;
+        for (int64_t k = job->from; k < job->to; k++, now ^= 2) {
+            INTEGERS(4, 0);
+            INTEGERS(5, 1);
+            BUILD(k + 1, row, now ^ 2);
+            WEIGHTS(6, now);
+            _tile_dpbsud(0, 4, 6);
+            _tile_dpbsud(1, 5, 6);
+            BUILD(k + 1, row + 1, (now ^ 2) + 1);
+            WEIGHTS(7, now + 1);
+            _tile_dpbsud(2, 4, 7);
+            _tile_dpbsud(3, 5, 7);
+        }
+        STORE_SUMS(0, 0, row);
+        STORE_SUMS(1, 1, row);
+        STORE_SUMS(2, 0, row + 1);
+        STORE_SUMS(3, 1, row + 1);
+    }
+}
+
+/* Three or four: one row. */
+AMX_TARGET ALWAYS_INLINE void more_units(const Job *job, int words) {
+    for (int row = 0; row < 8; row++) {
+        LOAD_SUMS(0, 0, row);
+        LOAD_SUMS(1, 1, row);
+        LOAD_SUMS(2, 2, row);
+        if (job->units == 4) LOAD_SUMS(3, 3, row);
+        BUILD(job->from, row, 0);
+        BUILD(job->from + 1, row, 1);
+        int now = 0;
+        for (int64_t k = job->from; k < job->to; k++, now = (now + 1) & 3) {
+            BUILD(k + 2, row, (now + 2) & 3);
+            WEIGHTS(6, now);
+            INTEGERS(4, 0);
+            _tile_dpbsud(0, 4, 6);
+            INTEGERS(5, 1);
+            _tile_dpbsud(1, 5, 6);
+            INTEGERS(4, 2);
+            _tile_dpbsud(2, 4, 6);
+            if (job->units == 4) {
+                INTEGERS(5, 3);
+                _tile_dpbsud(3, 5, 6);
+            }
+        }
+        STORE_SUMS(0, 0, row);
+        STORE_SUMS(1, 1, row);
+        STORE_SUMS(2, 2, row);
+        if (job->units == 4) STORE_SUMS(3, 3, row);
+    }
+}
+
+AMX_TARGET ALWAYS_INLINE void dot(DOT_PARAMETERS, int words) {
+    _Alignas(4096) uint8_t ring[4 * UNIT_BYTES];
+    int per_block = words == 1 ? 2 : 1, units = (planes + UNIT_ROWS - 1) / UNIT_ROWS;
+    Job job = {.codes = codes - first_tile * 512 * words,
+               .x = x_planes,
+               .acc = acc,
+               .all_tiles = all_tiles,
+               .blocks = ceil_div(all_tiles, per_block),
+               .units = units,
+               .rows = planes / units,
+               .ring = ring};
+    job.c.m1 = _mm512_set1_epi32((int)multipliers[0]);
+    job.c.m2 = _mm512_set1_epi32((int)multipliers[1]);
+    UNROLL for (int j = 0; j < 4; j++) {
+        job.c.new_first[j] = SHUFFLES(NEW_FIRST, j);
+        job.c.old_first[j] = SHUFFLES(OLD_FIRST, j);
+    }
+    configure(job.rows);
+    __asm__ volatile("" ::: "memory");
+    int64_t end = ceil_div(first_tile + tiles, per_block);
+    for (job.to = first_tile / per_block; job.to < end;) {
+        job.from = job.to;
+        job.to = smaller(job.from + CHUNK_TILES / per_block, end);
+        if (units == 1)
+            one_unit(&job, words);
+        else if (units == 2)
+            two_units(&job, words);
+        else
+            more_units(&job, words);
+    }
+    __asm__ volatile("" ::: "memory");
+    _tile_release();
+}
+
+AMX_TARGET void hf_lrq_bt1_amx(DOT_PARAMETERS) {
+    dot(codes, x_planes, first_tile, tiles, all_tiles, planes, multipliers, acc, 1);
+}
+
+AMX_TARGET void hf_lrq_bt2_amx(DOT_PARAMETERS) {
+    dot(codes, x_planes, first_tile, tiles, all_tiles, planes, multipliers, acc, 2);
+}
 
 #endif

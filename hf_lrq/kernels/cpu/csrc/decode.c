@@ -2,9 +2,17 @@
 
 #include <stdatomic.h>
 
+#include "common.h"
+
+#if HF_LRQ_X86
+#include <immintrin.h>
+#endif
+
+#include "bt.h"
 #include "floats.h"
-#include "kernels.h"
 #include "pool.h"
+
+#define SHUFFLES(table, j) _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table[j]))
 
 enum { STRIP_TILES = 8, STRIP = STRIP_TILES * TILE_COLUMNS };
 
@@ -76,17 +84,92 @@ ALWAYS_INLINE void bit_tile(int16_t *y, const uint8_t *tile, uint32_t multiplier
     }
 }
 
-ALWAYS_INLINE void strip_body(int16_t *y, const uint8_t *codes, int64_t tiles, const Decoding *d) {
+#if HF_LRQ_X86
+/* Four steps of a word for 16 lanes, as [lane][16] int16: unpacked in pairs of lanes, then sorted by lane. */
+AVX512_TARGET static void byte_tile_avx512(int16_t *y, const uint8_t *tile, const uint32_t *multipliers, int words) {
+    const __m512i low = _mm512_set1_epi32(0x00ff00ff);
+    const __m512i first = _mm512_set1_epi32((int)multipliers[0]), second = _mm512_set1_epi32((int)multipliers[1]);
+    int all = 8 * words;
+    __m512i before = _mm512_loadu_si512(tile + 64 * (all - 1));
+    for (int q = 0; q < all; q++) {
+        __m512i word = _mm512_loadu_si512(tile + 64 * q), lanes[2][4]; /* [lanes 0, 1 or 2, 3 of each four][step] */
+        __m512i start_of = _mm512_mask_blend_epi8(0x8888888888888888, word, before);
+        before = word;
+        UNROLL for (int j = 0; j < 4; j++) {
+            __m512i source = j ? word : start_of;
+            __m512i P = _mm512_mullo_epi32(_mm512_shuffle_epi8(source, SHUFFLES(NEW_FIRST, j)), first);
+            __m512i Q = _mm512_mullo_epi32(_mm512_shuffle_epi8(source, SHUFFLES(OLD_FIRST, j)), second);
+            __m512i even = _mm512_add_epi16(_mm512_and_si512(P, low), _mm512_and_si512(Q, low));
+            __m512i odd = _mm512_add_epi16(_mm512_srli_epi16(P, 8), _mm512_srli_epi16(Q, 8));
+            if (words == 1) {
+                even = _mm512_sub_epi16(even, _mm512_set1_epi16(255));
+                odd = _mm512_sub_epi16(odd, _mm512_set1_epi16(255));
+                lanes[0][j] = _mm512_unpacklo_epi16(even, odd);
+                lanes[1][j] = _mm512_unpackhi_epi16(even, odd);
+            } else { /* even = (s0, s2), odd = (s1, s3): y0 = s0 + s2 - (s1 + s3), y1 = s0 - s2 + (s1 - s3) */
+                const __m512i ones = _mm512_set1_epi16(1), signs = _mm512_set1_epi32((int)0xffff0001);
+                __m512i y0 = _mm512_sub_epi32(_mm512_madd_epi16(even, ones), _mm512_madd_epi16(odd, ones));
+                __m512i y1 = _mm512_add_epi32(_mm512_madd_epi16(even, signs), _mm512_madd_epi16(odd, signs));
+                lanes[0][j] = _mm512_mask_blend_epi16(0xaaaaaaaa, y0, _mm512_slli_epi32(y1, 16)); /* [lane][2] */
+            }
+        }
+        int16_t *to = y + q / words * LANES * STRIP + q % words * 8;
+        if (words == 1) {
+            UNROLL for (int half = 0; half < 2; half++) {
+                __m512i ab = _mm512_unpacklo_epi64(lanes[half][0], lanes[half][1]); /* first of each pair: steps 0, 1 */
+                __m512i cd = _mm512_unpacklo_epi64(lanes[half][2], lanes[half][3]);
+                __m512i ef = _mm512_unpackhi_epi64(lanes[half][0], lanes[half][1]); /* second of each pair */
+                __m512i gh = _mm512_unpackhi_epi64(lanes[half][2], lanes[half][3]);
+                _Alignas(64) int16_t parts[4][32];
+                _mm512_store_si512(parts[0], ab);
+                _mm512_store_si512(parts[1], cd);
+                _mm512_store_si512(parts[2], ef);
+                _mm512_store_si512(parts[3], gh);
+                UNROLL for (int k = 0; k < 4; k++) UNROLL for (int m = 0; m < 4; m++) /* lane 4k + 2 half + m / 2 */
+                    memcpy(to + (4 * k + 2 * half + m / 2) * STRIP + m % 2 * 8, parts[m] + 8 * k, 16);
+            }
+        } else {
+            __m512i ab = _mm512_unpacklo_epi32(lanes[0][0], lanes[0][1]), cd = _mm512_unpacklo_epi32(lanes[0][2], lanes[0][3]);
+            __m512i ef = _mm512_unpackhi_epi32(lanes[0][0], lanes[0][1]), gh = _mm512_unpackhi_epi32(lanes[0][2], lanes[0][3]);
+            _Alignas(64) int16_t parts[4][32]; /* lane 4k + m: 8 values */
+            _mm512_store_si512(parts[0], _mm512_unpacklo_epi64(ab, cd));
+            _mm512_store_si512(parts[1], _mm512_unpackhi_epi64(ab, cd));
+            _mm512_store_si512(parts[2], _mm512_unpacklo_epi64(ef, gh));
+            _mm512_store_si512(parts[3], _mm512_unpackhi_epi64(ef, gh));
+            UNROLL for (int k = 0; k < 4; k++) UNROLL for (int m = 0; m < 4; m++)
+                memcpy(to + (4 * k + m) * STRIP, parts[m] + 8 * k, 16);
+        }
+    }
+}
+#endif
+
+ALWAYS_INLINE void portable_strip_body(int16_t *y, const uint8_t *codes, int64_t tiles, const Decoding *d) {
     for (int64_t t = 0; t < tiles; t++, y += TILE_COLUMNS, codes += 256 * d->bits) {
-        if (d->family == BIT_TRELLIS)
-            bit_tile(y, codes, d->multipliers[0], d->bits);
+        if (d->family == BIT_TRELLIS && d->bits == 2)
+            bit_tile(y, codes, d->multipliers[0], 2);
+        else if (d->family == BIT_TRELLIS && d->bits == 3)
+            bit_tile(y, codes, d->multipliers[0], 3);
+        else if (d->family == BIT_TRELLIS)
+            bit_tile(y, codes, d->multipliers[0], 4);
         else if (d->bits == 2)
             byte_tile(y, codes, d->multipliers, 1);
         else
             byte_tile(y, codes, d->multipliers, 2);
     }
 }
-HF_LRQ_CLONES(static, strip, (int16_t *y, const uint8_t *codes, int64_t tiles, const Decoding *d), (y, codes, tiles, d))
+HF_LRQ_CLONES(static, portable_strip, (int16_t *y, const uint8_t *codes, int64_t tiles, const Decoding *d),
+              (y, codes, tiles, d))
+
+static void strip(int16_t *y, const uint8_t *codes, int64_t tiles, const Decoding *d) {
+#if HF_LRQ_X86
+    if (d->family == BYTE_TRELLIS && hf_lrq_isa() >= HF_LRQ_AVX512) {
+        for (int64_t t = 0; t < tiles; t++, y += TILE_COLUMNS, codes += 256 * d->bits)
+            byte_tile_avx512(y, codes, d->multipliers, d->bits / 2);
+        return;
+    }
+#endif
+    portable_strip(y, codes, tiles, d);
+}
 
 ALWAYS_INLINE void scale_body(float *restrict to, const int16_t *restrict y, float gain, int64_t n) {
     for (int64_t i = 0; i < n; i++) to[i] = gain * (float)y[i];

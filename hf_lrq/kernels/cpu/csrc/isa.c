@@ -54,3 +54,5 @@ HF_LRQ_EXPORT int32_t hf_lrq_limit_isa(int32_t limit) {
     atomic_store(&cap, limit);
     return hf_lrq_isa();
 }
+
+HF_LRQ_EXPORT int32_t hf_lrq_tier(void) { return hf_lrq_isa(); }

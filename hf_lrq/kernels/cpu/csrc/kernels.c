@@ -5,12 +5,13 @@
 #include "bt.h"
 #include "tcq.h"
 
-static void choose_bytes(Kernel *kernel, int bits) {
+static void choose_bytes(Kernel *kernel, int bits, int64_t planes) {
     int wide = bits == 4, isa = hf_lrq_isa();
+    (void)planes;
     kernel->virtual_columns = wide ? 2 * TILE_COLUMNS : TILE_COLUMNS;
     kernel->offset = 255;
 #if HF_LRQ_HAS_AMX
-    if (isa >= HF_LRQ_AMX) {
+    if (isa >= HF_LRQ_AMX && planes > 1) {
         kernel->dot = wide ? hf_lrq_bt2_amx : hf_lrq_bt1_amx;
         kernel->arrangement = TILES;
         kernel->most_planes = 64;
@@ -60,10 +61,10 @@ static void choose_bits(Kernel *kernel, int bits) {
     kernel->tiles_at_a_time = 128 / TILE_COLUMNS; /* 128 products of 510 and 127 * 257 */
 }
 
-void hf_lrq_kernel(Kernel *kernel, int family, int bits) {
+void hf_lrq_kernel(Kernel *kernel, int family, int bits, int64_t planes) {
     *kernel = (Kernel){.digit_bits = 8, .tile_bytes = 256 * bits};
     if (family == BYTE_TRELLIS)
-        choose_bytes(kernel, bits);
+        choose_bytes(kernel, bits, planes);
     else
         choose_bits(kernel, bits);
 }

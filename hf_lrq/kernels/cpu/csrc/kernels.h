@@ -41,8 +41,8 @@ typedef struct {
     int64_t tile_bytes;
 } Kernel;
 
-/* The kernel for codes of a family at the current tier. */
-void hf_lrq_kernel(Kernel *kernel, int family, int bits);
+/* The kernel for codes of a family and so many planes at the current tier. */
+void hf_lrq_kernel(Kernel *kernel, int family, int bits, int64_t planes);
 
 /* Planes that a call with at least `planes` takes; the rest is zeros. */
 int hf_lrq_padded_planes(const Kernel *kernel, int planes);

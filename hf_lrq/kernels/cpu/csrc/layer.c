@@ -6,6 +6,7 @@
 
 #include "activations.h"
 #include "floats.h"
+#include "lowrank.h"
 #include "pool.h"
 
 /* As Python packs it: 64-bit integers, then a double. Kinds are those of `floats.h`; pointers may be 0 where a tensor may
@@ -25,7 +26,7 @@ typedef struct {
 
 HF_LRQ_EXPORT int64_t hf_lrq_call_size(void) { return sizeof(Call); }
 
-enum { TOKENS_AT_A_TIME = 32, RANKS_OF_A_PART = 8, LOW_RANK_PAD = 16 };
+enum { TOKENS_AT_A_TIME = 32, RANKS_OF_A_PART = 8, STRIP = 1024, ROWS_AT_A_TIME = 32 };
 
 /* Parts of the work, in the order in which they are handed out: prepare a token; some rows of R z; some rows of y.
    Each stage needs the one before whole. */
@@ -35,11 +36,11 @@ typedef struct {
     const Call *call;
     Kernel kernel;
     uint32_t multipliers[2];
-    int64_t first_token, tokens, padded_in, padded_rank;
+    int64_t first_token, tokens, padded_in, padded_rank, padded_tokens;
     int64_t rows_of_part; /* of y: whole Hadamard blocks and whole tiles */
     Planes planes;
     float *z; /* [tokens][padded_in] */
-    float *t; /* [tokens][padded_rank]: R z, times both scales */
+    float *t; /* R z, times both scales; see `place_of_t` */
     int64_t parts[STAGES];
     atomic_int_least64_t next, done[STAGES];
     atomic_int failed;
@@ -58,17 +59,6 @@ ALWAYS_INLINE void add_body(float *restrict v, const float *restrict w, int64_t 
     for (int64_t i = 0; i < n; i++) v[i] += w[i];
 }
 HF_LRQ_CLONES(static, add, (float *v, const float *w, int64_t n), (v, w, n))
-
-/* n: multiple of 16. */
-ALWAYS_INLINE void inner_product_body(float *found, const float *restrict a, const float *restrict b, int64_t n) {
-    float sum[16] = {0};
-    for (int64_t i = 0; i < n; i += 16)
-        for (int k = 0; k < 16; k++) sum[k] += a[i + k] * b[i + k];
-    for (int h = 8; h; h /= 2)
-        for (int k = 0; k < h; k++) sum[k] += sum[k + h];
-    *found = sum[0];
-}
-HF_LRQ_CLONES(static, inner_product, (float *found, const float *a, const float *b, int64_t n), (found, a, b, n))
 
 ALWAYS_INLINE void collect_body(float *restrict to, const int32_t *restrict sums, uint32_t excess, float factor) {
     for (int i = 0; i < TILE_ROWS; i++) to[i] += factor * (float)(int32_t)((uint32_t)sums[i] - excess);
@@ -106,23 +96,60 @@ static float scalar(int64_t vector, int64_t at, int64_t kind) {
     return value;
 }
 
+/* Few tokens: t[token][padded_rank], for sums along the ranks. More: t[rank][tokens, padded]. */
+static float *place_of_t(const Run *run, int64_t token, int64_t rank) {
+    return run->t + (run->tokens <= FEW_TOKENS ? token * run->padded_rank + rank : rank * run->padded_tokens + token);
+}
+
 static int low_rank(Run *run, int64_t part) {
     const Call *call = run->call;
-    float *row = allocate((size_t)run->padded_in * sizeof *row);
-    if (!row) return -1;
-    memset(row, 0, (size_t)run->padded_in * sizeof *row);
-    for (int64_t k = part * RANKS_OF_A_PART; k < smaller(call->rank, (part + 1) * RANKS_OF_A_PART); k++) {
-        int64_t kind = call->R_kind, at = k * call->in_features;
-        if (kind == FOUR_BITS) kind = k % 2 ? HIGH_NIBBLES : LOW_NIBBLES, at = k / 2 * call->in_features;
-        hf_lrq_to_float(row, POINTER(call->R), at, call->in_features, (int)kind);
-        float scale = scalar(call->R_scale, k, call->R_scale_kind) * scalar(call->L_scale, k, call->L_scale_kind);
-        for (int64_t token = 0; token < run->tokens; token++) {
-            float sum;
-            inner_product(&sum, row, run->z + token * run->padded_in, run->padded_in);
-            run->t[token * run->padded_rank + k] = scale * sum;
+    int64_t in = call->in_features, first = part * RANKS_OF_A_PART, ranks = smaller(RANKS_OF_A_PART, call->rank - first);
+    float *R = allocate((size_t)(ranks * STRIP + run->tokens * ranks) * sizeof *R), *sums = R + ranks * STRIP;
+    if (!R) return -1;
+    memset(sums, 0, (size_t)(run->tokens * ranks) * sizeof *sums);
+    for (int64_t column = 0; column < in; column += STRIP) {
+        int64_t n = smaller(STRIP, in - column), padded = ceil_div(n, 16) * 16;
+        for (int64_t i = 0; i < ranks; i++) {
+            int64_t kind = call->R_kind, k = first + i;
+            if (kind == FOUR_BITS) kind = k % 2 ? HIGH_NIBBLES : LOW_NIBBLES, k /= 2;
+            memset(R + i * STRIP + n, 0, (size_t)(padded - n) * sizeof *R);
+            hf_lrq_to_float(R + i * STRIP, POINTER(call->R), k * in + column, n, (int)kind);
         }
+        hf_lrq_products(sums, ranks, R, STRIP, ranks, run->z + column, run->padded_in, run->tokens, padded);
     }
-    free(row);
+    for (int64_t i = 0; i < ranks; i++) {
+        int64_t k = first + i;
+        float scale = scalar(call->R_scale, k, call->R_scale_kind) * scalar(call->L_scale, k, call->L_scale_kind);
+        for (int64_t token = 0; token < run->tokens; token++)
+            *place_of_t(run, token, k) = scale * sums[token * ranks + i];
+    }
+    free(R);
+    return 0;
+}
+
+/* y[token * stride + row] += (L t) for `count` rows from `start` on. */
+static int add_low_rank(const Run *run, float *y, int64_t stride, int64_t start, int64_t count) {
+    const Call *call = run->call;
+    int64_t rank = call->rank, stored = call->L_kind == FOUR_BITS ? (rank + 1) / 2 * 2 : rank;
+    int few = run->tokens <= FEW_TOKENS;
+    int64_t width = few ? run->padded_rank : rank;
+    float *L = allocate((size_t)(ROWS_AT_A_TIME * width) * sizeof *L);
+    if (!L) return -1;
+    for (int64_t first = 0; first < count; first += ROWS_AT_A_TIME) {
+        int64_t rows = smaller(ROWS_AT_A_TIME, count - first);
+        if (width == stored) {
+            hf_lrq_to_float(L, POINTER(call->L), (start + first) * stored, rows * stored, (int)call->L_kind);
+        } else {
+            memset(L, 0, (size_t)(rows * width) * sizeof *L);
+            for (int64_t i = 0; i < rows; i++)
+                hf_lrq_to_float(L + i * width, POINTER(call->L), (start + first + i) * stored, rank, (int)call->L_kind);
+        }
+        if (few)
+            hf_lrq_products(y + first, stride, L, width, rows, run->t, width, run->tokens, width);
+        else
+            hf_lrq_expand(y + first, stride, L, rows, rank, run->t, run->padded_tokens, run->tokens);
+    }
+    free(L);
     return 0;
 }
 
@@ -151,15 +178,14 @@ static void quantized_rows(const Run *run, const uint8_t *codes, float *to, int6
 static int rows(Run *run, int64_t part) {
     const Call *call = run->call;
     int64_t size = run->rows_of_part, start = part * size, count = smaller(size, call->out_features - start);
-    int64_t rank = call->rank, padded_rank = run->padded_rank;
-    float *y = allocate((size_t)(run->tokens * size + 3 * size + padded_rank) * sizeof *y);
+    float *y = allocate((size_t)(run->tokens * size + 3 * size) * sizeof *y);
     int32_t *acc = allocate((size_t)run->planes.padded_planes * TILE_ROWS * sizeof *acc);
     if (!y || !acc) {
         free(y);
         free(acc);
         return -1;
     }
-    float *scales = y + run->tokens * size, *rot = scales + size, *bias = rot + size, *l = bias + size;
+    float *scales = y + run->tokens * size, *rot = scales + size, *bias = rot + size;
     memset(y, 0, (size_t)(run->tokens * size) * sizeof *y);
     for (int64_t block = 0; block < ceil_div(count, TILE_ROWS); block++)
         quantized_rows(run,
@@ -170,19 +196,13 @@ static int rows(Run *run, int64_t part) {
     for (int64_t i = 0; i < count; i++) scales[i] *= (float)call->gain;
     for (int64_t token = 0; token < run->tokens; token++) {
         float *to = y + token * size, scale = run->planes.blocks ? 1 : run->planes.scales[token];
-        for (int64_t i = 0; i < count; i++) to[i] *= scales[i] * scale;
+        multiply(to, scales, count);
+        for (int64_t i = 0; i < count; i++) to[i] *= scale;
     }
-    if (rank) {
-        int64_t stored = call->L_kind == FOUR_BITS ? (rank + 1) / 2 * 2 : rank;
-        memset(l + rank, 0, (size_t)(padded_rank - rank) * sizeof *l);
-        for (int64_t i = 0; i < count; i++) {
-            hf_lrq_to_float(l, POINTER(call->L), (start + i) * stored, rank, (int)call->L_kind);
-            for (int64_t token = 0; token < run->tokens; token++) {
-                float sum;
-                inner_product(&sum, l, run->t + token * padded_rank, padded_rank);
-                y[token * size + i] += sum;
-            }
-        }
+    if (call->rank && add_low_rank(run, y, size, start, count)) {
+        free(y);
+        free(acc);
+        return -1;
     }
     if (call->rot_out) hf_lrq_to_float(rot, POINTER(call->rot_out), start, count, (int)call->rot_out_kind);
     if (call->bias) hf_lrq_to_float(bias, POINTER(call->bias), start, count, (int)call->bias_kind);
@@ -233,18 +253,19 @@ static void work(void *context) {
 
 static int run_tokens(const Call *call, int64_t first, int64_t tokens) {
     Run run = {.call = call, .first_token = first, .tokens = tokens};
-    hf_lrq_kernel(&run.kernel, (int)call->family, (int)call->bits);
+    hf_lrq_kernel(&run.kernel, (int)call->family, (int)call->bits, tokens * call->digits);
     run.multipliers[0] = (uint32_t)call->multipliers[0];
     run.multipliers[1] = (uint32_t)call->multipliers[1];
     int64_t tiles = ceil_div(call->in_features, TILE_COLUMNS);
     run.padded_in = tiles * TILE_COLUMNS;
-    run.padded_rank = ceil_div(call->rank, LOW_RANK_PAD) * LOW_RANK_PAD;
+    run.padded_rank = ceil_div(call->rank, RANK_PAD) * RANK_PAD;
+    run.padded_tokens = ceil_div(tokens, TOKEN_PAD) * TOKEN_PAD;
     run.rows_of_part = larger(TILE_ROWS, call->rot_out ? call->block_out : 1);
     if (hf_lrq_planes_init(&run.planes, &run.kernel, tokens, tiles, (int)call->digits, (int)call->blocks)) return -1;
     run.z = allocate((size_t)(tokens * run.padded_in) * sizeof *run.z);
-    run.t = allocate((size_t)(tokens * run.padded_rank) * sizeof *run.t);
+    run.t = allocate((size_t)(run.padded_tokens * run.padded_rank) * sizeof *run.t);
     if (run.z && run.t) {
-        memset(run.t, 0, (size_t)(tokens * run.padded_rank) * sizeof *run.t);
+        memset(run.t, 0, (size_t)(run.padded_tokens * run.padded_rank) * sizeof *run.t);
         run.parts[PREPARE] = tokens;
         run.parts[LOW_RANK] = ceil_div(call->rank, RANKS_OF_A_PART);
         run.parts[ROWS] = ceil_div(call->out_features, run.rows_of_part);
