@@ -137,7 +137,10 @@ def quantize_command(
     rank: Annotated[int, typer.Option(help="Rank of L R; 0 stores Q alone.")] = 64,
     factor_bits: Annotated[int, typer.Option(help="Bits per entry of L and R: 16, 8 or 4.")] = 16,
     codebook: Annotated[
-        str, typer.Option(help="auto, bt (2, 4 bits), tcq (2, 3, 4), e8p (2, 3, 4), int (2, 3, 4, 8), lloyd (2, 3, 4), nf (4).")
+        str,
+        typer.Option(
+            help="auto, bt (2, 4 bits), tcq (2, 3, 4), e8p (2, 3, 4), int (2, 3, 4, 8), lloyd (2, 3, 4), nf (4)."
+        ),
     ] = "auto",
     group_size: Annotated[int, typer.Option(help="Columns that share a scale, for codebook int.")] = 128,
     dataset: Annotated[

@@ -4,7 +4,9 @@ import copy
 import functools
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sized
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -491,7 +493,13 @@ class LRQHfQuantizer(HfQuantizer):
         layouts = {stored[key].removesuffix(".weight"): layout for key, layout in layouts.items()}
         alone = [stored[key].removesuffix(".weight") for key in alone]
         config = self.quantization_config
-        default = config.header.default if config.header is not None else config.spec.default.layout
+        if config.header is not None:
+            default = config.header.default
+        else:
+            # "auto" fits each matrix; what most of them got need not be said of each.
+            codebooks = Counter(layout.codebook for layout in layouts.values())
+            default = config.spec.default.layout
+            default = replace(default, codebook=max(codebooks, key=codebooks.__getitem__, default=default.codebook))
         config.header = QuantizationHeader.of(default, layouts, alone)
 
     def _compressed_keys(self) -> list[str]:

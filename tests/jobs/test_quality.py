@@ -79,7 +79,8 @@ def test_factors_help_and_more_of_them_more(rise):
 @pytest.fixture(scope="module")
 def encoder_layer():
     """A query projection of a trained 22 M-parameter encoder and its Gram from 16,384 tokens of text."""
-    return next(iter(minilm_layers.collect(16384, "bundled").values()))
+    problem = next(iter(minilm_layers.collect(16384, "bundled").values()))
+    return problem.weight, problem.gram
 
 
 def error(encoder_layer, **recipe):
@@ -110,6 +111,12 @@ def test_each_step_of_the_method_pays_on_a_trained_layer(encoder_layer):
 @pytest.mark.slow
 def test_fewer_ranks_at_eight_bits_beat_more_at_four(encoder_layer):
     assert error(encoder_layer, rank=16, factor_bits=8) < error(encoder_layer, rank=32, factor_bits=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 32])
+def test_the_trellis_beats_the_lattice(encoder_layer, rank):
+    assert error(encoder_layer, codebook="bt", rank=rank) < error(encoder_layer, rank=rank)
 
 
 def test_gram_of_a_layer_is_well_formed(encoder_layer):

@@ -8,13 +8,14 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "csrc"
 COMPILERS = ("cc", "gcc", "clang")
-FLAGS = ("-std=gnu11", "-O3", "-shared", "-fPIC", "-pthread", "-fvisibility=hidden", "-fno-math-errno", "-w")
+FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-fno-math-errno", "-w")
 # Tried in turn, for compilers that do not know the matrix unit, or none of the vector intrinsics.
 FALLBACKS: tuple[tuple[str, ...], ...] = ((), ("-DHF_LRQ_NO_AMX",), ("-DHF_LRQ_PORTABLE",))
 VERSION_SECONDS = 20
@@ -124,26 +125,36 @@ def _text(path: Path) -> str:
 
 
 def _build(compiler: Compiler, flags: tuple[str, ...], path: Path) -> None:
-    """Compile to a file beside `path` and put it in place whole: another process sees all of it or nothing."""
-    sources = tuple(map(str, _files("*.c")))
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    os.close(handle)
+    """Compile in a directory beside `path` and put the result in place whole: others see all of it or nothing."""
     try:
-        for number, fallback in enumerate(FALLBACKS):
-            try:
-                _run((*compiler.command, *flags, *fallback, "-o", name, *sources, "-lm"), BUILD_SECONDS)
-                break
-            except BuildError:
-                if number == len(FALLBACKS) - 1:
-                    raise
-        os.chmod(name, 0o700)
-        with open(name, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(name, path)
+        with tempfile.TemporaryDirectory(dir=path.parent, suffix=".tmp") as folder:
+            library = Path(folder, path.name)
+            for number, fallback in enumerate(FALLBACKS):
+                try:
+                    _compile(compiler, (*flags, *fallback), library)
+                    break
+                except BuildError:
+                    if number == len(FALLBACKS) - 1:
+                        raise
+            os.chmod(library, 0o700)
+            with library.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(library, path)
     except OSError as error:
         raise BuildError(f"the library could not be stored in {path.parent}: {error}. Set HF_LRQ_CACHE.") from None
-    finally:
-        Path(name).unlink(missing_ok=True)
+
+
+def _compile(compiler: Compiler, flags: tuple[str, ...], library: Path) -> None:
+    """All files at a time, since one after another they take long, and a library of them."""
+    sources = _files("*.c")
+    objects = [str(library.with_name(f"{source.stem}.o")) for source in sources]
+    commands = [
+        (*compiler.command, *flags, "-c", str(source), "-o", name)
+        for source, name in zip(sources, objects, strict=True)
+    ]
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        list(pool.map(lambda command: _run(command, BUILD_SECONDS), commands))
+    _run((*compiler.command, *flags, "-shared", "-o", str(library), *objects, "-lm"), BUILD_SECONDS)
 
 
 def _run(command: tuple[str, ...], seconds: int) -> str:

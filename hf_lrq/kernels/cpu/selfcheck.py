@@ -1,5 +1,7 @@
 """What a freshly opened library must get right before it is used: each kernel on a small matrix, against torch."""
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,11 @@ TOLERANCE = 2e-5  # of the largest value; float32 sums of a hundred terms are te
 def fault(library: Library) -> str | None:
     """What `library` computes wrongly, None if nothing was found."""
     generator = torch.Generator().manual_seed(0)
-    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+    # The first call may come from anywhere.
+    modes = (torch.inference_mode(False), torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False))
+    with contextlib.ExitStack() as stack:
+        for mode in modes:
+            stack.enter_context(mode)
         for codebook in MOST_COLUMNS:
             book = get_codebook(codebook)
             if isinstance(book, Trellis) and not _is_right(library, book, generator):

@@ -1,17 +1,20 @@
 """Adapters on disk: what is saved is loaded, by PEFT and by transformers."""
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from hf_lrq.integrations.peft import LRQAdapterConfig
 
@@ -61,6 +64,10 @@ def test_transformers_and_peft_find_the_base_model_by_themselves(
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), expected)
 
 
+@pytest.mark.skipif(
+    Version(version("peft")) < Version(MIN_PEFT_VERSION),
+    reason=f"this transformers loads adapters with peft >= {MIN_PEFT_VERSION} only",
+)
 @pytest.mark.parametrize("mode", ["all", "append:3", "core:rotate"])
 def test_models_of_transformers_load_adapters(base: Any, logits: Any, tmp_path: Path, mode: str, trained: Any) -> None:
     model = trained(base(), mode)

@@ -4,6 +4,24 @@
 
 #include "common.h"
 
+#if HF_LRQ_X86
+#include <cpuid.h>
+
+/* Not __builtin_cpu_supports: compilers differ in the names it knows and in whether its library is there. */
+enum { EAX, EBX, ECX, EDX };
+
+static int has(const unsigned *registers, int which, unsigned bits) { return (registers[which] & bits) == bits; }
+
+#define BIT(n) (1u << (n))
+
+/* States that the system saves when it switches threads. */
+static unsigned saved_states(void) {
+    unsigned low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return low;
+}
+#endif
+
 #if HF_LRQ_HAS_AMX
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -13,26 +31,27 @@ static int amx_permitted(void) {
     enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
     return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
 }
-
-static int amx_present(void) {
-    unsigned eax = 7, ebx, ecx = 0, edx;
-    __asm__ volatile("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
-    unsigned tile = 1u << 24, int8 = 1u << 25;
-    return (edx & (tile | int8)) == (tile | int8);
-}
 #endif
 
 static int detected(void) {
 #if HF_LRQ_X86
-    __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c"))
+    enum { FMA = 12, OSXSAVE = 27, AVX = 28, F16C = 29 };                     /* leaf 1, ecx */
+    enum { AVX2 = 5, AVX512F = 16, AVX512DQ = 17, AVX512BW = 30, AVX512VL = 31 }; /* leaf 7, ebx */
+    enum { AVX512VNNI = 11 };                                                 /* leaf 7, ecx */
+    enum { AMX_TILE = 24, AMX_INT8 = 25 };                                    /* leaf 7, edx */
+    unsigned one[4], seven[4];
+    if (!__get_cpuid(1, &one[EAX], &one[EBX], &one[ECX], &one[EDX]) ||
+        !__get_cpuid_count(7, 0, &seven[EAX], &seven[EBX], &seven[ECX], &seven[EDX]) ||
+        !has(one, ECX, BIT(FMA) | BIT(OSXSAVE) | BIT(AVX) | BIT(F16C)) || !has(seven, EBX, BIT(AVX2)))
         return HF_LRQ_SCALAR;
-    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
-        !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq") ||
-        !__builtin_cpu_supports("avx512vnni"))
+    unsigned saved = saved_states();
+    if ((saved & 0x6) != 0x6) return HF_LRQ_SCALAR;
+    if ((saved & 0xe0) != 0xe0 || !has(seven, EBX, BIT(AVX512F) | BIT(AVX512DQ) | BIT(AVX512BW) | BIT(AVX512VL)) ||
+        !has(seven, ECX, BIT(AVX512VNNI)))
         return HF_LRQ_AVX2;
 #if HF_LRQ_HAS_AMX
-    if (amx_present() && amx_permitted()) return HF_LRQ_AMX;
+    if ((saved & 0x60000) == 0x60000 && has(seven, EDX, BIT(AMX_TILE) | BIT(AMX_INT8)) && amx_permitted())
+        return HF_LRQ_AMX;
 #endif
     return HF_LRQ_AVX512;
 #else
