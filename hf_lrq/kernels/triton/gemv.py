@@ -58,10 +58,11 @@ def _code_rows(
                 scale = tl.load(scale_ptr + c * groups + group)
                 value = (sums[c].to(tl.float32) - OFFSET * offsets[c][None, :]) * scale
                 if GROUP_SIZE:
-                    scale_group = (group * 256 + part * 16) // GROUP_SIZE
-                    place = group_ptr + row[:, None] * scale_groups + scale_group
+                    # A vector: the interpreter cannot combine a mask with a number.
+                    scale_group = tl.zeros((ROWS,), tl.int32) + (group * 256 + part * 16) // GROUP_SIZE
+                    place = group_ptr + (row * scale_groups + scale_group)[:, None]
                     if MASKED:
-                        known = (row < rows)[:, None] & (scale_group < scale_groups)
+                        known = ((row < rows) & (scale_group < scale_groups))[:, None]
                         value *= tl.load(place, mask=known, other=0.0).to(tl.float32)
                     else:
                         value *= tl.load(place).to(tl.float32)
