@@ -6,7 +6,9 @@ there are several. Nothing in it is executed on loading, and no other file is re
 
 Tensors of one compressed linear layer, below the name of its module (out, in: features; r = min(rank, out, in)):
 
-    weight      uint8    [out, ceil(in / 8), bits]        codes of Q; 8 columns take exactly `bits` bytes
+    weight      uint8    [out, ceil(in / 8), bits]        codes of Q; 8 columns take exactly `bits` bytes; for the
+                                                          trellises (`bt`, `tcq`) [ceil(out / 128), ceil(in / 16),
+                                                          256 bits]: tiles of 128 rows and 16 columns
     scales      float16  [out], or [out, ceil(in / group_size)] for codebooks with group scales (`int`)
     rot_in      float16  [in]                             signs; absent with rotation "none"
     rot_out     float16  [out]                            signs; absent with rotation "none"
@@ -25,7 +27,8 @@ second pair is there where an adapter was merged into factors that are codes; fl
 block-diagonal orthonormal Sylvester-Hadamard; its block is the largest power of two that divides the axis, at most
 rotation_block, and 1 where that is below 8. Codes are packed least significant bit first: bit i of a tile of 8 columns
 is bit i % 8 of its byte i // 8, and code k of the tile takes the bits from k * (bits of a code) on. Columns are padded
-to whole tiles with codes of zeros. Which values a code means is fixed by the name of the codebook.
+to whole tiles with codes of zeros. The docstring of `codebooks/trellis.py` says how a tile of a trellis is read; rows and
+columns of padding hold any codes. Which values a code means is fixed by the name of the codebook.
 
 A transposed linear (Conv1D of GPT-2) is stored like a linear layer. A stack of E expert matrices [E, out, in] called
 `<module>.gate_up_proj` or `<module>.down_proj` is stored as `<module>.qstack_gate_up_proj.*` and
@@ -38,7 +41,7 @@ not know the format stops with a size mismatch instead of loading random numbers
 
     quant_method            "hf_lrq"
     format_version          1; readers refuse what is newer than they know
-    codebook                name, for example "e8p2": family and bits
+    codebook                name, for example "bt2": family and bits
     bits                    1 to 8, bits per weight of Q; those of the codebook
     rank                    0 to 65536, before clamping to the matrix
     factor_bits             16, 8 or 4

@@ -24,6 +24,10 @@ class CompressionError(LRQError, RuntimeError):
     """A weight or a model cannot be compressed: non-finite weights, no compressible layer."""
 
 
+class BackendError(LRQError, RuntimeError):
+    """A backend that was asked for by name is unknown or cannot run here."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """' Did you mean ...?' for a near miss of `name` among `known`, else the empty string."""
     close = difflib.get_close_matches(name, list(known), n=1)

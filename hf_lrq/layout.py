@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 
 from hf_lrq.codebooks import get_codebook
-from hf_lrq.codebooks.packing import TILE
 
 SMALLEST_BLOCK = 8  # Shorter transforms mix too few weights to be worth a pass: signs only.
 
@@ -59,10 +58,9 @@ class LayerLayout:
     def tensors(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
         """Name -> layout of every stored tensor of an [out, in] matrix, bias excluded."""
         book = get_codebook(self.codebook)
-        tiles = -(-in_features // TILE)
         groups = () if not book.grouped else (-(-in_features // self.group_size),)
         stored = {
-            "weight": TensorLayout((out_features, tiles, book.bits), torch.uint8),
+            "weight": TensorLayout(book.packed_shape(out_features, in_features), torch.uint8),
             "scales": TensorLayout((out_features, *groups), torch.float16),
         }
         if self.rotation != "none":

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_lrq.codebooks import get_codebook
-from hf_lrq.codebooks.packing import pack_codes, unpack_codes
+from hf_lrq.codebooks.decoding import decode_rows
 
 
 def expand_scales(scales: Tensor, group_size: int, columns: int) -> Tensor:
@@ -21,7 +21,7 @@ class QuantizedMatrix:
     """Q: codes of a named codebook times scales.
 
     Attributes:
-        packed: [out, tiles, bits] uint8, see `codebooks.packing`.
+        packed: uint8, see `Codebook.packed_shape`.
         scales: [out] or, for grouped codebooks, [out, groups]; multiplies the decoded unit-variance values.
         codebook: name, for example "e8p2".
         in_features: columns without padding.
@@ -38,14 +38,22 @@ class QuantizedMatrix:
     def from_codes(
         cls, codes: Tensor, scales: Tensor, codebook: str, in_features: int, group_size: int
     ) -> "QuantizedMatrix":
-        """From unpacked codes [out, padded columns / dim]."""
-        return cls(pack_codes(codes, get_codebook(codebook)), scales, codebook, in_features, group_size)
+        """From unpacked codes [padded rows, padded columns / dim]."""
+        return cls(get_codebook(codebook).pack(codes), scales, codebook, in_features, group_size)
+
+    @property
+    def out_features(self) -> int:
+        """Rows without padding."""
+        return self.scales.shape[0]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[out, in] values; computed in float32, cast once. This is the definition every kernel is held to."""
-        book = get_codebook(self.codebook)
-        values = book.decode(unpack_codes(self.packed, book), torch.float32).flatten(-2)[..., : self.in_features]
-        return (values * expand_scales(self.scales.float(), self.group_size, self.in_features)).to(dtype)
+        return self.rows(0, self.out_features, dtype)
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Rows of `dequantize`; `start` is a multiple of the codebook's `row_block`."""
+        values = decode_rows(self.packed, self.codebook, self.in_features, start, stop)
+        return (values * expand_scales(self.scales[start:stop].float(), self.group_size, self.in_features)).to(dtype)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,11 +1,12 @@
 """What to do to each weight matrix: plain, frozen, JSON-able descriptions. No weights, no Hugging Face."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from hf_lrq.codebooks import codebook_name, known_families
+from hf_lrq.codebooks import codebook_name, get_codebook, known_families
 from hf_lrq.errors import SpecError, did_you_mean
 from hf_lrq.layout import LayerLayout
 
@@ -14,6 +15,9 @@ INITS = ("auto", "outlier", "svd", "zero")
 ROTATIONS = ("hadamard", "none")
 ROUNDINGS = ("ldlq", "nearest")
 MAX_RANK = 65536
+# What "auto" takes, the best first. Trellises need a search that is slow without a backend for it.
+AUTO_FAMILIES = ("bt", "e8p", "int")
+LARGEST_PADDING = 1 / 8  # Of the codes; a smaller matrix is better off with a codebook of smaller blocks.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,19 +81,40 @@ class LayerSpec:
 
     @property
     def resolved_codebook(self) -> str:
-        """Name of the codebook, for example "e8p2"; "auto" takes the best family that has these bits.
+        """Name of the codebook, for example "bt2"; "auto" takes the best family that has these bits.
 
         Raises:
             SpecError: if the family is unknown or does not come in these bits.
         """
         family = self.codebook
         if family == "auto":
-            fitting = [name for name in ("e8p", "int") if self.bits in known_families()[name]]
-            if not fitting:
-                listed = "; ".join(f"{name}: {', '.join(map(str, bits))}" for name, bits in known_families().items())
-                raise SpecError(f"no codebook has {self.bits} bits per weight. Bits of each family: {listed}.")
-            family = fitting[0]
+            family = self._automatic()[0]
         return codebook_name(family, self.bits)
+
+    def _automatic(self) -> list[str]:
+        fitting = [name for name in AUTO_FAMILIES if self.bits in known_families()[name]]
+        if not fitting:
+            listed = "; ".join(f"{name}: {', '.join(map(str, bits))}" for name, bits in known_families().items())
+            raise SpecError(f"no codebook has {self.bits} bits per weight. Bits of each family: {listed}.")
+        return fitting
+
+    def fitted(self, out_features: int, in_features: int, blocks: bool = True) -> "LayerSpec":
+        """This spec with a codebook that fits an [out, in] matrix in the place of "auto".
+
+        Args:
+            out_features, in_features: of the matrix. A codebook of large blocks is passed over where padding would take
+                more than an eighth of the codes.
+            blocks: whether codebooks that code rows together are an option at all.
+        """
+        if self.codebook != "auto":
+            return self
+        for family in self._automatic():
+            book = get_codebook(codebook_name(family, self.bits))
+            stored = math.prod(book.packed_shape(out_features, in_features))
+            wasted = stored * 8 / (out_features * in_features * self.bits) - 1
+            if book.row_block == 1 or (blocks and wasted <= LARGEST_PADDING):
+                break
+        return replace(self, codebook=family)
 
     @property
     def layout(self) -> LayerLayout:

@@ -48,7 +48,7 @@ def test_every_tensor_has_a_dtype_that_safetensors_and_all_devices_know():
     ("arguments", "message"),
     [
         ({"bits": 0}, "bits must be between 1 and 8, got 0"),
-        ({"bits": 5}, "no codebook has 5 bits per weight. Bits of each family: e8p: 2, 3, 4; int: 2, 3, 4, 8"),
+        ({"bits": 5}, "no codebook has 5 bits per weight. Bits of each family: e8p: 2, 3, 4; bt: 2, 4; tcq"),
         ({"bits": 2.0}, r"bits must be an integer, got 2.0 \(float\)"),
         ({"bits": True}, "bits must be an integer"),
         ({"rank": -1}, "rank must be between 0 and 65536, got -1"),
@@ -99,8 +99,27 @@ def test_a_broken_pattern_is_refused():
 
 
 def test_auto_picks_a_codebook_that_has_the_bits():
-    assert [LayerSpec(bits=bits).resolved_codebook for bits in (2, 3, 4, 8)] == ["e8p2", "e8p3", "e8p4", "int8"]
+    assert [LayerSpec(bits=bits).resolved_codebook for bits in (2, 3, 4, 8)] == ["bt2", "e8p3", "bt4", "int8"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "blocks", "codebook"),
+    [
+        ((128, 16), True, "bt2"),
+        ((120, 256), True, "bt2"),
+        ((64, 256), True, "e8p2"),
+        ((128, 7), True, "e8p2"),
+        ((4096, 4096), False, "e8p2"),
+    ],
+)
+def test_auto_fits_the_matrix(shape, blocks, codebook):
+    """Blocks of 128 rows and 16 columns, where padding takes at most an eighth."""
+    fitted = LayerSpec(bits=2).fitted(*shape, blocks=blocks)
+    assert fitted.resolved_codebook == codebook
+    assert fitted.fitted(*shape, blocks=not blocks) == fitted
+    explicit = LayerSpec(bits=2, codebook="bt")
+    assert explicit.fitted(*shape, blocks=blocks) == explicit
 
 
 def test_layout_is_the_inference_side_of_the_spec():
-    assert LayerSpec(bits=2, rank=7).layout == LayerLayout(codebook="e8p2", rank=7)
+    assert LayerSpec(bits=2, rank=7).layout == LayerLayout(codebook="bt2", rank=7)

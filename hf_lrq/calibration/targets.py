@@ -1,14 +1,19 @@
 """Which matrices of a model are compressed, and why the others are not."""
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import nn
 
 from hf_lrq.errors import CompressionError
+from hf_lrq.kernels import searches_fast, status
 from hf_lrq.nn import LRQExpertStack, LRQLinear
 from hf_lrq.spec import CompressionSpec, LayerSpec
+
+logger = logging.getLogger(__name__)
 
 EXPERT_MATRICES = ("gate_up_proj", "down_proj")
 LISTED = 3  # Names spelled out for each reason.
@@ -135,10 +140,17 @@ def find_targets(
     """
     reasons = reasons or {}
     found = TargetList(total_parameters=count_parameters(model))
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    fast = searches_fast(device)
+    passed_over: set[str] = set()
     candidates = 0
     for name, module in model.named_modules():
         for target in _candidates(name, module, spec):
             candidates += 1
+            fitted = target.spec.fitted(target.out_features, target.in_features, blocks=fast)
+            if not fast and fitted != target.spec.fitted(target.out_features, target.in_features):
+                passed_over.add(f"{target.spec.resolved_codebook} (now {fitted.resolved_codebook})")
+            target = replace(target, spec=fitted)
             reason = None
             if (pattern := name_matches(target.name, skip)) is not None:
                 reason = reasons.get(pattern, "excluded by the configuration")
@@ -151,6 +163,12 @@ def find_targets(
             else:
                 found.skipped[target.full_name] = reason
                 found.skipped_parameters[target.full_name] = target.parameters
+    if passed_over:
+        logger.warning(
+            "codebook 'auto' is not %s, because nothing here searches its paths fast: %s",
+            ", ".join(sorted(passed_over)),
+            status(device),
+        )
     if not found.compressed:
         seen = f"{candidates} linear layers found, all skipped ({_by_reason(found.skipped)})"
         raise CompressionError(

@@ -35,6 +35,10 @@ class DType(str, Enum):
     float16 = "float16"
 
 
+bench = typer.Typer(help="Measure how fast compressed layers and models are here.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
 # What a user can do something about, of classes that are no OSError.
 _FOREIGN = {
     "OutOfMemoryError": (
@@ -267,3 +271,81 @@ def doctor_command(as_json: AsJson = False, debug: Debug = False) -> None:
 
     if not run(as_json):
         raise typer.Exit(1)
+
+
+@bench.command("kernels")
+@_friendly
+def bench_kernels_command(
+    shape: Annotated[list[str] | None, typer.Option(help="OUTxIN of a layer; may be repeated.")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Rows of the input; may be repeated.")] = None,
+    codebook: Annotated[
+        list[str] | None, typer.Option(help="Codebook with bits, for example bt2 or int4; may be repeated.")
+    ] = None,
+    rank: Annotated[int, typer.Option(min=0, help="Rank of L R.")] = 64,
+    factor_bits: Annotated[int, typer.Option(help="Bits per entry of L and R: 16, 8 or 4.")] = 8,
+    repetitions: Annotated[int, typer.Option(min=1, help="Turns of each candidate.")] = 40,
+    megabytes: Annotated[
+        int, typer.Option(min=1, help="Copies of the weights of each candidate, so that no cache holds them.")
+    ] = 512,
+    device: Device = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Time one layer: compressed, in bfloat16, and compressed by others that are installed."""
+    from hf_lrq.cli.bench.kernels import KernelOptions, run
+
+    run(
+        KernelOptions(
+            shapes=tuple(shape or ("4096x4096", "11008x4096")),
+            tokens=tuple(tokens or (1, 32)),
+            codebooks=tuple(codebook or ("bt2",)),
+            rank=rank,
+            factor_bits=factor_bits,
+            repetitions=repetitions,
+            megabytes=megabytes,
+            device=device,
+            threads=threads,
+            as_json=as_json,
+        )
+    )
+
+
+@bench.command("generate")
+@_friendly
+def bench_generate_command(
+    shape: Annotated[str, typer.Option(help="Widths of the model: tiny, 1b, 3b, 7b or 8b.")] = "1b",
+    codebook: Annotated[str, typer.Option(help="Codebook with bits, for example bt2.")] = "bt2",
+    rank: Annotated[int, typer.Option(min=0, help="Rank of L R.")] = 64,
+    factor_bits: Annotated[int, typer.Option(help="Bits per entry of L and R: 16, 8 or 4.")] = 8,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 32,
+    tokens: Annotated[int, typer.Option(min=2, help="New tokens.")] = 16,
+    repetitions: Annotated[int, typer.Option(min=1, help="Of each model; the best one counts.")] = 3,
+    static_cache: Annotated[bool, typer.Option("--static-cache", help="Use a static key-value cache.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Run the model through torch.compile.")] = False,
+    with_peers: Annotated[bool, typer.Option("--peers", help="Also run bitsandbytes NF4.")] = False,
+    device: Device = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Let models of random weights write: tokens per second and memory, compressed and not."""
+    from hf_lrq.cli.bench.generate import GenerateOptions, run
+
+    run(
+        GenerateOptions(
+            shape=shape,
+            codebook=codebook,
+            rank=rank,
+            factor_bits=factor_bits,
+            prompt=prompt,
+            tokens=tokens,
+            repetitions=repetitions,
+            static_cache=static_cache,
+            compiled=compiled,
+            with_peers=with_peers,
+            device=device,
+            threads=threads,
+            as_json=as_json,
+        )
+    )

@@ -17,7 +17,7 @@ from hf_lrq.decomposition import compress_matrix, generator_for
 from hf_lrq.errors import LRQError
 from hf_lrq.integrations.saving import save
 from hf_lrq.integrations.transformers import LRQConfig, LRQHfQuantizer, compress_pretrained
-from hf_lrq.kernels import backend_name
+from hf_lrq.kernels import status
 from hf_lrq.nn import LRQLinear
 from hf_lrq.spec import LayerSpec
 
@@ -47,7 +47,7 @@ def describe(device: torch.device) -> str:
     else:
         properties = properties_of(device)
         name = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-    return f"{name}; layers run by: {backend_name(device)}"
+    return f"{name}; layers run by: {status(device)}"
 
 
 def registration() -> str:

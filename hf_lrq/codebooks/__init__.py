@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from hf_lrq.codebooks.base import Codebook
 from hf_lrq.codebooks.lattice import E8P
-from hf_lrq.codebooks.packing import pack_codes, unpack_codes
 from hf_lrq.codebooks.scalar import LloydMax, NormalFloat, Uniform
+from hf_lrq.codebooks.trellis import BitTrellis, ByteTrellis
 from hf_lrq.errors import SpecError, did_you_mean
 
-__all__ = ["Codebook", "codebook_name", "get_codebook", "known_families", "pack_codes", "unpack_codes"]
+__all__ = ["Codebook", "codebook_name", "get_codebook", "known_families", "packed_bits"]
 
-FAMILIES: dict[str, type[Codebook]] = {kind.family: kind for kind in (E8P, Uniform, LloydMax, NormalFloat)}
+FAMILIES: dict[str, type[Codebook]] = {
+    kind.family: kind for kind in (E8P, ByteTrellis, BitTrellis, Uniform, LloydMax, NormalFloat)
+}
 _BY_NAME = {book.name: book for kind in FAMILIES.values() for book in map(kind, kind.available_bits)}
 
 
@@ -42,3 +44,15 @@ def codebook_name(family: str, bits: int) -> str:
         known = ", ".join(FAMILIES)
         raise SpecError(f"Unknown codebook family {family!r}. Known families: {known}.{did_you_mean(family, FAMILIES)}")
     return FAMILIES[family](bits).name
+
+
+def packed_bits(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Bits per weight, and columns with padding, of codes stored in a shape [..., tiles, width].
+
+    Raises:
+        SpecError: if no codebook stores codes so.
+    """
+    for book in _BY_NAME.values():
+        if book.packed_shape(1, 1)[-1] == shape[-1]:
+            return book.bits, shape[-2] * book.column_block
+    raise SpecError(f"no codebook stores codes in the shape {list(shape)}.")

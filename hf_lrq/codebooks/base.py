@@ -10,6 +10,7 @@ from typing import ClassVar, Concatenate, ParamSpec
 import torch
 from torch import Tensor
 
+from hf_lrq.codebooks.packing import TILE, pack_rows, unpack_rows
 from hf_lrq.errors import SpecError
 
 P = ParamSpec("P")
@@ -17,15 +18,21 @@ P = ParamSpec("P")
 
 @dataclass(frozen=True)
 class Codebook(ABC):
-    """A finite set of 2**bits_per_code points in R^dim, scaled for inputs of unit variance.
+    """A finite set of points in R^dim, scaled for inputs of unit variance.
 
     A codebook knows nothing of row scales, Grams or layers. The points that `decode` returns are the format: they
     never change within a format version.
 
+    Most codebooks code each vector on its own. A trellis codes `row_block` rows of a column block together, and what a
+    code means depends on those of other rows: then the axis before that of the vectors is the rows, a multiple of
+    `row_block`.
+
     Attributes:
         bits: bits per weight, one of `available_bits`.
         family: name of the family, for example "e8p".
-        dim: weights per code, 1 or 8.
+        dim: weights per code, consecutive columns of a row.
+        row_block: rows that are coded together.
+        column_block: columns of a matrix are padded to a multiple of it.
         available_bits: the bits per weight that this family comes in.
         grouped: whether a row carries one scale per group of columns rather than one in all.
 
@@ -38,8 +45,9 @@ class Codebook(ABC):
     family: ClassVar[str]
     dim: ClassVar[int]
     available_bits: ClassVar[tuple[int, ...]]
+    row_block: ClassVar[int] = 1
+    column_block: ClassVar[int] = TILE
     grouped: ClassVar[bool] = False
-    chunk: ClassVar[int] = 1 << 18  # Vectors encoded at a time; bounds the memory for intermediates.
 
     def __post_init__(self) -> None:
         if self.bits not in self.available_bits:
@@ -62,13 +70,15 @@ class Codebook(ABC):
         """Code of the nearest point of each vector; residual codebooks are nearest stage by stage.
 
         Args:
-            values: [..., dim] floating, finite, about unit variance. Computed in float32.
+            values: [..., dim], or [..., rows, n, dim] where rows are coded together; floating, finite, about unit
+                variance. Computed in float32.
 
         Returns:
             [...] int64 codes. Equal inputs give equal codes; a NaN gives an unspecified valid code.
 
         Raises:
-            ValueError: if the last axis is not `dim` long or the values are not floating.
+            ValueError: if the last axis is not `dim` long, the rows are no multiple of `row_block`, or the values are
+                not floating.
         """
         if not values.is_floating_point():
             raise ValueError(
@@ -79,16 +89,14 @@ class Codebook(ABC):
                 f"Codebook {self.name!r} encodes vectors of {self.dim}, got values of shape {tuple(values.shape)}. "
                 f"Reshape to [..., {self.dim}], padding with zeros."
             )
-        vectors = values.detach().reshape(-1, self.dim)
-        parts = [self._encode(part.float()) for part in torch.split(vectors, self.chunk)]
-        codes = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return codes.reshape(values.shape[:-1])
+        self._check_rows(values.shape[:-1])
+        return self._encode(values.detach())
 
     def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """The points of codes; exact in float32, rounded once to `dtype`.
 
         Args:
-            codes: [...] integers in [0, 2**bits_per_code).
+            codes: [...] integers in [0, 2**bits_per_code), or [..., rows, n] where rows are coded together.
             dtype: of the result.
 
         Returns:
@@ -96,15 +104,88 @@ class Codebook(ABC):
 
         Raises:
             IndexError: if a code is out of range (on a CPU; an assertion of the device elsewhere).
+            ValueError: if the rows are no multiple of `row_block`.
         """
-        return self._decode(codes.reshape(-1), dtype).reshape(*codes.shape, self.dim)
+        self._check_rows(codes.shape)
+        return self._decode(codes, dtype)
+
+    def pool_rows(self, values: Tensor) -> Tensor:
+        """Sums of values [rows, n] over the rows that share a sequence of codes, at each of those rows."""
+        return values
+
+    def packed_shape(self, out_features: int, in_features: int) -> tuple[int, int, int]:
+        """Shape of the stored codes of an [out, in] matrix, padding included."""
+        return out_features, -(-in_features // TILE), self.bits
+
+    def pack(self, codes: Tensor) -> Tensor:
+        """Codes of a matrix [..., rows, n], padded, as stored bytes; see `packed_shape`."""
+        return pack_rows(codes, self.bits, self.dim)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """Codes of all tiles, padding included; the inverse of `pack`.
+
+        Args:
+            packed: [..., tiles, bits] uint8; see `packed_shape`.
+
+        Returns:
+            [..., rows, n] int64.
+
+        Raises:
+            ValueError: if `packed` is not uint8 or its last axis has another length.
+        """
+        width = self.packed_shape(1, 1)[-1]
+        if packed.dtype != torch.uint8 or packed.shape[-1:] != (width,):
+            raise ValueError(
+                f"Codes of codebook {self.name!r} are stored as torch.uint8 [..., tiles, {width}], "
+                f"got {packed.dtype} {list(packed.shape)}. Check the codebook that the config of the checkpoint names."
+            )
+        return self._unpack(packed)
+
+    def _unpack(self, packed: Tensor) -> Tensor:
+        return unpack_rows(packed, self.bits, self.dim)
+
+    def _check_rows(self, shape: torch.Size) -> None:
+        """Whether [..., rows, n] has whole blocks of rows."""
+        if self.row_block > 1 and (len(shape) < 2 or shape[-2] % self.row_block):
+            raise ValueError(
+                f"Codebook {self.name!r} codes {self.row_block} rows together, got {tuple(shape)} as [..., rows, n]. "
+                "Pad the rows with zeros."
+            )
 
     @abstractmethod
-    def _encode(self, x: Tensor) -> Tensor:
-        """[n, dim] float32 -> [n] int64."""
+    def _encode(self, values: Tensor) -> Tensor:
+        """[..., dim] floating -> [...] int64."""
 
     @abstractmethod
     def _decode(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """[...] integers -> [..., dim]."""
+
+
+@dataclass(frozen=True)
+class VectorCodebook(Codebook):
+    """A codebook that codes each vector on its own.
+
+    Attributes:
+        chunk: vectors encoded at a time; bounds the memory for intermediates.
+    """
+
+    chunk: ClassVar[int] = 1 << 18
+
+    def _encode(self, values: Tensor) -> Tensor:
+        vectors = values.reshape(-1, self.dim)
+        parts = [self._nearest(part.float()) for part in torch.split(vectors, self.chunk)]
+        codes = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return codes.reshape(values.shape[:-1])
+
+    def _decode(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        return self._points(codes.reshape(-1), dtype).reshape(*codes.shape, self.dim)
+
+    @abstractmethod
+    def _nearest(self, x: Tensor) -> Tensor:
+        """[n, dim] float32 -> [n] int64."""
+
+    @abstractmethod
+    def _points(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """[n] integers -> [n, dim]."""
 
 

@@ -26,7 +26,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_lrq.codebooks.base import Codebook, cached_table, look_up
+from hf_lrq.codebooks.base import VectorCodebook, cached_table, look_up
 
 # Kinds of rows by their number of 3/2 and of 5/2, the other coordinates being 1/2. Each of the first seven is in the
 # codebook in every order of its coordinates; of the last, 29 orders of 56.
@@ -143,7 +143,7 @@ STAGES = {
 
 
 @dataclass(frozen=True)
-class E8P(Codebook):
+class E8P(VectorCodebook):
     """`e8p`: E8P at 2 bits; at 3 and 4 bits, a second lattice codes what the first leaves.
 
     >>> E8P(2).decode(torch.tensor(0))[:3].tolist()  # Row 0 is eight times 1/2: (1/2 + 1/4) * 62/64.
@@ -155,14 +155,14 @@ class E8P(Codebook):
     available_bits: ClassVar[tuple[int, ...]] = tuple(STAGES)
     chunk: ClassVar[int] = 1 << 13  # Intermediates that stay in a processor's cache.
 
-    def _encode(self, x: Tensor) -> Tensor:
+    def _nearest(self, x: Tensor) -> Tensor:
         first, second = STAGES[self.bits]
         codes = first.nearest(x)
         if second is None:
             return codes
         return codes | second.nearest(x - first.points_at(codes, x.dtype)) << first.lattice.bits
 
-    def _decode(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+    def _points(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         first, second = STAGES[self.bits]
         if second is None:
             return first.points_at(codes, dtype)

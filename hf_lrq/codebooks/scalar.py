@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_lrq.codebooks.base import Codebook, cached_table, look_up
+from hf_lrq.codebooks.base import VectorCodebook, cached_table, look_up
 
 UNIFORM_STEPS = {
     # J. Max (1960), Table II: the step of the equally spaced levels of least squared error for N(0, 1).
@@ -63,7 +63,7 @@ NF4_SCALE = 2.86306292
 
 
 @dataclass(frozen=True)
-class ScalarCodebook(Codebook):
+class ScalarCodebook(VectorCodebook):
     """Ascending levels; the code of a value is the number of midpoints between levels that lie below it."""
 
     dim: ClassVar[int] = 1
@@ -73,10 +73,10 @@ class ScalarCodebook(Codebook):
     def levels(self) -> tuple[float, ...]:
         """The 2**bits levels, ascending; code c means levels[c] rounded to float32."""
 
-    def _encode(self, x: Tensor) -> Tensor:
+    def _nearest(self, x: Tensor) -> Tensor:
         return torch.bucketize(x.squeeze(1).contiguous(), _midpoints(x.device, x.dtype, self))
 
-    def _decode(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+    def _points(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         return look_up(_levels(codes.device, dtype, self), codes).unsqueeze(1)
 
 
@@ -102,7 +102,7 @@ class Uniform(ScalarCodebook):
         half = 2 ** (self.bits - 1)
         return tuple((k + 0.5) * self.step for k in range(-half, half))
 
-    def _encode(self, x: Tensor) -> Tensor:
+    def _nearest(self, x: Tensor) -> Tensor:
         half = 2 ** (self.bits - 1)
         cells = (x.squeeze(1) / self.step).floor_().clamp_(-half, half - 1)
         return cells.add_(half).nan_to_num_(nan=0.0).long()

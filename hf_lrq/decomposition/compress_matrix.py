@@ -47,7 +47,7 @@ class CompressedMatrix:
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
         quantized = self.decomposition.quantized
-        return quantized.packed.shape[0], quantized.in_features
+        return quantized.out_features, quantized.in_features
 
     @property
     def proxy_loss(self) -> float:
@@ -120,6 +120,7 @@ def compress_matrix(
         CompressionError: if W is not a matrix, is empty, or holds NaN or Inf; if the Gram is for another width.
     """
     W = _checked(W)
+    spec = spec.fitted(*W.shape)
     with _one_thread(W.device), torch.autocast(W.device.type, enabled=False):
         return _compress(W, gram, spec, generator, rotate_in)
 

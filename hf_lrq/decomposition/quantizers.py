@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from hf_lrq.codebooks import Codebook, get_codebook
-from hf_lrq.codebooks.packing import TILE, unpack_codes
 from hf_lrq.errors import CompressionError
 from hf_lrq.matrices import QuantizedMatrix, expand_scales
 
@@ -51,8 +50,21 @@ class Quantizer(ABC):
         return _representable((squares / counts).sqrt())
 
     def finish(self, codes: Tensor, scales: Tensor, in_features: int) -> QuantizedMatrix:
-        """Pack [out, padded / dim] codes."""
+        """Pack [padded out, padded in / dim] codes; scales are those of the rows without padding."""
         return QuantizedMatrix.from_codes(codes, scales.to(torch.float16), self.codebook, in_features, self.group_size)
+
+    def pad(self, W: Tensor) -> Tensor:
+        """W with zero rows and columns up to whole blocks of the codebook."""
+        return torch.nn.functional.pad(W, (0, -W.shape[1] % self.book.column_block, 0, -len(W) % self.book.row_block))
+
+    def pad_gram(self, H: Tensor) -> Tensor:
+        """Padding columns carry no weight and are coupled to nothing."""
+        padding = -len(H) % self.book.column_block
+        if not padding:
+            return H
+        padded = torch.nn.functional.pad(H, (0, padding, 0, padding))
+        padded.diagonal()[len(H) :] = H.diagonal().mean()
+        return padded
 
 
 def _representable(scales: Tensor) -> Tensor:
@@ -83,7 +95,7 @@ class RoundToNearest(Quantizer):
     def quantize(self, W: Tensor, H: Tensor) -> QuantizedMatrix:
         """Nearest codes of W / scale."""
         scales = self.scales(W)
-        target = _pad_columns(_divide(W, expand_scales(scales, self.group_size, W.shape[1])))
+        target = self.pad(_divide(W, expand_scales(scales, self.group_size, W.shape[1])))
         codes = self.book.encode(target.unflatten(1, (-1, self.book.dim)))
         return self.finish(codes, scales, W.shape[1])
 
@@ -102,32 +114,36 @@ class LDLQ(Quantizer):
 
     Attributes:
         sweeps: guarded Gauss-Seidel passes afterwards. A sweep visits every block again, with all others fixed, and
-            keeps the new code of a row only if the row's loss falls; so the loss never rises (the unguarded sweeps of
-            QuIP# can raise it). Each sweep starts with the scales refitted by least squares.
+            keeps the new code of a row (of the rows that are coded together) only if their loss falls; so the loss
+            never rises (the unguarded sweeps of QuIP# can raise it). Each sweep starts with the scales refitted by
+            least squares.
     """
 
     sweeps: int = 0
 
     def quantize(self, W: Tensor, H: Tensor) -> QuantizedMatrix:
         """Adaptive rounding of W [out, in] under H [in, in]."""
-        padded_W, padded_H = _pad_columns(W), _pad_gram(H)
-        scales = self.scales(W)
+        padded_W, padded_H = self.pad(W), self.pad_gram(H)
+        scales = self._pad_scales(self.scales(W))
         codes, rounded = _feedback_pass(padded_W, unit_upper(padded_H, self.book.dim), self._grid(scales, padded_W))
         for _ in range(self.sweeps):
             scales, codes, rounded = self._sweep(padded_W, padded_H, scales, codes, rounded)
         if self.sweeps and scales.ndim == 1:
             scales, _ = refit_scales(padded_W, rounded, rounded @ padded_H, scales)
-        return self.finish(codes, scales, W.shape[1])
+        return self.finish(codes, scales[: len(W)], W.shape[1])
 
     def refine(self, W: Tensor, H: Tensor, previous: QuantizedMatrix) -> QuantizedMatrix:
         """One guarded sweep from the codes at hand."""
-        padded_W, padded_H = _pad_columns(W), _pad_gram(H)
-        scales, codes = previous.scales.float(), unpack_codes(previous.packed, self.book)
+        padded_W, padded_H = self.pad(W), self.pad_gram(H)
+        scales, codes = self._pad_scales(previous.scales.float()), self.book.unpack(previous.packed)
         rounded = self._grid(scales, padded_W).values(codes)
         scales, codes, rounded = self._sweep(padded_W, padded_H, scales, codes, rounded)
         if scales.ndim == 1:
             scales, _ = refit_scales(padded_W, rounded, rounded @ padded_H, scales)
-        return self.finish(codes, scales, W.shape[1])
+        return self.finish(codes, scales[: len(W)], W.shape[1])
+
+    def _pad_scales(self, scales: Tensor) -> Tensor:
+        return torch.nn.functional.pad(scales, (0, 0) * (scales.ndim - 1) + (0, -len(scales) % self.book.row_block))
 
     def _sweep(
         self, W: Tensor, H: Tensor, scales: Tensor, codes: Tensor, rounded: Tensor
@@ -209,7 +225,9 @@ def _feedback_pass(W: Tensor, U: Tensor, grid: _Grid) -> tuple[Tensor, Tensor]:
 
 
 def _guarded_sweep(slope: Tensor, H: Tensor, grid: _Grid, codes: Tensor, rounded: Tensor) -> tuple[Tensor, Tensor]:
-    """One pass of coordinate descent over blocks; a row's block moves only where that lowers the row's loss.
+    """One pass of coordinate descent over blocks; the block of a row moves only where that lowers the loss.
+
+    Rows that are coded together move together.
 
     Args:
         slope: (W - rounded) H, [out, in]: minus half the gradient of the loss.
@@ -230,6 +248,7 @@ def _guarded_sweep(slope: Tensor, H: Tensor, grid: _Grid, codes: Tensor, rounded
             new_codes, values = grid.round(here + g @ inverse[k // dim], block)
             move = values - here
             change = (move * (move @ H[block, block] - 2 * g)).sum(1, keepdim=True)
+            change = grid.book.pool_rows(change)
             better = change < 0
             move = torch.where(better, move, 0.0)
             codes[:, k // dim : k // dim + 1] = torch.where(better, new_codes, codes[:, k // dim : k // dim + 1])
@@ -256,17 +275,3 @@ def refit_scales(W: Tensor, rounded: Tensor, weighted: Tensor, scales: Tensor) -
     factor = torch.where(usable, numerator / denominator.clamp(min=1e-30), torch.ones_like(numerator))
     refitted = _representable(scales * factor)
     return refitted, _divide(refitted, scales).unsqueeze(1)
-
-
-def _pad_columns(W: Tensor) -> Tensor:
-    return torch.nn.functional.pad(W, (0, -W.shape[1] % TILE))
-
-
-def _pad_gram(H: Tensor) -> Tensor:
-    """Padding columns carry no weight and are coupled to nothing."""
-    padding = -len(H) % TILE
-    if not padding:
-        return H
-    padded = torch.nn.functional.pad(H, (0, padding, 0, padding))
-    padded.diagonal()[len(H) :] = H.diagonal().mean()
-    return padded

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from hf_lrq.layout import TILE
+from hf_lrq.codebooks import packed_bits
 from hf_lrq.nn import LRQExpertStack, LRQLinear
 from hf_lrq.nn.linear import TENSOR_NAMES
 from hf_lrq.spec import LayerSpec
@@ -363,13 +363,15 @@ def compressed_layers(headers: Headers) -> dict[str, StoredLayer]:
 
 def _layer_from_headers(prefix: str, headers: Headers) -> StoredLayer:
     own = {name: headers[full] for name in TENSOR_NAMES if (full := f"{prefix}.{name}") in headers}
-    *stack, out_features, tiles, bits = own["weight"][1]
+    *stack, _, tiles, width = own["weight"][1]
+    out_features = own["scales"][1][len(stack)]
+    bits, padded = packed_bits((tiles, width))
     if "rot_in" in own:
         in_features = own["rot_in"][1][-1]
     elif "lr_R" in own:
         in_features = own["lr_R"][1][-1]
     else:
-        in_features = tiles * TILE
+        in_features = padded
     rank, factor_bits = 0, 16
     if "lr_L" in own:
         dtype, shape = own["lr_L"]

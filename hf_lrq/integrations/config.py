@@ -12,6 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hf_lrq.checkpoint import FORMAT_VERSION, LAYOUT_KEYS, QUANT_METHOD, QuantizationHeader, parse_header
 from hf_lrq.codebooks import get_codebook
 from hf_lrq.errors import CheckpointError, SpecError, did_you_mean
+from hf_lrq.kernels import ACTIVATIONS, BACKENDS
 from hf_lrq.spec import CompressionSpec, LayerSpec
 
 # What other quantization libraries call the same thing.
@@ -32,7 +33,13 @@ ALIASES = {
 }
 _LAYER_FIELDS = tuple(item.name for item in fields(LayerSpec))
 _STORED = ("bits", *LAYOUT_KEYS)
-_RUN_TIME = ("dequantize", "tokenizer")  # Also mean something for a checkpoint that is compressed already.
+_NOT_REPORTED = ("dataset", "tokenizer", "backend", "activation")
+_RUN_TIME = (
+    "dequantize",
+    "tokenizer",
+    "backend",
+    "activation",
+)  # Also mean something for a checkpoint that is compressed already.
 
 
 class LRQConfig(QuantizationConfigMixin):
@@ -42,7 +49,8 @@ class LRQConfig(QuantizationConfigMixin):
         bits: bits per weight of Q.
         rank: columns of L and rows of R.
         factor_bits: 16, 8 or 4 bits per entry of L and R.
-        codebook: "auto", or a family: "e8p" (bits 2, 3, 4), "int" (2, 3, 4, 8), "lloyd" (2, 3, 4), "nf" (4).
+        codebook: "auto", or a family: "bt" (bits 2, 4), "tcq" (2, 3, 4), "e8p" (2, 3, 4), "int" (2, 3, 4, 8),
+            "lloyd" (2, 3, 4), "nf" (4).
         group_size: columns that share one scale, for the `int` codebooks.
         dataset: calibration data: None (compress without data), "bundled", a name, a list of texts, or a list of token
             tensors.
@@ -56,6 +64,10 @@ class LRQConfig(QuantizationConfigMixin):
         dequantize: end up with ordinary floating-point layers; also where the checkpoint is compressed already.
         sequential: calibrate each block on the outputs of the compressed blocks before it.
         tokenizer: to turn texts into tokens, or its name, if not that of the model; never stored.
+        backend: what computes the layers: "auto", "cpu", "triton" or "torch" (the reference). Never stored; also
+            taken for a checkpoint that is compressed already.
+        activation: "float", or "int8" to round the inputs of Q to 8 bits where that is faster and nothing is trained.
+            Likewise never stored.
         rotation, rotation_block, rounding, init, iters, refinements, sweeps, marginal_damping: see `spec.LayerSpec`.
 
     Raises:
@@ -94,6 +106,8 @@ class LRQConfig(QuantizationConfigMixin):
         dequantize: bool = False,
         sequential: bool = True,
         tokenizer: Any = None,
+        backend: str = "auto",
+        activation: str = "float",
         rotation: str = LayerSpec.rotation,
         rotation_block: int = LayerSpec.rotation_block,
         rounding: str = LayerSpec.rounding,
@@ -119,6 +133,7 @@ class LRQConfig(QuantizationConfigMixin):
         self.modules_to_not_convert = modules_to_not_convert
         self.rank_pattern, self.bits_pattern = rank_pattern, bits_pattern
         self.seed, self.dequantize, self.sequential = seed, dequantize, sequential
+        self.backend, self.activation = backend, activation
         self._take_aliases(others)
         self._check()
 
@@ -147,6 +162,10 @@ class LRQConfig(QuantizationConfigMixin):
         for name in ("dequantize", "sequential"):
             if not isinstance(getattr(self, name), bool):
                 raise SpecError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+        for name, allowed in (("backend", BACKENDS), ("activation", ACTIVATIONS)):
+            if getattr(self, name) not in allowed:
+                known = ", ".join(map(repr, allowed))
+                raise SpecError(f"{name} must be one of {known}, got {getattr(self, name)!r}.")
         if not isinstance(self.codebook, str):
             raise SpecError(f"codebook must be the name of a family, such as 'e8p' or 'auto', got {self.codebook!r}.")
         for name in ("rank_pattern", "bits_pattern"):
@@ -220,8 +239,8 @@ class LRQConfig(QuantizationConfigMixin):
         return self.to_dict()
 
     def options(self) -> dict[str, Any]:
-        """All options that can be written down, for reports: everything but data and tokenizer."""
-        return {name: getattr(self, name) for name in _DEFAULTS if name not in ("dataset", "tokenizer")}
+        """All options that a report names: what decides over the compressed model, but for data and tokenizer."""
+        return {name: getattr(self, name) for name in _DEFAULTS if name not in _NOT_REPORTED}
 
     def with_wish(self, wish: "LRQConfig | None") -> "LRQConfig":
         """The config of a checkpoint together with what the user passed beside it.
@@ -232,7 +251,7 @@ class LRQConfig(QuantizationConfigMixin):
         config = copy.copy(self)
         if wish is not None:
             wish.check_against_stored(stored_header(self))
-            config.dequantize = wish.dequantize
+            config.dequantize, config.backend, config.activation = wish.dequantize, wish.backend, wish.activation
         return config
 
     def check_against_stored(self, header: QuantizationHeader) -> None:

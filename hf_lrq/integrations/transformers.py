@@ -214,6 +214,18 @@ class LRQHfQuantizer(HfQuantizer):
         """The layers are custom operators with shape rules."""
         return True
 
+    def backends(self, model: Any, dtype: torch.dtype | None = None) -> dict[str, str]:
+        """Module name -> what computes it for inputs of `dtype` (default: that of the model), and why not a faster one.
+
+        Raises:
+            BackendError: if a backend was asked for that cannot run.
+        """
+        return {
+            name: module.runs_on(dtype or model.dtype)
+            for name, module in model.named_modules()
+            if isinstance(module, LRQLinear | LRQExpertStack)
+        }
+
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """Called by `save_pretrained` before it writes config.json: bring the config up to date with the modules.
 
@@ -441,7 +453,10 @@ class LRQHfQuantizer(HfQuantizer):
 
     def _settle(self, model: Any) -> None:
         """From here on the model is a compressed one, however it came to be."""
+        config = self.quantization_config
         for module in model.modules():
+            if isinstance(module, LRQLinear | LRQExpertStack):
+                module.backend, module.activation = config.backend, config.activation
             if owns_stacks(module):
                 use_stacks(module)
             elif isinstance(module, LRQLinear | LRQExpertStack):
@@ -449,7 +464,6 @@ class LRQHfQuantizer(HfQuantizer):
         compressed_here = not self.pre_quantized
         self.pre_quantized = True
         self._pending = {}
-        config = self.quantization_config
         if compressed_here:
             self.recipe = {**config.options(), "dataset": _described(config.dataset)}
         config.dataset = config.tokenizer = None  # Neither is needed again, and both can be large.

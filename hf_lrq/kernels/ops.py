@@ -5,25 +5,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_lrq.kernels import reference
+from hf_lrq.kernels import dispatch, reference
 
 _LAYER = (
     "Tensor weight, Tensor scales, Tensor? rot_in, Tensor? rot_out, "
     "Tensor? L, Tensor? R, Tensor? L_scale, Tensor? R_scale, "
 )
 _FORMAT = "str codebook, int group_size, int block"
+_RUN = "str backend, str activation"
 
-torch.library.define("hf_lrq::linear", f"(Tensor x, {_LAYER}Tensor? bias, {_FORMAT}) -> Tensor")
+torch.library.define("hf_lrq::linear", f"(Tensor x, {_LAYER}Tensor? bias, {_FORMAT}, {_RUN}) -> Tensor")
 torch.library.define("hf_lrq::linear_backward", f"(Tensor grad, Tensor x, {_LAYER}{_FORMAT}, bool[] needs) -> Tensor[]")
 
-# `None` is "every device": the reference answers wherever no faster kernel is registered.
-torch.library.register_kernel("hf_lrq::linear", None, reference.lrq_linear)
+# `None` is "every device".
+torch.library.register_kernel("hf_lrq::linear", None, dispatch.lrq_linear)
 torch.library.register_kernel("hf_lrq::linear_backward", None, reference.lrq_linear_backward)
 
 
 @torch.library.register_fake("hf_lrq::linear")
 def _(x: Tensor, weight: Tensor, scales: Tensor, *_rest: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+    return x.new_empty(*x.shape[:-1], scales.shape[0])
 
 
 @torch.library.register_fake("hf_lrq::linear_backward")
@@ -58,7 +59,7 @@ _DIFFERENTIABLE = {"x": 0, "scales": 2, "rot_in": 3, "rot_out": 4, "L": 5, "R": 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:9])
     ctx.bias_dtype = None if inputs[9] is None else inputs[9].dtype
-    ctx.format = inputs[10:]
+    ctx.format = inputs[10:13]
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -67,7 +68,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     found = torch.ops.hf_lrq.linear_backward(
         grad.contiguous(), x, weight, scales, rot_in, rot_out, L, R, L_scale, R_scale, *ctx.format, needs
     )
-    out: list[Tensor | None] = [None] * 13
+    out: list[Tensor | None] = [None] * 15
     for position, need, gradient in zip(_DIFFERENTIABLE.values(), needs, found, strict=True):
         if need:
             out[position] = gradient
@@ -93,6 +94,8 @@ def linear(
     codebook: str,
     group_size: int,
     block: int,
+    backend: str = "auto",
+    activation: str = "float",
 ) -> Tensor:
     """A compressed linear layer; differentiable in x, scales, rotations, float factors and bias.
 
@@ -100,6 +103,9 @@ def linear(
 
     Args:
         x: [..., in], float.
+        backend: see `dispatch.BACKENDS`.
+        activation: "float", or "int8": Q meets inputs that are rounded to 8 bits after the rotation, with one scale per
+            256 columns, where the backend gains by it. Never where a gradient is wanted.
 
     Returns:
         [..., out], dtype of x; under autocast, as from nn.Linear, that of autocast.
@@ -107,7 +113,25 @@ def linear(
     if torch.is_autocast_enabled(x.device.type):
         # Here, not in the operator: its products would be cast one by one, and its result not have the dtype of x.
         x = x.to(torch.get_autocast_dtype(x.device.type))
+    if activation != "float" and torch.is_grad_enabled():
+        inputs = (x, scales, rot_in, rot_out, L, R, bias)
+        if any(tensor is not None and tensor.requires_grad for tensor in inputs):
+            activation = "float"
     result: Tensor = torch.ops.hf_lrq.linear(
-        x, weight, scales, rot_in, rot_out, L, R, L_scale, R_scale, bias, codebook, group_size, block
+        x,
+        weight,
+        scales,
+        rot_in,
+        rot_out,
+        L,
+        R,
+        L_scale,
+        R_scale,
+        bias,
+        codebook,
+        group_size,
+        block,
+        backend,
+        activation,
     )
     return result

@@ -1,11 +1,17 @@
 """Pure-torch kernels: they run everywhere, and in float32 they define what every other backend must compute."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
+from hf_lrq.codebooks import get_codebook
 from hf_lrq.codebooks.base import cached_table
+from hf_lrq.codebooks.decoding import decode_rows
 from hf_lrq.layout import hadamard_block
-from hf_lrq.matrices import QuantizedMatrix, dense_factor
+from hf_lrq.matrices import dense_factor, expand_scales
+
+TILE_WEIGHTS = 1 << 22  # Weights that are decoded at a time: what a layer needs beside its codes.
 
 
 @cached_table
@@ -56,7 +62,8 @@ def lrq_linear(
         [..., out].
     """
     z = _rotate_in(x, rot_in, block)
-    y = z @ _dense_q(weight, scales, codebook, group_size, x).T
+    tiles = _tiles(weight, scales, codebook, x)
+    y = torch.cat([z @ _scaled(values, scales[part], group_size, x).T for part, values in tiles], dim=-1)
     if L is not None and R is not None:
         y = y + (z @ _factor(R, R_scale, 0, x).T) @ _factor(L, L_scale, 1, x).T
     if rot_out is not None:
@@ -82,24 +89,31 @@ def lrq_linear_backward(
 ) -> list[Tensor]:
     """Gradients of `lrq_linear` for (x, scales, rot_in, rot_out, L, R, bias), in that order.
 
-    An input that does not need its gradient gets an empty tensor. Q is rebuilt rather than saved: keeping it would
-    cost as much memory as the uncompressed layer.
+    An input that does not need its gradient gets an empty tensor. Q is decoded again, tile by tile, rather than saved:
+    keeping it would cost as much memory as the uncompressed layer.
     """
     need_x, need_scales, need_rot_in, need_rot_out, need_L, need_R, need_bias = needs
     out: list[Tensor] = [grad.new_empty(0) for _ in needs]
     rows, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])  # [tokens, out], [tokens, in]
     g = rows if rot_out is None else hadamard(rows * rot_out.to(grad.dtype), block)
-    Q = _dense_q(weight, scales, codebook, group_size, x)
     has_factors = L is not None and R is not None
     if L is not None and R is not None:
         dense_L, dense_R = _factor(L, L_scale, 1, grad), _factor(R, R_scale, 0, grad)
-    z = None
-    if need_scales or need_rot_out or need_L or need_R:
-        z = _rotate_in(inputs, rot_in, block)
-    if need_x or need_rot_in:
-        gz = g @ Q
+    z = _rotate_in(inputs, rot_in, block) if need_scales or need_rot_out or need_L or need_R else None
+    gz = torch.zeros_like(inputs) if need_x or need_rot_in else None
+    outputs, scale_gradients = [], []
+    if gz is not None or need_scales or need_rot_out:
+        for part, values in _tiles(weight, scales, codebook, x):
+            Q = _scaled(values, scales[part], group_size, x)
+            if gz is not None:
+                gz = gz.addmm_(g[:, part], Q)
+            if z is not None and need_rot_out:
+                outputs.append(z @ Q.T)
+            if z is not None and need_scales:
+                scale_gradients.append(_scale_gradient(g[:, part], z, values, scales[part], group_size))
+    if gz is not None:
         if has_factors:
-            gz = gz + (g @ dense_L) @ dense_R
+            gz = gz.addmm_(g @ dense_L, dense_R)
         gx = gz if rot_in is None else hadamard(gz, block)  # with respect to rot_in * x
         if rot_in is not None and need_rot_in:
             out[2] = (gx * inputs).sum(0).to(rot_in.dtype)
@@ -107,16 +121,9 @@ def lrq_linear_backward(
             out[0] = (gx if rot_in is None else gx * rot_in.to(gx.dtype)).reshape(x.shape)
     if z is not None:
         if need_scales:
-            ones = torch.ones_like(scales)
-            if scales.ndim == 1:
-                out[1] = (g * (z @ _dense_q(weight, ones, codebook, group_size, x).T)).sum(0).to(scales.dtype)
-            else:
-                per_weight = (g.T @ z) * _dense_q(weight, ones, codebook, group_size, x)  # [out, in]
-                padding = scales.shape[1] * group_size - per_weight.shape[1]
-                padded = torch.nn.functional.pad(per_weight, (0, padding))
-                out[1] = padded.unflatten(1, (-1, group_size)).sum(-1).to(scales.dtype)
+            out[1] = torch.cat(scale_gradients).to(scales.dtype)
         if rot_out is not None and need_rot_out:
-            y = z @ Q.T + ((z @ dense_R.T) @ dense_L.T if has_factors else 0)
+            y = torch.cat(outputs, dim=-1) + ((z @ dense_R.T) @ dense_L.T if has_factors else 0)
             out[3] = (rows * hadamard(y, block)).sum(0).to(rot_out.dtype)
         if L is not None and need_L:
             out[4] = (g.T @ (z @ dense_R.T)).to(L.dtype)
@@ -131,8 +138,32 @@ def _rotate_in(x: Tensor, rot_in: Tensor | None, block: int) -> Tensor:
     return x if rot_in is None else hadamard(x * rot_in.to(x.dtype), block)
 
 
-def _dense_q(weight: Tensor, scales: Tensor, codebook: str, group_size: int, x: Tensor) -> Tensor:
-    return QuantizedMatrix(weight, scales, codebook, x.shape[-1], group_size).dequantize(x.dtype)
+def _tiles(weight: Tensor, scales: Tensor, codebook: str, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of Q without scales, so many at a time that they take little memory: (which rows, [rows, in] float32)."""
+    block = get_codebook(codebook).row_block
+    step = max(TILE_WEIGHTS // max(x.shape[-1], 1) // block, 1) * block
+    for start in range(0, len(scales), step):
+        stop = min(start + step, len(scales))
+        yield slice(start, stop), decode_rows(weight, codebook, x.shape[-1], start, stop)
+
+
+def _scaled(values: Tensor, scales: Tensor, group_size: int, x: Tensor) -> Tensor:
+    """Rows of Q in the dtype of x."""
+    return (values * expand_scales(scales.float(), group_size, values.shape[1])).to(x.dtype)
+
+
+def _scale_gradient(g: Tensor, z: Tensor, values: Tensor, scales: Tensor, group_size: int) -> Tensor:
+    """Gradient of the scales of some rows, like them [rows] or [rows, groups].
+
+    Args:
+        g, z: [tokens, rows] and [tokens, in].
+        values: [rows, in], without scales.
+    """
+    per_weight = (g.T @ z) * values.to(g.dtype)  # [rows, in]
+    if scales.ndim > 1:
+        padding = scales.shape[1] * group_size - per_weight.shape[1]
+        per_weight = torch.nn.functional.pad(per_weight, (0, padding)).unflatten(1, (-1, group_size))
+    return per_weight.sum(-1)
 
 
 def _factor(data: Tensor, scale: Tensor | None, rank_dim: int, like: Tensor) -> Tensor:

@@ -17,7 +17,13 @@ class LRQExpertStack(nn.Module):
         in_features, out_features: of each matrix.
         layout: of each matrix.
         device: where to make the tensors.
+
+    Attributes:
+        backend, activation: see `LRQLinear`.
     """
+
+    backend = "auto"
+    activation = "float"
 
     weight: nn.Parameter
     scales: nn.Parameter
@@ -72,7 +78,15 @@ class LRQExpertStack(nn.Module):
             layout.codebook,
             layout.group_size,
             layout.rotation_block,
+            self.backend,
+            self.activation,
         )
+
+    def runs_on(self, dtype: torch.dtype = torch.float32) -> str:
+        """See `LRQLinear.runs_on`; what holds for one expert holds for all."""
+        layer = self.layer(0)
+        layer.backend, layer.activation = self.backend, self.activation
+        return layer.runs_on(dtype)
 
     def layer(self, expert: int) -> LRQLinear:
         """One expert as a layer of its own (a copy)."""

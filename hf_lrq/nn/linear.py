@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_lrq.decomposition.compress_matrix import CompressedMatrix
-from hf_lrq.kernels import hadamard, linear
+from hf_lrq.kernels import explain, hadamard, linear
 from hf_lrq.layout import LayerLayout
 from hf_lrq.matrices import QuantizedMatrix, dense_factor
 
@@ -31,10 +31,14 @@ class LRQLinear(nn.Linear):
         dtype: of the bias; the other tensors have the dtypes of the layout.
 
     Attributes:
-        weight: uint8 [out, tiles, bits]; three axes, so that it can never pass for an [out, in] weight.
+        weight: uint8, see `Codebook.packed_shape`; three axes, so that it can never pass for an [out, in] weight.
         scales, rot_in, rot_out, lr_L, lr_R, lr_L_scale, lr_R_scale, ft_L, ft_R: see `layout.LayerLayout.tensors`; None
             where the layout has no such tensor.
+        backend, activation: how it is computed, see `kernels.linear`; no part of what is stored.
     """
+
+    backend = "auto"
+    activation = "float"
 
     scales: nn.Parameter
     rot_in: nn.Parameter | None
@@ -86,6 +90,40 @@ class LRQLinear(nn.Linear):
         layer.load_matrix(matrix)
         if bias is not None:
             layer.bias.data.copy_(bias.detach())
+        return layer
+
+    @classmethod
+    def random(
+        cls,
+        in_features: int,
+        out_features: int,
+        layout: LayerLayout,
+        *,
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+        seed: int = 0,
+    ) -> "LRQLinear":
+        """A layer of random codes, scales and factors, with outputs about as large as the inputs: for benchmarks.
+
+        Args:
+            in_features, out_features, bias, layout, dtype: see the class.
+            seed: of everything; the global random state is not touched.
+        """
+        layer = cls(in_features, out_features, bias, layout, dtype=dtype)
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in layer.named_parameters():
+            data = parameter.data
+            if name in ("rot_in", "rot_out"):
+                data.copy_(torch.randint(0, 2, data.shape, generator=generator) * 2 - 1)
+            elif name.endswith("_scale"):  # A product of codes up to 127 in both factors.
+                data.fill_((127 * in_features) ** -0.5 / 8)
+            elif not data.is_floating_point():
+                low, high = (-127, 128) if data.dtype == torch.int8 else (0, 256)
+                data.copy_(torch.randint(low, high, data.shape, generator=generator))
+            elif name == "scales":
+                data.copy_((1 + torch.rand(data.shape, generator=generator)) * in_features**-0.5)
+            else:
+                data.copy_(torch.randn(data.shape, generator=generator) * in_features**-0.5)
         return layer
 
     def load_matrix(self, matrix: CompressedMatrix) -> None:
@@ -147,7 +185,15 @@ class LRQLinear(nn.Linear):
             self.layout.codebook,
             self.layout.group_size,
             self.layout.rotation_block,
+            self.backend,
+            self.activation,
         )
+
+    def runs_on(self, dtype: torch.dtype = torch.float32) -> str:
+        """The backend that computes this layer for inputs of `dtype`, or "torch" and why it is not a faster one."""
+        x = torch.empty(1, self.in_features, dtype=dtype, device=self.weight.device)
+        L, R = (self.lr_L, self.lr_R) if self.ft_L is None else self.low_rank()
+        return explain(x, self.weight, self.scales, L, R, self.layout.codebook, self.backend, self.activation)
 
     @torch.no_grad()
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:

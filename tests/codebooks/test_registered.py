@@ -4,38 +4,64 @@ import copy
 import dataclasses
 import doctest
 import importlib
+import math
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from hf_lrq.codebooks import Codebook, codebook_name, get_codebook, known_families
+from hf_lrq.codebooks import Codebook, codebook_name, get_codebook, known_families, packed_bits
 from hf_lrq.codebooks.base import cached_table
 from hf_lrq.errors import SpecError
 
 NAMES = [f"{family}{bits}" for family, choices in known_families().items() for bits in choices]
+ALONE = [name for name in NAMES if get_codebook(name).row_block == 1]  # Trellises: see test_trellis.py.
 
 
 @pytest.fixture(params=NAMES)
+def any_book(request: pytest.FixtureRequest) -> Codebook:
+    return get_codebook(request.param)
+
+
+@pytest.fixture(params=ALONE)
 def book(request: pytest.FixtureRequest) -> Codebook:
+    """One that codes each vector on its own."""
     return get_codebook(request.param)
 
 
 def test_families_are_those_of_the_format() -> None:
-    assert known_families() == {"e8p": (2, 3, 4), "int": (2, 3, 4, 8), "lloyd": (2, 3, 4), "nf": (4,)}
+    assert known_families() == {
+        "e8p": (2, 3, 4),
+        "bt": (2, 4),
+        "tcq": (2, 3, 4),
+        "int": (2, 3, 4, 8),
+        "lloyd": (2, 3, 4),
+        "nf": (4,),
+    }
 
 
-def test_name_family_and_bits_agree(book: Codebook) -> None:
+def test_name_family_and_bits_agree(any_book: Codebook) -> None:
+    book = any_book
     assert book.name == f"{book.family}{book.bits}" == codebook_name(book.family, book.bits)
     assert book.bits_per_code == book.bits * book.dim
-    assert book.dim in (1, 8)
+    assert book.column_block % book.dim == 0
 
 
-def test_only_the_uniform_grid_has_group_scales(book: Codebook) -> None:
-    assert book.grouped == (book.family == "int")
+def test_only_the_uniform_grid_has_group_scales(any_book: Codebook) -> None:
+    assert any_book.grouped == (any_book.family == "int")
 
 
-def test_codebooks_are_values(book: Codebook) -> None:
+def test_codes_fill_what_is_stored(any_book: Codebook) -> None:
+    book = any_book
+    shape = book.packed_shape(book.row_block + 1, 3 * book.column_block - 1)
+    assert math.prod(shape) == 2 * book.row_block * 3 * book.column_block * book.bits // 8 or book.row_block == 1
+    assert packed_bits(shape) == (book.bits, 3 * book.column_block)
+    codes = torch.zeros(book.row_block * -(-(book.row_block + 1) // book.row_block), 3 * book.column_block // book.dim)
+    assert book.pack(codes.long()).shape == shape
+
+
+def test_codebooks_are_values(any_book: Codebook) -> None:
+    book = any_book
     twin = type(book)(book.bits)
     assert twin == book
     assert hash(twin) == hash(book)
@@ -97,7 +123,8 @@ def test_one_vector_gives_one_code(book: Codebook) -> None:
 
 def test_more_bits_cost_less_error(generator: torch.Generator) -> None:
     x = torch.randn(20_000, 8, generator=generator)
-    for family, choices in known_families().items():
+    for family in {get_codebook(name).family for name in ALONE}:
+        choices = known_families()[family]
         errors = []
         for bits in choices:
             book = get_codebook(codebook_name(family, bits))
@@ -139,7 +166,7 @@ def test_unknown_name_lists_the_known_ones() -> None:
 
 def test_unknown_family_lists_the_known_ones() -> None:
     with pytest.raises(
-        SpecError, match=r"family 'loyd'\. Known families: e8p, int, lloyd, nf\. Did you mean 'lloyd'\?"
+        SpecError, match=r"family 'loyd'\. Known families: e8p, bt, tcq, int, lloyd, nf\. Did you mean 'lloyd'\?"
     ):
         codebook_name("loyd", 2)
 

@@ -16,6 +16,8 @@ VARIANTS = [
     {"rotation": "none"},
     {"codebook": "int", "group_size": 16},
     {"codebook": "int", "bits": 4},
+    {"codebook": "bt"},
+    {"codebook": "bt", "bits": 4, "factor_bits": 8},
 ]
 
 
@@ -138,6 +140,8 @@ def test_opcheck(variant):
         layer.layout.codebook,
         layer.layout.group_size,
         layer.layout.rotation_block,
+        "auto",
+        "float",
     )
     torch.library.opcheck(torch.ops.hf_lrq.linear.default, arguments)
 

@@ -1,0 +1,44 @@
+"""Stored codes to values: the operator that backends with a faster decoder take over."""
+
+import torch
+from torch import Tensor
+
+from hf_lrq.codebooks import get_codebook
+
+torch.library.define(
+    "hf_lrq::decode", "(Tensor packed, str codebook, int in_features, int start, int stop, ScalarType dtype) -> Tensor"
+)
+
+
+def decode_rows(
+    packed: Tensor, codebook: str, in_features: int, start: int, stop: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Unit-variance values of some rows of a stored matrix, before scales.
+
+    Args:
+        packed: as `Codebook.pack` returns it for one matrix.
+        codebook: name.
+        in_features: columns without padding.
+        start, stop: of the rows; `start` is a multiple of the codebook's `row_block`.
+        dtype: of the values; exact in float32, rounded once to others.
+
+    Returns:
+        [stop - start, in].
+    """
+    result: Tensor = torch.ops.hf_lrq.decode(packed, codebook, in_features, start, stop, dtype)
+    return result
+
+
+def decode(packed: Tensor, codebook: str, in_features: int, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    """The reference of `decode_rows`."""
+    book = get_codebook(codebook)
+    codes = book.unpack(packed[start // book.row_block : -(-stop // book.row_block)])
+    return book.decode(codes, dtype).flatten(-2)[: stop - start, :in_features].contiguous()
+
+
+torch.library.register_kernel("hf_lrq::decode", None, decode)
+
+
+@torch.library.register_fake("hf_lrq::decode")
+def _(packed: Tensor, codebook: str, in_features: int, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    return packed.new_empty(stop - start, in_features, dtype=dtype)

@@ -1,0 +1,78 @@
+"""Compressed layers on CPUs: C kernels, compiled on first use and called through ctypes.
+
+Environment: HF_LRQ_CPU_KERNELS=0 turns them off; HF_LRQ_ISA=scalar, avx2, avx512 or amx keeps them from using a higher
+tier; CC names the compiler and HF_LRQ_CACHE the directory of the compiled library (else XDG_CACHE_HOME/hf_lrq, else
+~/.cache/hf_lrq). Where they cannot run, a warning says why, once, and torch computes the layers.
+"""
+
+import torch
+from torch import Tensor
+
+from hf_lrq.kernels.cpu import linear, paths, selfcheck
+from hf_lrq.kernels.cpu.library import Library, Loader
+
+_loader = Loader(selfcheck.fault)
+
+
+def unavailable() -> str | None:
+    """Why the kernels cannot run here, None if they can. The first call may compile them."""
+    found = _loader.get()
+    return found if isinstance(found, str) else None
+
+
+def status() -> str:
+    """One line: the instruction set in use, or why there are no kernels."""
+    found = _loader.get()
+    return f"torch (CPU kernels are off: {found})" if isinstance(found, str) else f"C kernels ({found.tier})"
+
+
+def declines(
+    x: Tensor, weight: Tensor, scales: Tensor, L: Tensor | None, R: Tensor | None, codebook: str, activation: str
+) -> str | None:
+    """Why the kernels do not take this call, None if they do."""
+    return linear.declines(x, weight, scales, L, R, codebook, activation)
+
+
+def _library() -> Library:
+    found = _loader.get()
+    if isinstance(found, str):
+        raise RuntimeError(f"the CPU kernels cannot run: {found}")
+    return found
+
+
+def lrq_linear(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    rot_in: Tensor | None,
+    rot_out: Tensor | None,
+    L: Tensor | None,
+    R: Tensor | None,
+    L_scale: Tensor | None,
+    R_scale: Tensor | None,
+    bias: Tensor | None,
+    codebook: str,
+    group_size: int,
+    block: int,
+    activation: str,
+) -> Tensor:
+    """`reference.lrq_linear`; for calls that `declines` has nothing against."""
+    tensors = (x, weight, scales, rot_in, rot_out, L, R, L_scale, R_scale, bias)
+    return linear.lrq_linear(_library(), *tensors, codebook, block, activation)
+
+
+def decode_rows(
+    weight: Tensor, codebook: str, in_features: int, start: int, stop: int, dtype: torch.dtype
+) -> Tensor | None:
+    """`codebooks.decoding.decode_rows`, or None for a codebook or dtype without a kernel."""
+    return linear.decode_rows(_library(), weight, codebook, in_features, start, stop, dtype)
+
+
+def viterbi(points: Tensor, half_norms: Tensor, x: Tensor, window: int) -> Tensor:
+    """`codebooks.viterbi.byte_path`."""
+    return paths.viterbi(_library(), points, half_norms, x, window)
+
+
+def bit_viterbi(points: Tensor, half_norms: Tensor, x: Tensor, bits: int, window: int) -> Tensor:
+    """`codebooks.viterbi.bit_path`."""
+    return paths.bit_viterbi(_library(), points, half_norms, x, bits, window)

@@ -1,0 +1,14 @@
+/* The bit-step trellis: `dot` functions by tier, for 2, 3 and 4 bits. */
+
+#ifndef HF_LRQ_TCQ_H
+#define HF_LRQ_TCQ_H
+
+#include "kernels.h"
+
+DotFunction hf_lrq_tcq_scalar(int bits);
+#if HF_LRQ_X86
+DotFunction hf_lrq_tcq_avx2(int bits);
+DotFunction hf_lrq_tcq_avx512(int bits);
+#endif
+
+#endif

@@ -1,0 +1,128 @@
+"""The compiled kernels of this process: built or found, loaded, and checked against torch before anybody uses them."""
+
+import ctypes
+import logging
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_lrq.kernels.cpu.build import BuildError, cached_library
+
+logger = logging.getLogger(__name__)
+
+TIERS = ("scalar", "avx2", "avx512", "amx")
+
+_SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "hf_lrq_limit_isa": (ctypes.c_int32, (ctypes.c_int32,)),
+    "hf_lrq_call_size": (ctypes.c_int64, ()),
+    "hf_lrq_linear": (ctypes.c_int32, (ctypes.c_char_p,)),
+    "hf_lrq_decode": (None, (*[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 8, ctypes.c_double)),
+    "hf_lrq_viterbi_table_words": (ctypes.c_int64, (ctypes.c_int32,)),
+    "hf_lrq_viterbi_table": (None, (*[ctypes.c_void_p] * 2, ctypes.c_int32, ctypes.c_void_p)),
+    "hf_lrq_viterbi": (
+        ctypes.c_int32,
+        (*[ctypes.c_void_p] * 2, ctypes.c_int64, *[ctypes.c_int32] * 3, ctypes.c_void_p, ctypes.c_int32),
+    ),
+    "hf_lrq_bit_viterbi": (
+        ctypes.c_int32,
+        (*[ctypes.c_void_p] * 3, ctypes.c_int64, *[ctypes.c_int32] * 3, ctypes.c_void_p, ctypes.c_int32),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Library:
+    """Functions of the loaded library; see the C files for their arguments."""
+
+    path: Path
+    limit_isa: Callable[[int], int]
+    call_size: Callable[[], int]
+    linear: Callable[..., int]
+    decode: Callable[..., None]
+    viterbi_table_words: Callable[[int], int]
+    viterbi_table: Callable[..., None]
+    viterbi: Callable[..., int]
+    bit_viterbi: Callable[..., int]
+
+    @property
+    def tier(self) -> str:
+        """The instruction set in use."""
+        return TIERS[self.limit_isa(_tier_limit())]
+
+
+def open_library(path: Path) -> Library:
+    """Load a library that `build` made.
+
+    Raises:
+        BuildError: if the system cannot load it.
+    """
+    try:
+        handle = ctypes.CDLL(str(path))
+        functions = {}
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(handle, name)
+            function.restype, function.argtypes = result, arguments
+            functions[name.removeprefix("hf_lrq_")] = function
+    except (OSError, AttributeError) as error:
+        raise BuildError(f"{path} cannot be loaded: {error}. Delete it, or set HF_LRQ_CACHE.") from None
+    return Library(path, **functions)
+
+
+def load(check: Callable[[Library], str | None]) -> Library | str:
+    """The library of this process or, in words, why there is none.
+
+    Environment: HF_LRQ_CPU_KERNELS=0 turns it off; HF_LRQ_ISA, one of `TIERS`, keeps it from using a higher one; CC
+    names the compiler and HF_LRQ_CACHE the directory of what was built.
+
+    Args:
+        check: what a freshly opened library must pass; returns what is wrong with it.
+    """
+    if os.environ.get("HF_LRQ_CPU_KERNELS") == "0":
+        return "HF_LRQ_CPU_KERNELS is 0"
+    if os.name != "posix":
+        return f"the kernels need a POSIX system, this is {os.name!r}"
+    try:
+        library = open_library(cached_library())
+        library.limit_isa(_tier_limit())
+        wrong = check(library)
+    except BuildError as error:
+        wrong = str(error)
+    if wrong is not None:
+        logger.warning(
+            "CPU kernels are off, compressed layers run in torch: %s HF_LRQ_CPU_KERNELS=0 hides this.", wrong
+        )
+        return wrong
+    return library
+
+
+def _tier_limit() -> int:
+    wanted = os.environ.get("HF_LRQ_ISA", TIERS[-1])
+    if wanted not in TIERS:
+        raise BuildError(f"HF_LRQ_ISA={wanted!r} is unknown. Known: {', '.join(TIERS)}.")
+    return TIERS.index(wanted)
+
+
+class Loader:
+    """Loads once, on first use, whichever thread comes first."""
+
+    def __init__(self, check: Callable[[Library], str | None]) -> None:
+        self._check = check
+        self._lock = threading.Lock()
+        self._found: Library | str | None = None
+        os.register_at_fork(after_in_child=self._after_fork)
+
+    def get(self) -> Library | str:
+        """The library, or why there is none."""
+        found = self._found
+        if found is None:
+            with self._lock:
+                if self._found is None:
+                    self._found = load(self._check)
+                found = self._found
+        return found
+
+    def _after_fork(self) -> None:
+        self._lock = threading.Lock()

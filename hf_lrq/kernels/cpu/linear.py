@@ -1,0 +1,165 @@
+"""A compressed layer as one call of the compiled library."""
+
+import struct
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from hf_lrq.codebooks import get_codebook
+from hf_lrq.kernels.cpu.library import Library
+from hf_lrq.layout import hadamard_block
+
+# Kinds of `floats.h`; a dtype that is not here has no kernel.
+KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3, torch.uint8: 4}
+FAMILIES = {"bt": 0, "tcq": 1}
+# 8-bit digits that hold an activation with less error than its dtype has.
+DIGITS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 2}
+# Columns for which sums of products fit into 32 bits: 2**31 / (128 * the largest y), by codebook.
+MOST_COLUMNS = {"bt2": 65536, "bt4": 32768, "tcq2": 32768, "tcq3": 32768, "tcq4": 32768}
+
+_RECORD = struct.Struct("=34qd")  # `Call` of layer.c
+
+
+@cache
+def _format(codebook: str) -> tuple[int, int, int, int, float]:
+    """Family, bits, multipliers and gain, as the library wants them."""
+    book = get_codebook(codebook)
+    first, *rest = book.multipliers  # type: ignore[attr-defined]
+    return FAMILIES[book.family], book.bits, first, rest[0] if rest else 0, book.gain  # type: ignore[attr-defined]
+
+
+def declines(
+    x: Tensor, weight: Tensor, scales: Tensor, L: Tensor | None, R: Tensor | None, codebook: str, activation: str
+) -> str | None:
+    """Why the library does not take this call, None if it does."""
+    if codebook not in MOST_COLUMNS:
+        return f"no CPU kernel for codebook {codebook!r}"
+    if x.device.type != "cpu" or weight.device.type != "cpu":
+        return f"x is on {x.device} and weight on {weight.device}, the kernels are for the CPU"
+    if x.dtype not in DIGITS:
+        return f"no CPU kernel for x of {x.dtype}"
+    columns, rows = x.shape[-1], scales.shape[0]
+    if columns > MOST_COLUMNS[codebook]:
+        return f"{columns} columns are more than the {MOST_COLUMNS[codebook]} whose sums fit into 32 bits"
+    if scales.ndim != 1 or scales.dtype not in DIGITS or weight.dtype != torch.uint8:
+        return f"codes of {weight.dtype} with scales of {scales.dtype} {list(scales.shape)}"
+    if weight.shape != get_codebook(codebook).packed_shape(rows, columns):
+        return f"codes of shape {list(weight.shape)} do not belong to a [{rows}, {columns}] matrix"
+    for factor in (L, R):
+        if factor is not None and factor.dtype not in KINDS:
+            return f"no CPU kernel for factors of {factor.dtype}"
+    return None
+
+
+def lrq_linear(
+    library: Library,
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    rot_in: Tensor | None,
+    rot_out: Tensor | None,
+    L: Tensor | None,
+    R: Tensor | None,
+    L_scale: Tensor | None,
+    R_scale: Tensor | None,
+    bias: Tensor | None,
+    codebook: str,
+    block: int,
+    activation: str,
+) -> Tensor:
+    """`reference.lrq_linear` by the library, for a call that `declines` has nothing against."""
+    columns, rows = x.shape[-1], scales.shape[0]
+    tokens = x.reshape(-1, columns)
+    if tokens.stride(1) != 1:
+        tokens = tokens.contiguous()
+    y = new_output(x, rows)
+    if y.numel() == 0:
+        return y
+    rank = 0
+    if L is not None and R is not None:
+        rank = L.shape[1] if L_scale is None else L_scale.shape[0]
+        _expect(L, rows, (rank + 1) // 2 if L.dtype == torch.uint8 else rank)
+        _expect(R, (rank + 1) // 2 if R.dtype == torch.uint8 else rank, columns)
+    # Copies of what is not contiguous have to live until the call returns.
+    held = [
+        None if t is None else t.contiguous() for t in (weight, scales, rot_in, rot_out, L, L_scale, R, R_scale, bias)
+    ]
+    weight_at, scales_at, rot_in_at, rot_out_at, L_at, L_scale_at, R_at, R_scale_at, bias_at = map(_place, held)
+    for vector, size in ((rot_in, columns), (rot_out, rows), (bias, rows), (L_scale, rank), (R_scale, rank)):
+        if vector is not None:
+            _expect(vector, size)
+    family, bits, first, second, gain = _format(codebook)
+    blocked = activation == "int8"
+    record = _RECORD.pack(
+        *(tokens.data_ptr(), tokens.stride(0), KINDS[x.dtype], y.data_ptr()),
+        *(tokens.shape[0], columns, rows),
+        *(weight_at[0], family, bits, first, second),
+        *scales_at,
+        *(*rot_in_at, hadamard_block(columns, block), *rot_out_at, hadamard_block(rows, block)),
+        *(*L_at, *L_scale_at, *R_at, *R_scale_at, rank),
+        *bias_at,
+        *(1 if blocked else DIGITS[x.dtype], blocked),
+        _useful_threads(tokens.shape[0] * columns * rows),
+        gain,
+    )
+    if library.linear(record):
+        raise MemoryError(f"no memory for a compressed layer of [{rows}, {columns}] and {tokens.shape[0]} tokens.")
+    return y
+
+
+def decode_rows(
+    library: Library, weight: Tensor, codebook: str, in_features: int, start: int, stop: int, dtype: torch.dtype
+) -> Tensor | None:
+    """Values of rows [start, stop) before scales, [stop - start, in]; None where there is no kernel for it."""
+    if codebook not in MOST_COLUMNS or dtype not in DIGITS or weight.device.type != "cpu":
+        return None
+    return decode(library, weight, codebook, in_features, start, stop, dtype, _format(codebook)[4])
+
+
+def decode(
+    library: Library,
+    weight: Tensor,
+    codebook: str,
+    in_features: int,
+    start: int,
+    stop: int,
+    dtype: torch.dtype,
+    gain: float,
+) -> Tensor:
+    """Integers of the trellis times `gain`, rounded once to `dtype`: [stop - start, in]."""
+    blocks, row_block = weight.contiguous(), get_codebook(codebook).row_block
+    count = max(stop - start, 0)
+    if start % row_block or stop > len(weight) * row_block or weight.shape[1] != -(-in_features // 16):
+        raise ValueError(
+            f"rows {start} to {stop} of {in_features} columns are not in codes of shape {list(weight.shape)}; "
+            f"the first row must be a multiple of {row_block}."
+        )
+    values = torch.empty(count, in_features, dtype=dtype)
+    family, bits, first, second, _ = _format(codebook)
+    if values.numel():
+        library.decode(
+            *(blocks[start // row_block].data_ptr(), values.data_ptr(), count, in_features, KINDS[dtype]),
+            *(family, bits, first, second, _useful_threads(16 * values.numel()), gain),
+        )
+    return values
+
+
+def new_output(x: Tensor, rows: int) -> Tensor:
+    """Uninitialised [..., rows] for x [..., in]."""
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+def _place(tensor: Tensor | None) -> tuple[int, int]:
+    """Address and kind; 0 where there is no tensor."""
+    return (0, 0) if tensor is None else (tensor.data_ptr(), KINDS[tensor.dtype])
+
+
+def _expect(tensor: Tensor, *shape: int) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"a tensor of shape {list(tensor.shape)} stands where the layer needs {list(shape)}.")
+
+
+def _useful_threads(products: int) -> int:
+    """As many as torch may use, but no more than have a tenth of a millisecond of work."""
+    return min(torch.get_num_threads(), 1 + (products >> 22))

@@ -1,0 +1,227 @@
+"""The library is built once and safely; every way in which that can fail ends in torch, and one line says why."""
+
+import logging
+import os
+import stat
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from hf_lrq.kernels.cpu import build, library, selfcheck
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    path = tmp_path / "cache"
+    monkeypatch.setenv("HF_LRQ_CACHE", str(path))
+    monkeypatch.delenv("HF_LRQ_ISA", raising=False)
+    monkeypatch.delenv("HF_LRQ_CPU_KERNELS", raising=False)
+    return path
+
+
+@pytest.fixture
+def compiler(tmp_path, monkeypatch):
+    """Makes CC a script; `$out` in it is the file to write."""
+
+    def make(body, version="echo fake 1.0"):
+        script = tmp_path / "fake-cc"
+        text = f'#!/bin/sh\ncase "$*" in --version) {version}; exit;; esac\n'
+        text += 'while [ $# -gt 0 ]; do if [ "$1" = -o ]; then out="$2"; fi; shift; done\n'
+        script.write_text(text + body + "\n", encoding="utf-8")
+        script.chmod(0o755)
+        monkeypatch.setenv("CC", str(script))
+        return script
+
+    return make
+
+
+def reason_for(caplog, check=lambda _: None):
+    """Why there is no library; there must be exactly one warning, which says so."""
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="hf_lrq"):
+        loader = library.Loader(check)
+        found = loader.get()
+        assert loader.get() is found
+    assert isinstance(found, str)
+    assert len(caplog.records) == 1
+    assert found in caplog.records[0].getMessage()
+    return found
+
+
+def test_no_compiler(cache, monkeypatch, caplog):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(cache))
+    assert "no C compiler (cc, gcc, clang) on the PATH" in reason_for(caplog)
+
+
+@pytest.mark.parametrize(
+    ("cc", "reason"),
+    [("no-such-compiler -m64", "no C compiler (no-such-compiler -m64)"), ("'open", "cannot be split into words")],
+)
+def test_a_wrong_cc(cache, monkeypatch, caplog, cc, reason):
+    monkeypatch.setenv("CC", cc)
+    assert reason in reason_for(caplog)
+
+
+def test_a_compiler_that_fails(cache, compiler, caplog):
+    compiler("echo first line >&2; echo second >&2; exit 3")
+    assert "failed with status 3: first line" in reason_for(caplog)
+    assert list(cache.iterdir()) == []
+
+
+def test_a_compiler_that_prints_garbage(cache, compiler, caplog):
+    compiler("printf '\\377\\376\\0garbage' >&2; exit 1", version="printf '\\377\\376\\0'")
+    assert "failed with status 1" in reason_for(caplog)
+
+
+def test_a_compiler_that_cannot_say_its_version(cache, compiler, caplog):
+    compiler("", version="exit 4")
+    assert "failed with status" in reason_for(caplog)
+
+
+def test_a_compiler_that_writes_no_library(cache, compiler, caplog):
+    compiler('echo hello > "$out"')
+    assert "cannot be loaded" in reason_for(caplog)
+
+
+def test_a_compiler_that_hangs(cache, compiler, caplog, monkeypatch):
+    monkeypatch.setattr(build, "BUILD_SECONDS", 0.2)
+    compiler("exec sleep 30")
+    assert "did not finish in 0.2 s" in reason_for(caplog)
+
+
+def test_cc_is_no_shell_command(cache, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("CC", f"true; touch {tmp_path}/seen")
+    assert "no C compiler (true; touch" in reason_for(caplog)
+    assert not (tmp_path / "seen").exists()
+
+
+def test_a_library_that_computes_wrongly(cache, compiled, caplog, monkeypatch):
+    monkeypatch.setattr(library, "cached_library", lambda: compiled.path)
+    monkeypatch.setattr(selfcheck, "TOLERANCE", -1.0)
+    assert "computes bt2 wrongly at" in reason_for(caplog, selfcheck.fault)
+
+
+def test_older_compilers_get_less(cache, compiler):
+    script = compiler("")
+    log = script.with_name("log")
+    script.write_text(
+        f'#!/bin/sh\ncase "$*" in --version) echo fake;; *-DHF_LRQ_PORTABLE*) echo portable >> {log};; '
+        f"*) echo other >> {log}; exit 1;; esac\n",
+        encoding="utf-8",
+    )
+    build.cached_library()
+    assert log.read_text().split() == ["other", "other", "portable"]
+
+
+def test_turned_off(cache, monkeypatch, caplog):
+    monkeypatch.setenv("HF_LRQ_CPU_KERNELS", "0")
+    with caplog.at_level(logging.WARNING, logger="hf_lrq"):
+        assert library.load(lambda _: None) == "HF_LRQ_CPU_KERNELS is 0"
+    assert not caplog.records
+    assert not cache.exists()
+
+
+def test_an_unknown_tier(cache, compiled, monkeypatch, caplog):
+    monkeypatch.setattr(library, "cached_library", lambda: compiled.path)
+    monkeypatch.setenv("HF_LRQ_ISA", "sse9")
+    assert "HF_LRQ_ISA='sse9' is unknown. Known: scalar, avx2, avx512, amx." in reason_for(caplog)
+
+
+@pytest.mark.parametrize("name", library.TIERS)
+def test_a_tier_is_a_limit(cache, compiled, monkeypatch, name):
+    monkeypatch.setattr(library, "cached_library", lambda: compiled.path)
+    monkeypatch.setenv("HF_LRQ_ISA", name)
+    found = library.load(lambda _: None)
+    assert library.TIERS.index(found.tier) <= library.TIERS.index(name)
+
+
+def test_built_once_and_kept_private(cache, compiler, tmp_path):
+    count = tmp_path / "count"
+    compiler(f'echo x >> {count}; echo library > "$out"')
+    first = build.cached_library()
+    assert build.cached_library() == first
+    assert count.read_text() == "x\n"
+    assert stat.S_IMODE(first.stat().st_mode) == 0o700
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+    assert [path.name for path in cache.iterdir()] == [first.name]
+    assert build.cached_library(("-DX",)) != first
+
+
+def test_another_version_of_the_compiler_or_of_the_source_builds_anew(cache, compiler, monkeypatch, tmp_path):
+    compiler('echo library > "$out"')
+    first = build.cached_library()
+    compiler('echo library > "$out"', version="echo fake 2.0")
+    second = build.cached_library()
+    sources = tmp_path / "csrc"
+    sources.mkdir()
+    (sources / "a.c").write_text("int a;\n")
+    monkeypatch.setattr(build, "SOURCES", sources)
+    third = build.cached_library()
+    (sources / "a.c").write_text("int b;\n")
+    assert len({first, second, third, build.cached_library()}) == 4
+
+
+def test_what_others_can_write_to_is_not_run(cache, compiler):
+    compiler('echo library > "$out"')
+    path = build.cached_library()
+    path.chmod(0o722)
+    path.write_text("evil")
+    assert build.cached_library() == path
+    assert path.read_text() == "library\n"
+    cache.chmod(0o777)
+    elsewhere = build.cached_library()
+    assert elsewhere.parent != cache
+    assert stat.S_IMODE(elsewhere.parent.stat().st_mode) == 0o700
+
+
+def test_a_cache_that_cannot_be_made_is_replaced(tmp_path, compiler, monkeypatch):
+    compiler('echo library > "$out"')
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HF_LRQ_CACHE", str(tmp_path / "file" / "cache"))
+    assert build.cached_library().read_text() == "library\n"
+
+
+def test_xdg_cache_home(tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_LRQ_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert build.cache_directory() == tmp_path / "hf_lrq"
+
+
+def test_cflags_are_not_read(cache, compiler, monkeypatch, tmp_path):
+    seen = tmp_path / "seen"
+    compiler("").write_text(f'#!/bin/sh\necho "$@" >> {seen}\n', encoding="utf-8")
+    monkeypatch.setenv("CFLAGS", "-march=native -DEVIL")
+    build.cached_library()
+    assert "-O3" in seen.read_text()
+    assert "EVIL" not in seen.read_text()
+    assert "native" not in seen.read_text()
+
+
+def test_every_file_is_shipped_and_compiles_without_a_warning(tmp_path):
+    try:
+        compiler = build.find_compiler()
+    except build.BuildError as error:
+        pytest.skip(str(error))
+    flags = [flag for flag in build.FLAGS if flag != "-w"]
+    command = [*compiler.command, *flags, "-O0", "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
+    done = subprocess.run([*command, *map(str, build.SOURCES.glob("*.c"))], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_nothing_happens_at_import(cache):
+    """No compiler runs, no library is loaded, no thread starts."""
+    code = """
+        import sys, threading
+        import hf_lrq.kernels.cpu as cpu
+        assert cpu._loader._found is None
+        assert threading.active_count() == 1
+    """
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CC": "false"}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=environment, check=True)
+    assert not cache.exists()
