@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -108,7 +109,8 @@ class MachineCode:
                     loops.append((labels[target[1]], len(instructions)))
                 instructions.append(re.sub(r"^@!?U?P\w+ ", "", instruction[1]))
         registers, stack = re.search(r"REG:(\d+)", usage), re.search(r"STACK:(\d+)", usage)
-        assert registers and stack, usage
+        assert registers is not None, usage
+        assert stack is not None, usage
         return cls(instructions, loops, int(registers[1]), int(stack[1]))
 
     def main_loop(self, pattern: str) -> list[str]:
@@ -202,9 +204,10 @@ def main() -> None:
     targets = parser.parse_args().targets
     print(f"Triton {triton.__version__}, {ROWS} x {COLUMNS}, rank {RANK} in int8. Not timed on a GPU.\n")
     print("| codebook | kernel | | sm | instructions per weight | registers | stack bytes |\n|" + "---|" * 7)
-    for codebook, kernel, variant, target, code, ratio in [*counted(targets), *others(targets)]:
+    for codebook, kernel, variant, target, code, ratio in chain(counted(targets), others(targets)):
         shown = "" if ratio != ratio else f"{ratio:.2f}"
-        print(f"| {codebook} | {kernel} | {variant} | {target} | {shown} | {code.registers} | {code.stack} |", flush=True)
+        cells = (codebook, kernel, variant, target, shown, code.registers, code.stack)
+        print("|", " | ".join(map(str, cells)), "|", flush=True)
 
 
 if __name__ == "__main__":
