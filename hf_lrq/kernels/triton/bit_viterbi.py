@@ -123,8 +123,9 @@ def bit_viterbi(points: Tensor, half_norms: Tensor, x: Tensor, bits: int, window
         part = x[first : first + chunk]
         cost = torch.empty(len(part), 2, 1 << 16, dtype=torch.int32, device=x.device)
         back = torch.empty(len(part), all_steps, groups, dtype=torch.uint8, device=x.device)
-        bit_viterbi_kernel[(len(part),)](
-            points, half_norms, part, cost, back, out[first : first + chunk], steps, window, all_steps,
-            BITS=bits, CHUNK=groups if triton.knobs.runtime.interpret else 512, num_warps=8,
-        )  # fmt: skip
+        with torch.cuda.device_of(x):
+            bit_viterbi_kernel[(len(part),)](
+                points, half_norms, part, cost, back, out[first : first + chunk], steps, window, all_steps,
+                BITS=bits, CHUNK=groups if triton.knobs.runtime.interpret else 512, num_warps=8,
+            )  # fmt: skip
     return out

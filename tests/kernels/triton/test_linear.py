@@ -4,11 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from hf_lrq.errors import BackendError
 from hf_lrq.kernels.reference import hadamard
 from hf_lrq.kernels.triton import decode_rows, layer, lrq_linear
 from hf_lrq.kernels.triton import linear as operator
 from hf_lrq.kernels.triton.decoders import decoder_for
+from hf_lrq.kernels.triton.gemv import gemv_kernel
 from hf_lrq.kernels.triton.launches import DotLaunch, GemvLaunch
 from hf_lrq.matrices import dense_factor, quantize_factor
 
@@ -255,5 +258,34 @@ def test_codes_of_a_layer_are_found_by_the_row_scales(device, make_layer):
 
 def test_a_codebook_without_decoder_is_named(device, make_layer):
     made = replace(make_layer("int2", 8, 16, device), codebook="nf4")
-    with pytest.raises(ValueError, match=r"no decoder for codebook 'nf4'. Use backend='auto'"):
+    with pytest.raises(BackendError, match=r"no decoder for codebook 'nf4'. Use backend='auto'"):
         run(torch.ones(1, 16, device=device), made, None, None, None, None, 256)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 65])
+def test_launches_depend_on_no_value(tokens, monkeypatch, make_layer):
+    """Fake tensors refuse to tell their values: what passes here waits for no device, so a graph can capture it."""
+    monkeypatch.setattr(type(gemv_kernel), "run", lambda *args, **kwargs: None)
+    made = make_layer("bt2", 512, 512, "cpu")
+    x, rot_in, rot_out, factors, bias = operands(made, 512, 512, tokens, torch.float16, "cpu", rank=3, bits=8)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # the cached transform is no fake
+        fake = [mode.from_tensor(t) for t in (x, made.weight, made.scales, rot_in, rot_out, *factors, bias)]
+        for block in (256, 512):
+            y = lrq_linear(*fake, "bt2", 128, block, "float")
+            assert (y.shape, y.dtype) == ((tokens, 512), torch.float16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 5, 65])
+def test_a_captured_graph_computes_the_same(tokens, make_layer):
+    made = make_layer("bt2", 512, 512, "cuda")
+    x, *rest = operands(made, 512, 512, tokens, torch.float16, "cuda", rank=3, bits=8)
+    expected = run(x, made, *rest, 256)
+    given = torch.zeros_like(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run(given, made, *rest, 256)
+    given.copy_(x)
+    for _ in range(100):
+        graph.replay()
+        assert torch.equal(y, expected)
