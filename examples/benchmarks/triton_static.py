@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hf_lrq.codebooks import get_codebook
-from hf_lrq.kernels.triton import layer, viterbi
+from hf_lrq.kernels.triton import bit_viterbi, layer, viterbi
 from hf_lrq.kernels.triton.decoders import Decoder, decoder_for
 from hf_lrq.kernels.triton.launches import DotLaunch, GemvLaunch
 
@@ -164,13 +164,12 @@ def counted(targets: list[int]) -> Iterator[tuple[str, str, str, int, MachineCod
     for codebook in CODEBOOKS:
         codes, factors = meta_layer(codebook)
         for digits in (1, 2):
-            for fused in (True, False):
-                launch = GemvLaunch(rows=256 if codebook.startswith("int") else 128, splits=4, fused=fused)
-                calls = recorded(layer.gemv, x[:1], rot, 256, digits, codes, factors, launch, assembly=True)
-                for target in targets:
-                    code = MachineCode.read(compile_for(calls[-1], target))
-                    ratio = per_weight(code.main_loop("IDP"), codes.decoder, digits, 0)
-                    yield codebook, "gemv", f"{digits} digit(s)" + ", fused" * fused, target, code, ratio
+            launch = GemvLaunch(rows=256 if codebook.startswith("int") else 128, splits=4, fused=False)
+            calls = recorded(layer.gemv, x[:1], rot, 256, digits, codes, factors, launch, assembly=True)
+            for target in targets:
+                code = MachineCode.read(compile_for(calls[-1], target))
+                ratio = per_weight(code.main_loop("IDP"), codes.decoder, digits, 0)
+                yield codebook, "gemv", f"{digits} digit{'s'[: digits - 1]}", target, code, ratio
         dot = recorded(layer.dot, x, rot, 256, 1, codes, factors, DotLaunch(splits=4), assembly=True)[1]
         out = _meta(torch.bfloat16, ROWS, COLUMNS)
         dense = recorded(layer.dequantize, codes, 0, ROWS, out, scaled=True, assembly=True)[0]
@@ -183,16 +182,25 @@ def counted(targets: list[int]) -> Iterator[tuple[str, str, str, int, MachineCod
 
 
 def others(targets: list[int]) -> Iterator[tuple[str, str, str, int, MachineCode, float]]:
-    """Rows of the kernels that decode no weights."""
+    """Rows of the fused GEMV and of the kernels that decode no weights."""
     codes, factors = meta_layer("bt2")
     x, rot = _meta(torch.bfloat16, 16, COLUMNS), _meta(torch.float16, COLUMNS)
     prepared, _, factor = recorded(layer.dot, x, rot, 256, 1, codes, factors, DotLaunch(splits=4), assembly=True)
+    launch = GemvLaunch(splits=4)
+    (fused,) = recorded(layer.gemv, x[:1], rot, 256, 1, codes, factors, launch, assembly=True)
+    for target in targets:
+        code = MachineCode.read(compile_for(fused, target))
+        yield "bt2", "gemv", "1 digit, fused", target, code, per_weight(code.main_loop("IDP"), codes.decoder, 1, 0)
     partials = layer.Partials(_meta(torch.float32, 4, 1, ROWS), _meta(torch.float32, 4, 1, RANK), 1)
     out = _meta(torch.bfloat16, 1, ROWS)
     (reduced,) = recorded(layer.reduce, partials, codes, factors, rot, None, 256, out, assembly=True)
     trellis = _meta(torch.int16, 256, 256, 4), _meta(torch.int32, 256, 256), _meta(torch.int16, 64, 32, 4)
     (encoder,) = recorded(viterbi, *trellis, 16)
-    launches = {"prepare": prepared, "R z": factor, "reduce": reduced, "viterbi": encoder}
+    windows = _meta(torch.int16, 65536), _meta(torch.int32, 65536), _meta(torch.int16, 64, 128)
+    (bit_encoder,) = recorded(bit_viterbi, *windows, 2, 64)
+    launches = {
+        "prepare": prepared, "R z": factor, "reduce": reduced, "viterbi": encoder, "bit_viterbi": bit_encoder
+    }  # fmt: skip
     for name, launch in launches.items():
         for target in targets:
             yield "", name, "", target, MachineCode.read(compile_for(launch, target)), float("nan")

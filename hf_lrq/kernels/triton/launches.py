@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 FORMAT = 1  # of the tuner's file
 # Programs per multiprocessor that hide the latency of loads; more splits than that only add partial sums.
 _PROGRAMS_PER_PROCESSOR = 4
+_FUSED_WEIGHTS = 1 << 25
 _LARGEST_FILE = 1 << 20
 
 
@@ -144,7 +145,10 @@ def gemv_launch(shape: Shape, device: torch.device) -> GemvLaunch:
         return found
     # Uniform grids decode in so few instructions that loads of x, shared by the rows of a thread, count.
     rows = 256 if shape.codebook.startswith("int") else 128
-    return GemvLaunch(rows=rows, splits=_splits(-(-shape.rows // rows), shape.columns, device))
+    # In each program, preparing x costs about a quarter of the instructions of 128 rows; a launch of its own costs more
+    # than that in small layers only.
+    fused = shape.rows * shape.columns <= _FUSED_WEIGHTS
+    return GemvLaunch(rows=rows, splits=_splits(-(-shape.rows // rows), shape.columns, device), fused=fused)
 
 
 def dot_launch(shape: Shape, device: torch.device) -> DotLaunch:

@@ -32,7 +32,7 @@ def whole_activations(tokens, columns, largest, seed=0):
     return x.float()
 
 
-LAUNCHES = [GemvLaunch(splits=2, tiles=8), GemvLaunch(rows=256, tiles=16, fused=False)]
+LAUNCHES = [GemvLaunch(rows=256, splits=2, tiles=8), GemvLaunch(rows=128, tiles=16, fused=False)]
 
 
 @pytest.mark.parametrize("codebook", CODEBOOKS)
@@ -64,7 +64,7 @@ def test_tensor_core_product_is_exact_in_integers(codebook, device, make_layer):
     rows, columns = 130, 300
     made = make_layer(codebook, rows, columns, device, ones=True)
     x = whole_activations(5, columns, 127)
-    given = x.to(device), None, 1, 1, codes_of(made, columns), None, DotLaunch(splits=2, rows=64)
+    given = x.to(device), None, 1, 1, codes_of(made, columns), None, DotLaunch(splits=2, rows=256)
     sums = layer.dot(*given, assembly=device == "cuda").codes.double().sum(0)
     assert torch.equal(sums.cpu(), x.double() @ made.values.T)
 
