@@ -129,7 +129,7 @@ def gemv_kernel(
             row_tiles, column_tiles, rows, scale_groups, TOKENS, DIGITS, EXPAND, BITS, M1, M2, OFFSET,
             GROUP_SIZE, PERIOD, TILE_STEP, ALIGNED, LOAD, PRODUCTS, ROWS, TILES, MASKED, ASM,
         )  # fmt: skip
-    else:
+    elif factor_ptr is not None:
         _factor_rows(
             z_ptr, factor_ptr, factor_partial_ptr, block - code_blocks, split, first, last, groups, columns, rank,
             TOKENS, NIBBLES, RANKS,
