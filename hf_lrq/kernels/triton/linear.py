@@ -46,9 +46,14 @@ def declines(
         return "the Triton kernels need compute capability 8.0 or later"
     if any(t.numel() >= _LARGEST for t in tensors):
         return f"a tensor has {_LARGEST} elements or more, the Triton kernels count them in 32 bits"
-    if not weight.is_contiguous() or weight.data_ptr() % 16:
+    if _misplaced(weight):
         return "the codes are not contiguous, or do not start at a multiple of 16 bytes"
     return None
+
+
+def _misplaced(weight: Tensor) -> bool:
+    """Whether loads of several words of the codes at once would fault."""
+    return not weight.is_contiguous() or weight.data_ptr() % 16 != 0
 
 
 def _decoder(codebook: str) -> Decoder:
@@ -173,13 +178,17 @@ def _from_dense(
     return y if bias is None else y + bias.to(x.dtype)
 
 
-def decode_rows(weight: Tensor, codebook: str, in_features: int, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-    """gain * Y of rows [start, stop), without scales: [stop - start, in_features] in `dtype`.
+def decode_rows(
+    weight: Tensor, codebook: str, in_features: int, start: int, stop: int, dtype: torch.dtype
+) -> Tensor | None:
+    """gain * Y of rows [start, stop), without scales: [stop - start, in_features]; None where not decoded here.
 
     Args:
         start, stop: multiples of 128 for trellises, or the number of rows; stop may lie in the padding.
     """
-    decoder = _decoder(codebook)
+    decoder = decoder_for(codebook)
+    if decoder is None or dtype not in _DIGITS or weight.numel() >= _LARGEST or _misplaced(weight):
+        return None
     nothing = weight.new_empty(stop, dtype=torch.float32)  # only its length is read
     codes = Codes(weight, nothing, decoder, in_features, GROUP)
     out = torch.empty(stop - start, in_features, dtype=dtype, device=weight.device)

@@ -31,3 +31,10 @@ def test_values_are_rounded_to_nearest(dtype, device, make_layer):
     layer = make_layer("bt2", 40, 40, device)
     decoded = decode_rows(layer.weight, "bt2", 40, 0, 40, dtype)
     assert torch.equal(decoded, decode_rows(layer.weight, "bt2", 40, 0, 40, torch.float32).to(dtype))
+
+
+def test_what_is_not_decoded_here_is_left_to_torch(device, make_layer):
+    layer = make_layer("int4", 8, 16, device)
+    assert decode_rows(layer.weight, "nf4", 16, 0, 8, torch.float32) is None
+    assert decode_rows(layer.weight, "int4", 16, 0, 8, torch.float64) is None
+    assert decode_rows(layer.weight[:, ::2], "int4", 8, 0, 8, torch.float32) is None
