@@ -14,6 +14,7 @@ class Decoder:
     """A codebook as kernels see it.
 
     Attributes:
+        name: of the codebook.
         bits: bits per weight.
         load, products, column: see `decode`.
         mix, spread: how activations are laid out, see `activations`.
@@ -26,6 +27,7 @@ class Decoder:
         byte_bias: what must be subtracted from bytes of products for them to be signed bytes.
     """
 
+    name: str
     bits: int
     load: Any
     products: Any
@@ -51,6 +53,7 @@ def _byte_trellis(book: Any) -> Decoder:
     first, second = book.multipliers
     pairs = book.bits == 4
     return Decoder(
+        name=book.name,
         bits=book.bits,
         load=decode.load_trellis,
         products=decode.byte_trellis_products,
@@ -70,6 +73,7 @@ def _byte_trellis(book: Any) -> Decoder:
 def _bit_trellis(book: Any) -> Decoder:
     (multiplier,) = book.multipliers
     return Decoder(
+        name=book.name,
         bits=book.bits,
         load=decode.load_trellis_3bit if book.bits == 3 else decode.load_trellis,
         products=decode.bit_trellis_products,
@@ -88,6 +92,7 @@ def _bit_trellis(book: Any) -> Decoder:
 
 def _uniform(book: Any) -> Decoder:
     return Decoder(
+        name=book.name,
         bits=book.bits,
         load=decode.load_fields,
         products=decode.field_products,

@@ -32,12 +32,13 @@ def dequantize_kernel(
         )
         column = tl.program_id(1) * (16 * TILES) + (index // 4) * 16 + 4 * q + index % 4
         inside = known_row & (column < columns)[None, :]
-        value = (y.to(tl.float32) - OFFSET) * gain
-        if scales_ptr is not None:
-            if GROUP_SIZE:
-                place = row[:, None] * scale_groups + (column // GROUP_SIZE)[None, :]
-                value *= tl.load(scales_ptr + place, mask=inside, other=0.0).to(tl.float32)
-            else:
-                value *= tl.load(scales_ptr + row, mask=row < last_row, other=0.0).to(tl.float32)[:, None]
+        value = y.to(tl.float32) - OFFSET
+        if scales_ptr is None:
+            value *= gain
+        elif GROUP_SIZE:
+            place = row[:, None] * scale_groups + (column // GROUP_SIZE)[None, :]
+            value *= gain * tl.load(scales_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        else:
+            value *= gain * tl.load(scales_ptr + row, mask=row < last_row, other=0.0).to(tl.float32)[:, None]
         place = (row - first_row).to(tl.int64)[:, None] * columns + column[None, :]
         tl.store(out_ptr + place, rounded(value, out_ptr.dtype.element_ty, ASM), mask=inside)

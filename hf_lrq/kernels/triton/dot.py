@@ -58,7 +58,8 @@ def dot_kernel(
         scale = tl.load(scale_ptr + vector * groups + group, mask=vector < vectors, other=0.0)
         value = (sums.to(tl.float32) - OFFSET * digit_sum[None, :]) * scale[None, :]
         if GROUP_SIZE:
-            scale_group = part * (16 * TILES) // GROUP_SIZE
+            # A vector: the interpreter cannot combine a mask with a number.
+            scale_group = tl.zeros((ROWS,), tl.int32) + part * (16 * TILES) // GROUP_SIZE
             present = (row < rows) & (scale_group < scale_groups)
             place = group_ptr + row * scale_groups + scale_group
             value *= tl.load(place, mask=present, other=0.0).to(tl.float32)[:, None]

@@ -58,10 +58,11 @@ def _code_rows(
                 scale = tl.load(scale_ptr + c * groups + group)
                 value = (sums[c].to(tl.float32) - OFFSET * offsets[c][None, :]) * scale
                 if GROUP_SIZE:
-                    scale_group = (group * 256 + part * 16) // GROUP_SIZE
-                    place = group_ptr + row[:, None] * scale_groups + scale_group
+                    # A vector: the interpreter cannot combine a mask with a number.
+                    scale_group = tl.zeros((ROWS,), tl.int32) + (group * 256 + part * 16) // GROUP_SIZE
+                    place = group_ptr + (row * scale_groups + scale_group)[:, None]
                     if MASKED:
-                        known = (row < rows)[:, None] & (scale_group < scale_groups)
+                        known = ((row < rows) & (scale_group < scale_groups))[:, None]
                         value *= tl.load(place, mask=known, other=0.0).to(tl.float32)
                     else:
                         value *= tl.load(place).to(tl.float32)
@@ -98,18 +99,17 @@ def gemv_kernel(
     scale_groups, rank,
     TOKENS: tl.constexpr, DIGITS: tl.constexpr, EXPAND: tl.constexpr, BITS: tl.constexpr, M1: tl.constexpr,
     M2: tl.constexpr, OFFSET: tl.constexpr, GROUP_SIZE: tl.constexpr, PERIOD: tl.constexpr, TILE_STEP: tl.constexpr,
-    ALIGNED: tl.constexpr, LOAD: tl.constexpr,
-    PRODUCTS: tl.constexpr, MIX: tl.constexpr, SPREAD: tl.constexpr, LOG_BLOCK: tl.constexpr,
-    NIBBLES: tl.constexpr, FUSED: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, RANKS: tl.constexpr,
-    MASKED: tl.constexpr, ASM: tl.constexpr,
+    ALIGNED: tl.constexpr, LOAD: tl.constexpr, PRODUCTS: tl.constexpr, MIX: tl.constexpr, SPREAD: tl.constexpr,
+    LOG_BLOCK: tl.constexpr, NIBBLES: tl.constexpr, FUSED: tl.constexpr, AT_ONCE: tl.constexpr, ROWS: tl.constexpr,
+    TILES: tl.constexpr, RANKS: tl.constexpr, MASKED: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of code rows, then blocks of rows of R; slices of columns).
 
     partial [slices, TOKENS, rows] and factor_partial [slices, TOKENS, rank], float32, every element written.
 
-    With FUSED, each program prepares the activations of its slice first, in the buffers that `prepare_kernel` would
-    fill. Programs of one slice write the same bytes to the same places, and each reads only after its own writes and a
-    barrier, so what it reads does not depend on the others.
+    With FUSED, each program prepares the activations of its slice first, AT_ONCE groups of 256 columns at a time, in
+    the buffers that `prepare_kernel` would fill. Programs of one slice write the same bytes to the same places, and
+    each reads only after its own writes and a barrier, so what it reads does not depend on the others.
     """
     block = tl.program_id(0)
     split = tl.program_id(1)
@@ -117,10 +117,10 @@ def gemv_kernel(
     last = tl.minimum(first + groups_per_split, groups)
     if FUSED:
         for token in tl.static_range(TOKENS):
-            for group in range(first, last):
+            for group in range(first, last, AT_ONCE):
                 prepare(
-                    x_ptr, rot_ptr, z_ptr, byte_ptr, scale_ptr, sum_ptr, token, group, groups, columns, x_stride,
-                    4 * EXPAND, 1, LOG_BLOCK, DIGITS, EXPAND, BITS, MIX, SPREAD,
+                    x_ptr, rot_ptr, z_ptr, byte_ptr, scale_ptr, sum_ptr, token, group, last, groups, columns, x_stride,
+                    4 * EXPAND, 1, LOG_BLOCK, DIGITS, EXPAND, BITS, MIX, SPREAD, AT_ONCE,
                 )  # fmt: skip
         tl.debug_barrier()
     if block < code_blocks:
@@ -129,7 +129,7 @@ def gemv_kernel(
             row_tiles, column_tiles, rows, scale_groups, TOKENS, DIGITS, EXPAND, BITS, M1, M2, OFFSET,
             GROUP_SIZE, PERIOD, TILE_STEP, ALIGNED, LOAD, PRODUCTS, ROWS, TILES, MASKED, ASM,
         )  # fmt: skip
-    else:
+    elif factor_ptr is not None:
         _factor_rows(
             z_ptr, factor_ptr, factor_partial_ptr, block - code_blocks, split, first, last, groups, columns, rank,
             TOKENS, NIBBLES, RANKS,

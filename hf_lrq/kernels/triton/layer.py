@@ -153,7 +153,7 @@ def prepare(x: Tensor, rot_in: Tensor | None, block: int, digits: int, codes: Co
     prepare_kernel[(codes.groups, len(x))](
         x, rot_in, out.z, out.bytes, out.scales, out.sums, codes.groups, codes.columns, x.stride(0), tile_stride,
         quad_stride, LOG_BLOCK=_log_block(block), DIGITS=digits, EXPAND=decoder.expand, BITS=decoder.bits,
-        MIX=decoder.mix, SPREAD=decoder.spread, num_warps=2,
+        MIX=decoder.mix, SPREAD=decoder.spread, num_warps=1,
     )  # fmt: skip
     return out
 
@@ -195,9 +195,9 @@ def gemv(
         OFFSET=decoder.offset, GROUP_SIZE=codes.scale_group_size, PERIOD=period, TILE_STEP=codes.tile_step,
         ALIGNED=codes.aligned, LOAD=decoder.load, PRODUCTS=decoder.products, MIX=decoder.mix, SPREAD=decoder.spread,
         LOG_BLOCK=_log_block(block), NIBBLES=factors is not None and _nibbles(factors.R), FUSED=launch.fused,
-        ROWS=launch.rows, TILES=min(launch.tiles, period),
-        RANKS=ranks, MASKED=bool(codes.rows % launch.rows or codes.columns % GROUP), ASM=assembly,
-        num_warps=launch.warps,
+        AT_ONCE=min(launch.warps, 1 << (per_split - 1).bit_length()), ROWS=launch.rows,
+        TILES=min(launch.tiles, period), RANKS=ranks, MASKED=bool(codes.rows % launch.rows or codes.columns % GROUP),
+        ASM=assembly, num_warps=launch.warps,
     )  # fmt: skip
     return Partials(partials, factor_partials, 1)
 

@@ -4,6 +4,7 @@ import torch
 import triton
 from torch import Tensor
 
+from hf_lrq.errors import BackendError
 from hf_lrq.kernels.reference import hadamard
 from hf_lrq.kernels.triton import launches, layer
 from hf_lrq.kernels.triton.decoders import Decoder, decoder_for
@@ -41,19 +42,24 @@ def declines(
         return f"the Triton kernels run on CUDA devices, got tensors on {sorted({str(t.device) for t in tensors})}"
     if len({t.device for t in tensors}) > 1:
         return f"the tensors lie on several devices: {sorted({str(t.device) for t in tensors})}"
-    if torch.cuda.get_device_capability(x.device) < (8, 0):
+    if launches.capability(x.device) < (8, 0):
         return "the Triton kernels need compute capability 8.0 or later"
     if any(t.numel() >= _LARGEST for t in tensors):
         return f"a tensor has {_LARGEST} elements or more, the Triton kernels count them in 32 bits"
-    if not weight.is_contiguous() or weight.data_ptr() % 16:
+    if _misplaced(weight):
         return "the codes are not contiguous, or do not start at a multiple of 16 bytes"
     return None
+
+
+def _misplaced(weight: Tensor) -> bool:
+    """Whether loads of several words of the codes at once would fault."""
+    return not weight.is_contiguous() or weight.data_ptr() % 16 != 0
 
 
 def _decoder(codebook: str) -> Decoder:
     decoder = decoder_for(codebook)
     if decoder is None:
-        raise ValueError(
+        raise BackendError(
             f"The Triton kernels have no decoder for codebook {codebook!r}. Use backend='auto' or backend='torch'."
         )
     return decoder
@@ -86,7 +92,7 @@ def lrq_linear(
         [..., out] in the dtype of x.
 
     Raises:
-        ValueError: if the codebook has no decoder here.
+        BackendError: if the codebook has no decoder here.
     """
     columns = x.shape[-1]
     codes = Codes(weight, scales.contiguous(), _decoder(codebook), columns, group_size)
@@ -97,11 +103,12 @@ def lrq_linear(
     if tokens.stride(1) != 1:
         tokens = tokens.contiguous()
     out = x.new_empty(len(tokens), codes.rows)
-    if out.numel():
-        digits = 1 if activation == "int8" else _DIGITS[x.dtype]
-        if _in_registers(len(tokens), codes):
+    digits = 1 if activation == "int8" else _DIGITS[x.dtype]
+    # Triton launches on the current device, whichever device its tensors are on.
+    with torch.cuda.device_of(x):
+        if out.numel() and _in_registers(len(tokens), codes):
             _from_codes(tokens, codes, factors, rot_in, rot_out, bias, block, digits, out)
-        else:
+        elif out.numel():
             out = _from_dense(tokens, codes, factors, rot_in, rot_out, bias, block)
     return out.reshape(*x.shape[:-1], codes.rows)
 
@@ -129,7 +136,7 @@ def _from_codes(
         x, rot_in, block_in = hadamard(x.float() * rot_in.float(), block), None, 1
     wide_out = rot_out is not None and block_out > GROUP
     assembly = not interpreted()
-    shape = launches.Shape(codes.rows, codes.columns, len(x) * digits)
+    shape = launches.Shape.of(codes.decoder.name, codes.rows, codes.columns, len(x) * digits)
     if shape.vectors <= _GEMV_VECTORS:
         launch = launches.gemv_launch(shape, x.device)
         partials = layer.gemv(x, rot_in, block_in, digits, codes, factors, launch, assembly=assembly)
@@ -171,16 +178,21 @@ def _from_dense(
     return y if bias is None else y + bias.to(x.dtype)
 
 
-def decode_rows(weight: Tensor, codebook: str, in_features: int, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-    """gain * Y of rows [start, stop), without scales: [stop - start, in_features] in `dtype`.
+def decode_rows(
+    weight: Tensor, codebook: str, in_features: int, start: int, stop: int, dtype: torch.dtype
+) -> Tensor | None:
+    """gain * Y of rows [start, stop), without scales: [stop - start, in_features]; None where not decoded here.
 
     Args:
         start, stop: multiples of 128 for trellises, or the number of rows; stop may lie in the padding.
     """
-    decoder = _decoder(codebook)
+    decoder = decoder_for(codebook)
+    if decoder is None or dtype not in _DIGITS or weight.numel() >= _LARGEST or _misplaced(weight):
+        return None
     nothing = weight.new_empty(stop, dtype=torch.float32)  # only its length is read
     codes = Codes(weight, nothing, decoder, in_features, GROUP)
     out = torch.empty(stop - start, in_features, dtype=dtype, device=weight.device)
     if out.numel():
-        layer.dequantize(codes, start, stop, out, scaled=False, assembly=not interpreted())
+        with torch.cuda.device_of(weight):
+            layer.dequantize(codes, start, stop, out, scaled=False, assembly=not interpreted())
     return out

@@ -56,7 +56,9 @@ def reduce_kernel(
             left = _load_left(left_ptr, row[:, None], index[None, :], mask, left_stride, NIBBLES)
             y += tl.sum(left * t[None, :], axis=1)
     if rot_ptr is not None:
-        y = hadamard(y, LOG_BLOCK) * tl.load(rot_ptr + row, mask=inside, other=0.0).to(tl.float32)
+        y = tl.reshape(hadamard(tl.reshape(y, (1, ROWS)), LOG_BLOCK), (ROWS,)) * tl.load(
+            rot_ptr + row, mask=inside, other=0.0
+        ).to(tl.float32)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + row, mask=inside, other=0.0).to(tl.float32)
     tl.store(y_ptr + token * rows + row, rounded(y, y_ptr.dtype.element_ty, ASM), mask=inside)

@@ -110,8 +110,9 @@ def viterbi(points: Tensor, half_norms: Tensor, x: Tensor, window: int) -> Tenso
         part = x[first : first + chunk]
         cost = torch.empty(len(part), 256, dtype=torch.int32, device=x.device)
         back = torch.empty(len(part), all_steps, 256, dtype=torch.uint8, device=x.device)
-        viterbi_kernel[(-(-len(part) // _BATCH),)](
-            points, half_norms, part, cost, back, out[first : first + chunk], len(part), steps, window, all_steps,
-            WIDTH=width, BATCH=_BATCH, CHUNK=256 if triton.knobs.runtime.interpret else 16, num_warps=8,
-        )  # fmt: skip
+        with torch.cuda.device_of(x):
+            viterbi_kernel[(-(-len(part) // _BATCH),)](
+                points, half_norms, part, cost, back, out[first : first + chunk], len(part), steps, window, all_steps,
+                WIDTH=width, BATCH=_BATCH, CHUNK=256 if triton.knobs.runtime.interpret else 16, num_warps=8,
+            )  # fmt: skip
     return out

@@ -26,28 +26,6 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@dataclass(frozen=True)
-class Trellis:
-    """Stands in for a trellis codebook."""
-
-    family: str
-    bits: int
-    multipliers: tuple[int, ...]
-    gain: float = 0.0123
-
-
-STAND_INS = {
-    **{f"bt{bits}": Trellis("bt", bits, (0x73C106FD, 0xE3DC9435)) for bits in (2, 4)},
-    **{f"tcq{bits}": Trellis("tcq", bits, (0x83DCD12D,)) for bits in (2, 3, 4)},
-}
-
-
-@pytest.fixture(autouse=True, scope="session")
-def trellises() -> None:
-    for name, book in STAND_INS.items():
-        codebooks._BY_NAME.setdefault(name, book)
-
-
 @pytest.fixture(autouse=True)
 def wide_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the interpreter, where an operation costs the same for few elements and many: as many as there can be."""
@@ -95,7 +73,8 @@ def trellis_integers(weight: torch.Tensor, book: Any) -> torch.Tensor:
 
 def field_integers(weight: torch.Tensor, book: Any) -> torch.Tensor:
     """2 Y = 2 c + 1 - 2**bits of row-major codes: [rows, columns] int64."""
-    codes = codebooks.unpack_codes(weight.cpu(), book)
+    stream = ((weight.cpu().unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1).flatten(-2).long()
+    codes = (stream.unflatten(-1, (8, book.bits)) << torch.arange(book.bits)).sum(-1).flatten(-2)
     return 2 * codes + 1 - 2**book.bits
 
 
