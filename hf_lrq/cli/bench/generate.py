@@ -193,9 +193,7 @@ def _makers(options: GenerateOptions) -> dict[str, Callable[[nn.Linear], nn.Modu
         found = peers(_random_linear(linear), chosen_device(options.device)).get("bitsandbytes NF4")
         if found is None:
             raise LRQError("bitsandbytes is not installed or cannot run here.")
-        layer = found[0]
-        assert isinstance(layer, nn.Module), "it is a layer"
-        return layer
+        return found[0]()
 
     return {
         "bf16": _random_linear,

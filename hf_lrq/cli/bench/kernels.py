@@ -117,16 +117,16 @@ def _measure(
     sizes: dict[str, int] = {}
     backends: dict[str, str] = {}
 
-    def add(name: str, module: Any, size: int, copies: Callable[[Any], Any] = copy.deepcopy) -> None:
-        count = max(options.megabytes * 2**20 // size, 1)
-        modules = [module, *(copies(module) for _ in range(min(count, options.repetitions) - 1))]
+    def add(name: str, make: Callable[[], Any], size: int) -> None:
+        count = min(max(options.megabytes * 2**20 // size, 1), options.repetitions)
+        modules = [make() for _ in range(count)]
         candidates[name] = [lambda module=module: module(x) for module in modules]  # type: ignore[misc]
         sizes[name] = size
 
     plain = nn.Linear(in_features, out_features, bias=False, dtype=torch.bfloat16, device=device).requires_grad_(False)
-    add(BASELINE, plain, 2 * out_features * in_features)
-    for name, (module, size) in peers(plain, device).items():
-        add(name, module, size)
+    add(BASELINE, lambda: copy.deepcopy(plain), 2 * out_features * in_features)
+    for name, (make, size) in peers(plain, device).items():
+        add(name, make, size)
     for codebook, layout in layouts.items():
         for activation in ("float", "int8"):
             layer = LRQLinear.random(in_features, out_features, layout, dtype=torch.bfloat16).to(device)
@@ -135,7 +135,7 @@ def _measure(
             if activation != "float" and backend.startswith("torch"):
                 continue  # The reference has no such path.
             label = f"{codebook}, rank {options.rank} at {options.factor_bits} bits, {activation} inputs"
-            add(label, layer, layout.bytes(out_features, in_features))
+            add(label, lambda layer=layer: copy.deepcopy(layer), layout.bytes(out_features, in_features))  # type: ignore[misc]
             backends[label] = backend
     with torch.inference_mode():
         timings = take_turns(candidates, options.repetitions, device)
@@ -179,15 +179,19 @@ def _print(shape: str, tokens: int, rows: list[Row], device: torch.device) -> No
     print_table(f"{shape}, {tokens} tokens, bfloat16", columns, table, right=range(2, len(columns)))
 
 
-def peers(plain: nn.Linear, device: torch.device) -> dict[str, tuple[Callable[[Tensor], Tensor], int]]:
-    """Name -> the same layer compressed by others that are installed, and the bytes it takes."""
-    found: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {}
+def peers(plain: nn.Linear, device: torch.device) -> dict[str, tuple[Callable[[], nn.Module], int]]:
+    """Name -> what makes the same layer compressed by others that are installed, and the bytes it takes.
+
+    Made anew for every copy: what a layer has prepared for a processor need not survive copying.
+    """
+    found: dict[str, tuple[Callable[[], nn.Module], int]] = {}
     weights = plain.weight.numel()
     if device.type == "cpu" and plain.out_features % 16 == 0 and plain.in_features % 128 == 0:
-        found[INT4] = (_Int4(plain), weights // 2 + weights // 128 * 4)
+        found[INT4] = (lambda: _Int4(plain), weights // 2 + weights // 128 * 4)
     if find_spec("bitsandbytes") is not None:
         try:
-            found[NF4] = (_nf4(plain, device), weights // 2 + weights // 64 * 4)
+            _nf4(plain, device)(torch.zeros(1, plain.in_features, dtype=torch.bfloat16, device=device))
+            found[NF4] = (lambda: _nf4(plain, device), weights // 2 + weights // 64 * 4)
         except Exception as error:  # A peer that does not work here is no reason to stop.
             say(f"bitsandbytes cannot run here: {error}", style="yellow")
     return found

@@ -155,6 +155,8 @@ def _compile(compiler: Compiler, flags: tuple[str, ...], library: Path) -> None:
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         list(pool.map(lambda command: _run(command, BUILD_SECONDS), commands))
     _run((*compiler.command, *flags, "-shared", "-o", str(library), *objects, "-lm"), BUILD_SECONDS)
+    if not library.exists():
+        raise BuildError(f"{compiler.command[0]} wrote no library. Set CC to another compiler.")
 
 
 def _run(command: tuple[str, ...], seconds: int) -> str:
