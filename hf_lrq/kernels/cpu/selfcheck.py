@@ -1,6 +1,7 @@
 """What a freshly opened library must get right before it is used: each kernel on a small matrix, against torch."""
 
 import contextlib
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,11 +36,13 @@ def _is_right(library: Library, book: Trellis, generator: torch.Generator) -> bo
     Q = book.decode(book.unpack(weight), torch.float32).flatten(-2)[:ROWS, :COLUMNS]
     if not torch.equal(decode(library, weight, book.name, COLUMNS, 0, ROWS, torch.float32, book.gain), Q):
         return False
-    scales, rot_in, rot_out = (torch.rand(n, generator=generator).half() + 0.5 for n in (ROWS, COLUMNS, ROWS))
-    L, R = torch.randn(ROWS, RANK, generator=generator), torch.randn(RANK, COLUMNS, generator=generator)
+    # Dtypes are spelled out: a model is loaded with another default.
+    numbers: Any = {"generator": generator, "dtype": torch.float32}
+    scales, rot_in, rot_out = (torch.rand(n, **numbers).half() + 0.5 for n in (ROWS, COLUMNS, ROWS))
+    L, R = torch.randn(ROWS, RANK, **numbers), torch.randn(RANK, COLUMNS, **numbers)
     H = _hadamard(8)
     for tokens in TOKENS:
-        x = torch.randn(tokens, COLUMNS, generator=generator)
+        x = torch.randn(tokens, COLUMNS, **numbers)
         y = lrq_linear(library, x, weight, scales, rot_in, rot_out, L, R, None, None, None, book.name, 8, "float")
         z = ((x * rot_in).unflatten(1, (-1, 8)) @ H).flatten(1)
         expected = z @ (Q * scales.float()[:, None] + L @ R).T
@@ -50,7 +53,7 @@ def _is_right(library: Library, book: Trellis, generator: torch.Generator) -> bo
 
 
 def _hadamard(block: int) -> Tensor:
-    H = torch.ones(1, 1)
+    H = torch.ones(1, 1, dtype=torch.float32)
     while len(H) < block:
         H = torch.cat((torch.cat((H, H), 1), torch.cat((H, -H), 1)))
     return H * block**-0.5

@@ -1,5 +1,6 @@
 """The library is built once and safely; every way in which that can fail ends in torch, and one line says why."""
 
+import contextlib
 import itertools
 import logging
 import os
@@ -10,6 +11,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
 from hf_lrq.kernels.cpu import build, library, selfcheck
 
@@ -232,3 +234,29 @@ def test_nothing_happens_at_import(cache):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CC": "false"}
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=environment, check=True)
     assert not cache.exists()
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        lambda: torch.device("meta"),
+        lambda: torch.inference_mode(),
+        lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+        lambda: default_dtype(torch.bfloat16),
+    ],
+    ids=["another default device", "inference", "autocast", "another default dtype"],
+)
+def test_the_check_holds_wherever_the_first_call_comes_from(compiled, mode):
+    with mode():
+        assert selfcheck.fault(compiled) is None
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    """transformers loads models so."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
