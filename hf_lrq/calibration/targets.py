@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hf_lrq.errors import CompressionError
-from hf_lrq.kernels import searches_fast, status
+from hf_lrq.kernels import has_backend, status
 from hf_lrq.nn import LRQExpertStack, LRQLinear
 from hf_lrq.spec import CompressionSpec, LayerSpec
 
@@ -141,7 +141,7 @@ def find_targets(
     reasons = reasons or {}
     found = TargetList(total_parameters=count_parameters(model))
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
-    fast = searches_fast(device)
+    fast = has_backend(device)
     passed_over: set[str] = set()
     candidates = 0
     for name, module in model.named_modules():

@@ -3,7 +3,7 @@
 import platform
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -23,8 +23,8 @@ REQUIRED = {
 }
 OPTIONAL = {
     "peft": ((0, 20), "to fine-tune"),
-    "triton": ((3, 2), "no part of this release needs it"),
-    "bitsandbytes": ((0, 45), "no part of this release needs it"),
+    "triton": ((3, 6), "to compute layers fast on NVIDIA GPUs"),
+    "bitsandbytes": ((0, 45), "to compare with in hf-lrq bench"),
 }
 
 
@@ -74,7 +74,9 @@ def examine() -> Iterator[Check]:
         return
     yield Check("threads", OK, f"{tests.threads()} for computation on the CPU")
     for device in tests.devices():
-        yield _tried(f"device {device}", tests.describe, device)
+        described = _tried(f"device {device}", tests.describe, device)
+        slow = described.status == OK and not tests.computes_fast(device)
+        yield replace(described, status=WARN) if slow else described
         yield _tried(f"compression on {device}", tests.compression, device)
     yield _tried("registration", tests.registration)
     yield _tried("save and load", tests.round_trip)

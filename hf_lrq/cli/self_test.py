@@ -17,7 +17,7 @@ from hf_lrq.decomposition import compress_matrix, generator_for
 from hf_lrq.errors import LRQError
 from hf_lrq.integrations.saving import save
 from hf_lrq.integrations.transformers import LRQConfig, LRQHfQuantizer, compress_pretrained
-from hf_lrq.kernels import status
+from hf_lrq.kernels import has_backend, status
 from hf_lrq.nn import LRQLinear
 from hf_lrq.spec import LayerSpec
 
@@ -50,6 +50,11 @@ def describe(device: torch.device) -> str:
     return f"{name}; layers run by: {status(device)}"
 
 
+def computes_fast(device: torch.device) -> bool:
+    """Whether layers are computed by more than the torch reference."""
+    return has_backend(device)
+
+
 def registration() -> str:
     """Whether transformers knows the format by name, and means this library by it."""
     known = AUTO_QUANTIZER_MAPPING.get(QUANT_METHOD), AUTO_QUANTIZATION_CONFIG_MAPPING.get(QUANT_METHOD)
@@ -61,7 +66,7 @@ def registration() -> str:
 def compression(device: torch.device) -> str:
     """Compress a random matrix, and compare the layer with its dense weight."""
     generator = torch.Generator().manual_seed(0)
-    W = torch.randn(64, 64, generator=generator).to(device)
+    W = torch.randn(128, 64, generator=generator).to(device)  # Wide enough for the codebook of large layers.
     x = torch.randn(8, 64, generator=generator).to(device)
     matrix = compress_matrix(W, None, LayerSpec(bits=2, rank=4), generator_for(0, "doctor"))
     dense = matrix.dense()

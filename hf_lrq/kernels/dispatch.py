@@ -75,8 +75,8 @@ def explain(
     return name if reason is None else f"torch ({name}: {reason})"
 
 
-def searches_fast(device: torch.device) -> bool:
-    """Whether a backend finds the paths of trellis codebooks; the reference takes a hundred times as long."""
+def has_backend(device: torch.device) -> bool:
+    """Whether one runs on `device`. Without, a search for the paths of a trellis takes a hundred times as long."""
     return chosen(device) is not None
 
 

@@ -280,3 +280,12 @@ def test_doctor_names_old_and_missing_libraries(cli, monkeypatch: pytest.MonkeyP
     assert checks["safetensors"]["status"] == "FAIL"
     assert "pip install 'safetensors>=0.4.3'" in checks["safetensors"]["detail"]
     assert checks["triton"]["status"] == "ok"
+
+
+def test_doctor_warns_where_layers_are_computed_by_torch_alone(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_lrq.cli.self_test.has_backend", lambda device: False)
+    result = cli("doctor", "--json")
+    assert result.exit_code == 0
+    checks = {check["name"]: check for check in json.loads(result.stdout)["checks"]}
+    assert checks["device cpu"]["status"] == "warn"
+    assert "layers run by:" in checks["device cpu"]["detail"]
