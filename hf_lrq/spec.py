@@ -111,7 +111,7 @@ class LayerSpec:
         for family in self._automatic():
             book = get_codebook(codebook_name(family, self.bits))
             stored = math.prod(book.packed_shape(out_features, in_features))
-            wasted = stored * 8 / (out_features * in_features * self.bits) - 1
+            wasted = stored * 8 / max(out_features * in_features * self.bits, 1) - 1
             if book.row_block == 1 or (blocks and wasted <= LARGEST_PADDING):
                 break
         return replace(self, codebook=family)

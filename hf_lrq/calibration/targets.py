@@ -140,7 +140,9 @@ def find_targets(
     """
     reasons = reasons or {}
     found = TargetList(total_parameters=count_parameters(model))
-    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    # While a model is loaded its weights are nowhere yet; they go to a GPU if there is one.
+    future = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), future)
     fast = has_backend(device)
     passed_over: set[str] = set()
     candidates = 0
@@ -148,8 +150,7 @@ def find_targets(
         for target in _candidates(name, module, spec):
             candidates += 1
             fitted = target.spec.fitted(target.out_features, target.in_features, blocks=fast)
-            if not fast and fitted != target.spec.fitted(target.out_features, target.in_features):
-                passed_over.add(f"{target.spec.resolved_codebook} (now {fitted.resolved_codebook})")
+            best = target.spec.fitted(target.out_features, target.in_features)
             target = replace(target, spec=fitted)
             reason = None
             if (pattern := name_matches(target.name, skip)) is not None:
@@ -160,6 +161,8 @@ def find_targets(
                 reason = f"fused experts with {flag} are not supported"
             if reason is None:
                 found.compressed.append(target)
+                if fitted != best:
+                    passed_over.add(f"{best.resolved_codebook} (now {fitted.resolved_codebook})")
             else:
                 found.skipped[target.full_name] = reason
                 found.skipped_parameters[target.full_name] = target.parameters

@@ -103,7 +103,8 @@ class Codebook(ABC):
             [..., dim] values.
 
         Raises:
-            IndexError: if a code is out of range (on a CPU; an assertion of the device elsewhere).
+            IndexError: if a code is out of range (on a CPU; an assertion of the device elsewhere). A trellis gives any
+                bits a meaning and reads no others.
             ValueError: if the rows are no multiple of `row_block`.
         """
         self._check_rows(codes.shape)

@@ -24,6 +24,7 @@ from hf_lrq.calibration.progress import Progress, TqdmProgress
 from hf_lrq.calibration.records import CompressionReport, LayerRecord
 from hf_lrq.calibration.targets import EXPERT_MATRICES, Target, TargetList, find_targets, name_matches
 from hf_lrq.checkpoint import QUANT_METHOD, QuantizationHeader, check_headers, read_headers
+from hf_lrq.codebooks import get_codebook
 from hf_lrq.errors import CalibrationError, CheckpointError, CompressionError, SpecError
 from hf_lrq.integrations.config import LRQConfig, stored_header
 from hf_lrq.integrations.conversions import names_in_files, names_in_model, spare_on_save, sparing
@@ -496,10 +497,13 @@ class LRQHfQuantizer(HfQuantizer):
         if config.header is not None:
             default = config.header.default
         else:
-            # "auto" fits each matrix; what most of them got need not be said of each.
-            codebooks = Counter(layout.codebook for layout in layouts.values())
-            default = config.spec.default.layout
-            default = replace(default, codebook=max(codebooks, key=codebooks.__getitem__, default=default.codebook))
+            spec = config.spec.default
+            default = spec.layout
+            if spec.codebook == "auto":
+                # It fits each matrix; what most of those with these bits got need not be said of each.
+                books = Counter(layout.codebook for layout in layouts.values())
+                fitting = [name for name in books if get_codebook(name).bits == spec.bits]
+                default = replace(default, codebook=max(fitting, key=books.__getitem__, default=default.codebook))
         config.header = QuantizationHeader.of(default, layouts, alone)
 
     def _compressed_keys(self) -> list[str]:

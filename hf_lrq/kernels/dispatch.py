@@ -69,7 +69,8 @@ def explain(
     """
     package = chosen(x.device, backend)
     if package is None:
-        return "torch" if backend == "torch" else f"torch ({status(x.device)})"
+        told = "torch" if backend == "torch" else status(x.device)
+        return told if told.startswith("torch") else f"torch ({told})"
     reason = package.declines(x, weight, scales, L, R, codebook, activation)
     name = package.__name__.rpartition(".")[2]
     return name if reason is None else f"torch ({name}: {reason})"

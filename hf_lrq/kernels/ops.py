@@ -23,7 +23,11 @@ torch.library.register_kernel("hf_lrq::linear_backward", None, reference.lrq_lin
 
 
 @torch.library.register_fake("hf_lrq::linear")
-def _(x: Tensor, weight: Tensor, scales: Tensor, *_rest: Any) -> Tensor:
+def _(x: Tensor, weight: Tensor, scales: Tensor, *rest: Any) -> Tensor:
+    # One tensor on meta is enough to come here; what is returned for real inputs would be numbers that nobody computed.
+    devices = {t.device for t in (x, weight, scales, *rest) if isinstance(t, Tensor)}
+    if len(devices) > 1:
+        raise RuntimeError(f"the tensors of a compressed layer are on {', '.join(sorted(map(str, devices)))}.")
     return x.new_empty(*x.shape[:-1], scales.shape[0])
 
 
@@ -46,7 +50,7 @@ def _(
 ) -> list[Tensor]:
     inputs = (x, scales, rot_in, rot_out, L, R)
     out = [
-        torch.empty_like(t) if need and t is not None else grad.new_empty(0)
+        t.new_empty(t.shape) if need and t is not None else grad.new_empty(0)
         for t, need in zip(inputs, needs[:6], strict=True)
     ]
     return [*out, grad.new_empty(grad.shape[-1]) if needs[6] else grad.new_empty(0)]
@@ -110,7 +114,7 @@ def linear(
     Returns:
         [..., out], dtype of x; under autocast, as from nn.Linear, that of autocast.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         # Here, not in the operator: its products would be cast one by one, and its result not have the dtype of x.
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if activation != "float" and torch.is_grad_enabled():

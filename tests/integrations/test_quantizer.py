@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,17 @@ def test_patterns_are_stored_by_name_and_loaded(original: Path, fast: dict[str, 
     assert again.model.layers[0].mlp.up_proj.rank == 0
     assert again.model.layers[0].self_attn.o_proj.layout.codebook == "e8p2"
     assert again.config.quantization_config.to_dict() == header(tmp_path)
+
+
+def test_the_config_that_made_a_checkpoint_loads_it(original: Path, fast: dict[str, Any], tmp_path: Path) -> None:
+    """Even where most modules got other bits than the default."""
+    config = LRQConfig(**fast | {"bits": 2}, bits_pattern={"mlp.*|q_proj|k_proj": 4})
+    AutoModelForCausalLM.from_pretrained(original, quantization_config=config).save_pretrained(tmp_path)
+    assert (header(tmp_path)["bits"], header(tmp_path)["codebook"]) == (2, "e8p2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # That patterns have no effect any more.
+        again = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    assert again.model.layers[0].mlp.up_proj.layout.codebook == "e8p4"
 
 
 @pytest.mark.parametrize(

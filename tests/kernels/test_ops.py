@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from hf_lrq.decomposition import compress_matrix
-from hf_lrq.kernels import hadamard
+from hf_lrq.kernels import hadamard, linear
+from hf_lrq.layout import LayerLayout
 from hf_lrq.nn import LRQLinear
 from hf_lrq.spec import LayerSpec
 
@@ -161,3 +162,48 @@ def test_layer_compiles_whole_and_agrees():
     torch.testing.assert_close(y, layer(x))
     y.sum().backward()
     assert layer.lr_L.grad is not None
+
+
+def test_gradients_of_a_transposed_input_under_compile():
+    layer, generator = make({"codebook": "bt"})
+    x = torch.randn(40, 6, generator=generator, requires_grad=True)
+
+    def loss(x):
+        return layer((x * 2).T).square().sum()
+
+    torch.compile(loss, fullgraph=True, backend="aot_eager")(x).backward()
+    expected = x.grad.clone()
+    x.grad = None
+    loss(x).backward()
+    torch.testing.assert_close(expected, x.grad)
+    arguments = (torch.randn(40, 6, generator=generator).T, layer.weight, layer.scales, layer.rot_in, layer.rot_out)
+    rest = (layer.lr_L, layer.lr_R, None, None, layer.bias, "bt2", 128, 256, "auto", "float")
+    torch.library.opcheck(torch.ops.hf_lrq.linear.default, (arguments[0].requires_grad_(True), *arguments[1:], *rest))
+
+
+def test_one_tensor_elsewhere_is_an_error():
+    layer, generator = make({"codebook": "bt"})
+    layer.bias = torch.nn.Parameter(torch.zeros(24, device="meta"))
+    with pytest.raises(RuntimeError, match="the tensors of a compressed layer are on cpu, meta"):
+        layer(torch.randn(2, 40, generator=generator))
+
+
+def test_a_layer_on_meta_has_a_shape():
+    layer, _ = make({})
+    assert layer.to("meta")(torch.empty(3, 40, device="meta")).shape == (3, 24)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_codes_of_another_codebook_are_refused(backend):
+    layer, generator = make({"codebook": "bt"})
+    x = torch.randn(2, 40, generator=generator)
+    with pytest.raises(ValueError, match="'bt4'"):
+        linear(x, layer.weight, layer.scales, *[None] * 7, "bt4", 128, 256, backend)
+
+
+@pytest.mark.parametrize("tokens", [4, 600])
+def test_sums_in_float16_do_not_overflow_before_their_scales(tokens):
+    layer = LRQLinear.random(512, 256, LayerLayout(codebook="bt2", rank=0), seed=1)
+    layer.scales.data.fill_(0.002)
+    x = torch.randn(tokens, 512, generator=torch.Generator().manual_seed(0)).half() * 2000
+    assert torch.isfinite(layer(x)).all()

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -73,7 +73,8 @@ def run(options: KernelOptions) -> None:
     """The command."""
     set_threads(options.threads)
     device = chosen_device(options.device)
-    shapes = [_parsed(shape) for shape in options.shapes]
+    options = replace(options, tokens=tuple(dict.fromkeys(options.tokens)))
+    shapes = list(dict.fromkeys(map(_parsed, options.shapes)))
     layouts = {name: _layout(name, options) for name in options.codebooks}
     say(f"{device}: {status(device)}; {torch.get_num_threads()} CPU threads; torch {torch.__version__}")
     bandwidth = read_bandwidth(device)
@@ -86,9 +87,9 @@ def run(options: KernelOptions) -> None:
     if options.as_json:
         print_json({"device": str(device), "read_bandwidth": bandwidth, "rows": [asdict(row) for row in rows]})
         return
-    for shape in options.shapes:
+    for shape in shapes:
         for tokens in options.tokens:
-            _print(shape, tokens, [row for row in rows if row.shape == shape and row.tokens == tokens], device)
+            _print(_shown(shape), tokens, [r for r in rows if (r.shape, r.tokens) == (_shown(shape), tokens)], device)
     say(f"memory read at {bandwidth / 1e9:.1f} GB/s by a plain sum")
 
 
@@ -97,6 +98,10 @@ def _parsed(shape: str) -> tuple[int, int]:
     if not (out_features.isdecimal() and in_features.isdecimal() and int(out_features) and int(in_features)):
         raise SpecError(f"a shape is written OUTxIN, for example 4096x4096, got {shape!r}.")
     return int(out_features), int(in_features)
+
+
+def _shown(shape: tuple[int, int]) -> str:
+    return "x".join(map(str, shape))
 
 
 def _layout(name: str, options: KernelOptions) -> LayerLayout:
@@ -141,7 +146,7 @@ def _measure(
         timings = take_turns(candidates, options.repetitions, device)
     for name, timing in timings.items():
         yield Row(
-            shape=f"{out_features}x{in_features}",
+            shape=_shown(shape),
             tokens=tokens,
             name=name,
             backend=backends.get(name, ""),
@@ -159,7 +164,7 @@ def _ratios(name: str, timing: Timing, timings: dict[str, Timing]) -> dict[str, 
 
 
 def _print(shape: str, tokens: int, rows: list[Row], device: torch.device) -> None:
-    aims = AIMS.get(tokens, {}) if device.type == "cpu" else {}
+    aims = AIMS.get(tokens, {}) if device.type == "cpu" and torch.get_num_threads() == 1 else {}
     baselines = list(rows[-1].times_as_fast)
     heading = [f"x {name}" + (f" (aim {aims[name]:g})" if name in aims else "") for name in baselines]
     share = "of bandwidth" + (f" (aim {BANDWIDTH_AIM:.0%})" if tokens == 1 and aims else "")

@@ -92,6 +92,8 @@ def load(check: Callable[[Library], str | None]) -> Library | str:
         wrong = check(library)
     except BuildError as error:
         wrong = str(error)
+    except Exception as error:  # Whatever a check stumbles over, layers are computed.
+        wrong = f"their check failed with {type(error).__name__}: {error}."
     if wrong is not None:
         logger.warning(
             "CPU kernels are off, compressed layers run in torch: %s HF_LRQ_CPU_KERNELS=0 hides this.", wrong
@@ -114,7 +116,8 @@ class Loader:
         self._check = check
         self._lock = threading.Lock()
         self._found: Library | str | None = None
-        os.register_at_fork(after_in_child=self._after_fork)
+        if hasattr(os, "register_at_fork"):  # Where processes do not fork, nothing is to be done.
+            os.register_at_fork(after_in_child=self._after_fork)
 
     def get(self) -> Library | str:
         """The library, or why there is none."""

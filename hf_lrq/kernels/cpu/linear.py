@@ -99,9 +99,7 @@ def lrq_linear(
             library, tokens, weight, scales, rot_in, rot_out, factors, bias, codebook, block
         ).view(y.shape)
     # Copies of what is not contiguous have to live until the call returns.
-    held = [
-        None if t is None else t.contiguous() for t in (weight, scales, rot_in, rot_out, L, L_scale, R, R_scale, bias)
-    ]
+    held = [_readable(t) for t in (weight, scales, rot_in, rot_out, L, L_scale, R, R_scale, bias)]
     weight_at, scales_at, rot_in_at, rot_out_at, L_at, L_scale_at, R_at, R_scale_at, bias_at = map(_place, held)
     for vector, size in ((rot_in, columns), (rot_out, rows), (bias, rows), (L_scale, rank), (R_scale, rank)):
         if vector is not None:
@@ -150,12 +148,15 @@ def by_matrix_products(
     y = x.new_empty(x.shape[0], rows)
     tile = torch.empty(min(TILE_ROWS, rows), columns, dtype=dtype)
     gain = _format(codebook)[4]
-    # In bfloat16 the integers of bt2 are exact, their multiples are not; in float16 sums of integers may overflow.
-    inner, outer = (1.0, gain) if dtype == torch.bfloat16 else (gain, 1.0)
+    # In bfloat16 the integers of bt2 are exact, their multiples are not; in float16 sums without scales may overflow.
+    after = dtype == torch.bfloat16
     for start in range(0, rows, TILE_ROWS):
         stop = min(start + TILE_ROWS, rows)
-        Q = decode(library, weight, codebook, columns, start, stop, dtype, inner, tile)
-        y[:, start:stop] = (z @ Q.T) * (scales[start:stop].float() * outer).to(dtype)
+        Q = decode(library, weight, codebook, columns, start, stop, dtype, 1.0 if after else gain, tile)
+        if after:
+            y[:, start:stop] = (z @ Q.T) * (scales[start:stop].float() * gain).to(dtype)
+        else:
+            y[:, start:stop] = z @ Q.mul_(scales[start:stop, None]).T
     L, R, L_scale, R_scale = factors
     if L is not None and R is not None:
         y += (z @ dense_factor(R, R_scale, 0).to(dtype).T) @ dense_factor(L, L_scale, 1).to(dtype).T
@@ -185,12 +186,17 @@ def decode(
     out: Tensor | None = None,
 ) -> Tensor:
     """Integers of the trellis times `gain`, rounded once to `dtype`: [stop - start, in]; in `out` if given."""
-    blocks, row_block = weight.contiguous(), get_codebook(codebook).row_block
-    count = max(stop - start, 0)
-    if start % row_block or stop > len(weight) * row_block or weight.shape[1] != -(-in_features // 16):
+    book = get_codebook(codebook)
+    blocks, row_block, count = weight.contiguous(), book.row_block, stop - start
+    if weight.dtype != torch.uint8 or weight.shape != book.packed_shape(len(weight) * row_block, in_features):
         raise ValueError(
-            f"rows {start} to {stop} of {in_features} columns are not in codes of shape {list(weight.shape)}; "
-            f"the first row must be a multiple of {row_block}."
+            f"codes of codebook {codebook!r} with {in_features} columns are torch.uint8 "
+            f"{['blocks', *book.packed_shape(row_block, in_features)[1:]]}, got {weight.dtype} {list(weight.shape)}."
+        )
+    if start % row_block or not 0 <= start <= stop <= len(weight) * row_block:
+        raise ValueError(
+            f"rows {start} to {stop} are not in codes of {len(weight) * row_block} rows; the first row must be a "
+            f"multiple of {row_block}."
         )
     values = torch.empty(count, in_features, dtype=dtype) if out is None else out[:count]
     family, bits, first, second, _ = _format(codebook)
@@ -210,6 +216,17 @@ def new_output(x: Tensor, rows: int) -> Tensor:
 def _place(tensor: Tensor | None) -> tuple[int, int]:
     """Address and kind; 0 where there is no tensor."""
     return (0, 0) if tensor is None else (tensor.data_ptr(), KINDS[tensor.dtype])
+
+
+def _readable(tensor: Tensor | None) -> Tensor | None:
+    """The tensor as the library can read it."""
+    if tensor is None:
+        return None
+    if tensor.device.type != "cpu":
+        raise ValueError(
+            f"a tensor of the layer is on {tensor.device}, its codes are on the CPU. Move the whole layer."
+        )
+    return (tensor if tensor.dtype in KINDS else tensor.float()).contiguous()
 
 
 def _expect(tensor: Tensor, *shape: int) -> None:

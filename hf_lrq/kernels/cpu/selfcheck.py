@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from hf_lrq.codebooks import get_codebook
 from hf_lrq.codebooks.trellis import Trellis
@@ -20,7 +21,13 @@ def fault(library: Library) -> str | None:
     """What `library` computes wrongly, None if nothing was found."""
     generator = torch.Generator().manual_seed(0)
     # The first call may come from anywhere.
-    modes = (torch.inference_mode(False), torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False))
+    modes = (
+        _disable_current_modes(),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.device("cpu"),
+        torch.autocast("cpu", enabled=False),
+    )
     with contextlib.ExitStack() as stack:
         for mode in modes:
             stack.enter_context(mode)

@@ -82,6 +82,16 @@ def test_decoding_what_there_is_no_kernel_for(kernels):
     assert cpu.decode_rows(torch.zeros(4, 1, 2, dtype=torch.uint8), "e8p2", 8, 0, 4, torch.float32) is None
     weight = torch.zeros(1, 1, 512, dtype=torch.uint8)
     assert cpu.decode_rows(weight, "bt2", 16, 0, 4, torch.float64) is None
-    for start, stop, columns in ((1, 4, 16), (0, 129, 16), (0, 4, 17)):
-        with pytest.raises(ValueError, match="are not in codes of shape"):
-            cpu.decode_rows(weight, "bt2", columns, start, stop, torch.float32)
+    for start, stop in ((1, 4), (0, 129), (-128, 0), (128, 0)):
+        with pytest.raises(
+            ValueError, match=r"are not in codes of 128 rows; the first row must be a multiple of 128\."
+        ):
+            cpu.decode_rows(weight, "bt2", 16, start, stop, torch.float32)
+    for wrong, book, columns in (
+        (weight, "bt2", 17),
+        (weight, "bt4", 16),
+        (weight.int(), "bt2", 16),
+        (weight[0], "bt2", 16),
+    ):
+        with pytest.raises(ValueError, match=rf"codes of codebook '{book}' with {columns} columns are torch.uint8"):
+            cpu.decode_rows(wrong, book, columns, 0, 4, torch.float32)
