@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_lrq.decomposition import compress_matrix
-from hf_lrq.kernels import hadamard, linear
+from hf_lrq.kernels import Operands, hadamard, linear
 from hf_lrq.layout import LayerLayout
 from hf_lrq.nn import LRQLinear
 from hf_lrq.spec import LayerSpec
@@ -198,7 +198,7 @@ def test_codes_of_another_codebook_are_refused(backend):
     layer, generator = make({"codebook": "bt"})
     x = torch.randn(2, 40, generator=generator)
     with pytest.raises(ValueError, match="'bt4'"):
-        linear(x, layer.weight, layer.scales, *[None] * 7, "bt4", 128, 256, backend)
+        linear(x, Operands(layer.weight, layer.scales, *[None] * 7, "bt4", 128, 256), backend)
 
 
 @pytest.mark.parametrize("tokens", [4, 600])

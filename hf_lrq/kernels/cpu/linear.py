@@ -1,6 +1,7 @@
-"""A compressed layer as one call of the compiled library."""
+"""Compressed layers as one call of the compiled library."""
 
 import struct
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from hf_lrq.codebooks import get_codebook
 from hf_lrq.kernels.cpu.library import Library
+from hf_lrq.kernels.operands import Operands
 from hf_lrq.kernels.reference import hadamard
 from hf_lrq.layout import hadamard_block
 from hf_lrq.matrices import dense_factor
@@ -30,7 +32,7 @@ MANY_TOKENS_TCQ = 32  # at any tier above scalar
 TILE_ROWS = 1024
 SURELY_FEW = 8
 
-_RECORD = struct.Struct("=34qd")  # `Call` of layer.c
+_RECORD = struct.Struct("=35qd")  # `Call` of layer.c
 
 
 @cache
@@ -41,86 +43,81 @@ def _format(codebook: str) -> tuple[int, int, int, int, float]:
     return FAMILIES[book.family], book.bits, first, rest[0] if rest else 0, book.gain  # type: ignore[attr-defined]
 
 
-def declines(
-    x: Tensor, weight: Tensor, scales: Tensor, L: Tensor | None, R: Tensor | None, codebook: str, activation: str
-) -> str | None:
+def declines(x: Tensor, layer: Operands, activation: str) -> str | None:
     """Why the library does not take this call, None if it does."""
+    codebook, weight, scales = layer.codebook, layer.weight, layer.scales
     if codebook not in MOST_COLUMNS:
         return f"no CPU kernel for codebook {codebook!r}"
     if x.device.type != "cpu" or weight.device.type != "cpu":
         return f"x is on {x.device} and weight on {weight.device}, the kernels are for the CPU"
     if x.dtype not in DIGITS:
         return f"no CPU kernel for x of {x.dtype}"
-    columns, rows = x.shape[-1], scales.shape[0]
+    columns, rows = x.shape[-1], layer.out_features
     if columns > MOST_COLUMNS[codebook]:
         return f"{columns} columns are more than the {MOST_COLUMNS[codebook]} whose sums fit into 32 bits"
     if scales.ndim != 1 or scales.dtype not in DIGITS or weight.dtype != torch.uint8:
         return f"codes of {weight.dtype} with scales of {scales.dtype} {list(scales.shape)}"
     if weight.shape != get_codebook(codebook).packed_shape(rows, columns):
         return f"codes of shape {list(weight.shape)} do not belong to a [{rows}, {columns}] matrix"
-    for factor in (L, R):
+    for factor in (layer.L, layer.R):
         if factor is not None and factor.dtype not in KINDS:
             return f"no CPU kernel for factors of {factor.dtype}"
     return None
 
 
-def lrq_linear(
-    library: Library,
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor,
-    rot_in: Tensor | None,
-    rot_out: Tensor | None,
-    L: Tensor | None,
-    R: Tensor | None,
-    L_scale: Tensor | None,
-    R_scale: Tensor | None,
-    bias: Tensor | None,
-    codebook: str,
-    block: int,
-    activation: str,
-) -> Tensor:
-    """`reference.lrq_linear` by the library, for a call that `declines` has nothing against."""
-    columns, rows = x.shape[-1], scales.shape[0]
+def lrq_linear_group(library: Library, x: Tensor, layers: Sequence[Operands], activation: str) -> Tensor:
+    """`dispatch.lrq_linear_group` by the library, for layers that `declines` has nothing against."""
+    columns, codebook = x.shape[-1], layers[0].codebook
     tokens = x.reshape(-1, columns)
     if tokens.stride(1) != 1:
         tokens = tokens.contiguous()
-    y = new_output(x, rows)
+    y = new_output(x, sum(layer.out_features for layer in layers))
     if y.numel() == 0:
         return y
-    rank = 0
-    if L is not None and R is not None:
-        rank = L.shape[1] if L_scale is None else L_scale.shape[0]
-        _expect(L, rows, (rank + 1) // 2 if L.dtype == torch.uint8 else rank)
-        _expect(R, (rank + 1) // 2 if R.dtype == torch.uint8 else rank, columns)
+    for layer in layers:
+        _check_shapes(layer, columns)
     if tokens.shape[0] >= SURELY_FEW and tokens.shape[0] >= many_tokens(library, codebook, x.dtype):
-        factors = (L, R, L_scale, R_scale)
-        return by_matrix_products(
-            library, tokens, weight, scales, rot_in, rot_out, factors, bias, codebook, block
-        ).view(y.shape)
-    # Copies of what is not contiguous have to live until the call returns.
-    held = [_readable(t) for t in (weight, scales, rot_in, rot_out, L, L_scale, R, R_scale, bias)]
-    weight_at, scales_at, rot_in_at, rot_out_at, L_at, L_scale_at, R_at, R_scale_at, bias_at = map(_place, held)
-    for vector, size in ((rot_in, columns), (rot_out, rows), (bias, rows), (L_scale, rank), (R_scale, rank)):
-        if vector is not None:
-            _expect(vector, size)
+        z = _rotated(tokens, layers[0].rot_in, layers[0].block)
+        parts = [by_matrix_products(library, z, layer) for layer in layers]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).view(y.shape)
     family, bits, first, second, gain = _format(codebook)
     blocked = activation == "int8"
-    record = _RECORD.pack(
-        *(tokens.data_ptr(), tokens.stride(0), KINDS[x.dtype], y.data_ptr()),
-        *(tokens.shape[0], columns, rows),
-        *(weight_at[0], family, bits, first, second),
-        *scales_at,
-        *(*rot_in_at, hadamard_block(columns, block), *rot_out_at, hadamard_block(rows, block)),
-        *(*L_at, *L_scale_at, *R_at, *R_scale_at, rank),
-        *bias_at,
-        *(1 if blocked else DIGITS[x.dtype], blocked),
-        _useful_threads(tokens.shape[0] * columns * rows),
-        gain,
-    )
-    if library.linear(record):
-        raise MemoryError(f"no memory for a compressed layer of [{rows}, {columns}] and {tokens.shape[0]} tokens.")
+    products = tokens.shape[0] * columns * y.shape[-1]
+    run = (1 if blocked else DIGITS[x.dtype], blocked, _useful_threads(products), gain)
+    # Copies of what is not contiguous have to live until the call returns.
+    held, records, y_at = [], [], y.data_ptr()
+    for layer in layers:
+        tensors = [_readable(tensor) for tensor in layer.tensors]
+        held.append(tensors)
+        weight, scales, rot_in, rot_out, L, R, L_scale, R_scale, bias = map(_place, tensors)
+        record = _RECORD.pack(
+            *(tokens.data_ptr(), tokens.stride(0), KINDS[x.dtype], y_at, y.shape[-1]),
+            *(tokens.shape[0], columns, layer.out_features),
+            *(weight[0], family, bits, first, second),
+            *scales,
+            *(*rot_in, hadamard_block(columns, layer.block), *rot_out, hadamard_block(layer.out_features, layer.block)),
+            *(*L, *L_scale, *R, *R_scale, layer.rank),
+            *bias,
+            *run,
+        )
+        records.append(record)
+        y_at += layer.out_features * y.element_size()
+    if library.linear(b"".join(records), len(records)):
+        raise MemoryError(f"no memory for a compressed layer of [{y.shape[-1]}, {columns}], {len(tokens)} tokens.")
     return y
+
+
+def _check_shapes(layer: Operands, columns: int) -> None:
+    """The library believes what it is told."""
+    rows, rank = layer.out_features, 0
+    if layer.L is not None and layer.R is not None:
+        rank = layer.rank
+        _expect(layer.L, rows, (rank + 1) // 2 if layer.L.dtype == torch.uint8 else rank)
+        _expect(layer.R, (rank + 1) // 2 if layer.R.dtype == torch.uint8 else rank, columns)
+    sizes = {"rot_in": columns, "rot_out": rows, "bias": rows, "L_scale": rank, "R_scale": rank}
+    for name, size in sizes.items():
+        if (vector := getattr(layer, name)) is not None:
+            _expect(vector, size)
 
 
 def many_tokens(library: Library, codebook: str, dtype: torch.dtype) -> int:
@@ -129,40 +126,33 @@ def many_tokens(library: Library, codebook: str, dtype: torch.dtype) -> int:
     return min(found, MANY_TOKENS_TCQ) if codebook.startswith("tcq") else found
 
 
+def _rotated(x: Tensor, rot_in: Tensor | None, block: int) -> Tensor:
+    return x if rot_in is None else hadamard(x * rot_in.to(x.dtype), block)
+
+
 @torch.no_grad()
-def by_matrix_products(
-    library: Library,
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor,
-    rot_in: Tensor | None,
-    rot_out: Tensor | None,
-    factors: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
-    bias: Tensor | None,
-    codebook: str,
-    block: int,
-) -> Tensor:
-    """The layer for many tokens [n, in]: rows of Q, some at a time, are decoded to the dtype of x and multiplied."""
-    dtype, columns, rows = x.dtype, x.shape[1], scales.shape[0]
-    z = x if rot_in is None else hadamard(x * rot_in.to(dtype), block)
-    y = x.new_empty(x.shape[0], rows)
+def by_matrix_products(library: Library, z: Tensor, layer: Operands) -> Tensor:
+    """The layer for many transformed tokens [n, in]: rows of Q, some at a time, are decoded to their dtype."""
+    dtype, columns, rows, scales = z.dtype, z.shape[1], layer.out_features, layer.scales
+    y = z.new_empty(z.shape[0], rows)
     tile = torch.empty(min(TILE_ROWS, rows), columns, dtype=dtype)
-    gain = _format(codebook)[4]
+    gain = _format(layer.codebook)[4]
     # In bfloat16 the integers of bt2 are exact, their multiples are not; in float16 sums without scales may overflow.
     after = dtype == torch.bfloat16
     for start in range(0, rows, TILE_ROWS):
         stop = min(start + TILE_ROWS, rows)
-        Q = decode(library, weight, codebook, columns, start, stop, dtype, 1.0 if after else gain, tile)
+        factor = 1.0 if after else gain
+        Q = decode(library, layer.weight, layer.codebook, columns, start, stop, dtype, factor, tile)
         if after:
             y[:, start:stop] = (z @ Q.T) * (scales[start:stop].float() * gain).to(dtype)
         else:
             y[:, start:stop] = z @ Q.mul_(scales[start:stop, None]).T
-    L, R, L_scale, R_scale = factors
-    if L is not None and R is not None:
-        y += (z @ dense_factor(R, R_scale, 0).to(dtype).T) @ dense_factor(L, L_scale, 1).to(dtype).T
-    if rot_out is not None:
-        y = hadamard(y, block) * rot_out.to(dtype)
-    return y if bias is None else y + bias.to(dtype)
+    if layer.L is not None and layer.R is not None:
+        right, left = dense_factor(layer.R, layer.R_scale, 0), dense_factor(layer.L, layer.L_scale, 1)
+        y += (z @ right.to(dtype).T) @ left.to(dtype).T
+    if layer.rot_out is not None:
+        y = hadamard(y, layer.block) * layer.rot_out.to(dtype)
+    return y if layer.bias is None else y + layer.bias.to(dtype)
 
 
 def decode_rows(

@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from hf_lrq.codebooks import get_codebook
 from hf_lrq.codebooks.trellis import Trellis
 from hf_lrq.kernels.cpu.library import Library
-from hf_lrq.kernels.cpu.linear import MOST_COLUMNS, decode, lrq_linear
+from hf_lrq.kernels.cpu.linear import MOST_COLUMNS, decode, lrq_linear_group
+from hf_lrq.kernels.operands import Operands
 
 ROWS, COLUMNS, RANK = 136, 56, 3  # a block and a bit; three tiles and a half; whole blocks of 8 for the transforms
 TOKENS = (1, 9)
@@ -50,7 +51,8 @@ def _is_right(library: Library, book: Trellis, generator: torch.Generator) -> bo
     H = _hadamard(8)
     for tokens in TOKENS:
         x = torch.randn(tokens, COLUMNS, **numbers)
-        y = lrq_linear(library, x, weight, scales, rot_in, rot_out, L, R, None, None, None, book.name, 8, "float")
+        layer = Operands(weight, scales, rot_in, rot_out, L, R, None, None, None, book.name, 128, 8)
+        y = lrq_linear_group(library, x, [layer], "float")
         z = ((x * rot_in).unflatten(1, (-1, 8)) @ H).flatten(1)
         expected = z @ (Q * scales.float()[:, None] + L @ R).T
         expected = (expected.unflatten(1, (-1, 8)) @ H).flatten(1) * rot_out

@@ -171,16 +171,15 @@ def test_results_repeat_bit_by_bit_whatever_the_threads(tier, make_layer, genera
 
 def test_declines_says_why(kernels, make_layer):
     layer = make_layer(130, 48, form="float32")
-    L, R, _, _ = layer.factors
     x = torch.zeros(1, 48)
 
-    def reason(x=x, weight=layer.weight, scales=layer.scales, L=L, codebook="bt2"):
-        return cpu.declines(x, weight, scales, L, R, codebook, "float")
+    def reason(x=x, **other):
+        return cpu.declines(x, layer.operands._replace(**other), "float")
 
     assert reason() is None
     assert "codebook 'e8p2'" in reason(codebook="e8p2")
     assert "torch.float64" in reason(x=x.double())
-    assert "torch.float64" in reason(L=L.double())
+    assert "torch.float64" in reason(L=layer.operands.L.double())
     assert "do not belong to a [130, 80] matrix" in reason(x=torch.zeros(1, 80))
     assert "do not belong to a [300, 48] matrix" in reason(scales=torch.ones(300))
     assert "65537 columns" in reason(x=torch.zeros(1, 65537))
