@@ -47,7 +47,7 @@ from hf_lrq.integrations.layers import (
 from hf_lrq.integrations.saving import bind_saving, unbind_saving
 from hf_lrq.integrations.skip_rules import exactly, is_candidate, skip_reasons
 from hf_lrq.layout import LayerLayout
-from hf_lrq.nn import LRQExpertStack, LRQLinear
+from hf_lrq.nn import LRQExpertStack, LRQLinear, fuse_layers, unfuse_layers
 
 __all__ = ["LRQConfig", "LRQHfQuantizer", "compress_pretrained"]
 
@@ -232,16 +232,19 @@ class LRQHfQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """Called by `save_pretrained` before it writes config.json: bring the config up to date with the modules.
 
-        Tensors that a cast of the whole model has changed are stored in the dtype of the format.
+        Tensors that a cast of the whole model has changed are stored in the dtype of the format; those that layers of a
+        group share, once for each.
         """
         self._describe(model)
-        changed = {
-            f"{name}.{key}": tensor.to(layout.dtype)
-            for name, module in model.named_modules()
-            if isinstance(module, LRQLinear | LRQExpertStack)
-            for key, layout in module.layout.tensors(module.out_features, module.in_features).items()
-            if (tensor := getattr(module, key)).dtype != layout.dtype and tensor.device.type != "meta"
-        }
+        changed = {}
+        for name, module in model.named_modules():
+            if not isinstance(module, LRQLinear | LRQExpertStack):
+                continue
+            shared = ("rot_in",) if isinstance(module, LRQLinear) and module.group is not None else ()
+            for key, layout in module.layout.tensors(module.out_features, module.in_features).items():
+                tensor = getattr(module, key)
+                if (tensor.dtype != layout.dtype or key in shared) and tensor.device.type != "meta":
+                    changed[f"{name}.{key}"] = tensor.to(layout.dtype, copy=True)
         return ({**model.state_dict(), **changed} if changed else None), {}
 
     def remove_quantization_config(self, model: Any) -> None:
@@ -254,6 +257,7 @@ class LRQHfQuantizer(HfQuantizer):
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         known = self.targets.compressed if self.targets is not None else []
         transposed = {target.name for target in known if target.kind == "conv1d"}
+        unfuse_layers(model)
         # All of them before the first is replaced: a model of both kinds must not come about.
         for name, module in model.named_modules():
             if isinstance(module, LRQLinear | LRQExpertStack):
@@ -464,6 +468,9 @@ class LRQHfQuantizer(HfQuantizer):
                 use_stacks(module)
             elif isinstance(module, LRQLinear | LRQExpertStack):
                 module.requires_grad_(False)
+        if config.fuse and not config.dequantize:
+            fused = fuse_layers(model)
+            logger.info("hf_lrq: layers are computed together in %d modules", len(fused))
         compressed_here = not self.pre_quantized
         self.pre_quantized = True
         self._pending = {}

@@ -21,33 +21,42 @@ def _tensors(suffix: str = "", names: Iterable[str] = (*_REQUIRED, *_OPTIONAL)) 
 
 _WITHOUT_BIAS = _tensors(names=(*_REQUIRED, *_OPTIONAL[:-1]))
 torch.library.define("hf_lrq::linear", f"(Tensor x, {_tensors()}, {_FORMAT}, {_RUN}) -> Tensor")
+# Without gradient: two passes through Python less, which for small layers take as long as the rest.
+torch.library.define("hf_lrq::linear_inference", f"(Tensor x, {_tensors()}, {_FORMAT}, {_RUN}) -> Tensor")
 torch.library.define("hf_lrq::linear_group", f"(Tensor x, {_tensors('[]')}, {_FORMAT}, {_RUN}) -> Tensor")
 torch.library.define(
     "hf_lrq::linear_backward", f"(Tensor grad, Tensor x, {_WITHOUT_BIAS}, {_FORMAT}, bool[] needs) -> Tensor[]"
 )
 
 
-# `None` is "every device".
-@torch.library.register_kernel("hf_lrq::linear", None)
-def _(x: Tensor, *arguments: Any) -> Tensor:
+def _linear(x: Tensor, *arguments: Any) -> Tensor:
     *layer, backend, activation = arguments
     return dispatch.lrq_linear(x, Operands(*layer), backend, activation)
 
 
-@torch.library.register_kernel("hf_lrq::linear_group", None)
-def _(x: Tensor, *arguments: Any) -> Tensor:
+def _linear_group(x: Tensor, *arguments: Any) -> Tensor:
     *layers, backend, activation = arguments
     return dispatch.lrq_linear_group(x, by_layer(layers[:TENSORS], *layers[TENSORS:]), backend, activation)
 
 
-@torch.library.register_kernel("hf_lrq::linear_backward", None)
-def _(grad: Tensor, x: Tensor, *arguments: Any) -> list[Tensor]:
+def _linear_backward(grad: Tensor, x: Tensor, *arguments: Any) -> list[Tensor]:
     *layer, needs = arguments
     return reference.lrq_linear_backward(grad, x, _without_bias(layer), needs)
 
 
 def _without_bias(layer: Sequence[Any]) -> Operands:
     return Operands._make((*layer[: TENSORS - 1], None, *layer[TENSORS - 1 :]))
+
+
+# For every device. `torch.library.register_kernel` wraps functions once more, which small layers feel.
+_library = torch.library.Library("hf_lrq", "FRAGMENT")
+for _name, _kernel in (
+    ("linear", _linear),
+    ("linear_inference", _linear),
+    ("linear_group", _linear_group),
+    ("linear_backward", _linear_backward),
+):
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
 
 
 def _empty_output(x: Tensor, layers: Sequence[Operands]) -> Tensor:
@@ -59,9 +68,12 @@ def _empty_output(x: Tensor, layers: Sequence[Operands]) -> Tensor:
     return x.new_empty(*x.shape[:-1], sum(layer.out_features for layer in layers))
 
 
-@torch.library.register_fake("hf_lrq::linear")
-def _(x: Tensor, *arguments: Any) -> Tensor:
+def _fake_linear(x: Tensor, *arguments: Any) -> Tensor:
     return _empty_output(x, [Operands(*arguments[:-2])])
+
+
+torch.library.register_fake("hf_lrq::linear", _fake_linear)
+torch.library.register_fake("hf_lrq::linear_inference", _fake_linear)
 
 
 @torch.library.register_fake("hf_lrq::linear_group")
@@ -120,9 +132,11 @@ def linear(x: Tensor, layer: Operands, backend: str = "auto", activation: str = 
     Returns:
         [..., out], dtype of x; under autocast, as from nn.Linear, that of autocast.
     """
-    if activation != "float" and _wants_gradient(x, layer):
-        activation = "float"
-    result: Tensor = torch.ops.hf_lrq.linear(_cast(x), *layer, backend, activation)
+    if _wants_gradient(x, layer):
+        operator, activation = torch.ops.hf_lrq.linear, "float"
+    else:
+        operator = torch.ops.hf_lrq.linear_inference
+    result: Tensor = operator(_cast(x), *layer, backend, activation)
     return result
 
 

@@ -202,7 +202,8 @@ class LRQLinear(nn.Linear):
             L, R = self.low_rank() if adapt is None else adapt(*self.low_rank())
             L_scale = R_scale = None
         tensors = (self.weight, self.scales, self.rot_in, self.rot_out, L, R, L_scale, R_scale, self.bias)
-        return Operands(*tensors, self.layout.codebook, self.layout.group_size, self.layout.rotation_block)
+        layout = self.layout
+        return Operands(*tensors, layout.codebook, layout.group_size, layout.rotation_block)
 
     def runs_on(self, dtype: torch.dtype = torch.float32) -> str:
         """The backend that computes this layer for inputs of `dtype`, or "torch" and why it is not a faster one."""

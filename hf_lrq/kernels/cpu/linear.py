@@ -1,8 +1,9 @@
 """Compressed layers as one call of the compiled library."""
 
 import struct
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -32,7 +33,8 @@ MANY_TOKENS_TCQ = 32  # at any tier above scalar
 TILE_ROWS = 1024
 SURELY_FEW = 8
 
-_RECORD = struct.Struct("=35qd")  # `Call` of layer.c
+# The two halves of `Call` of layer.c.
+_RUN, _LAYER = struct.Struct("=10q"), struct.Struct("=25qd")
 
 
 @cache
@@ -45,70 +47,113 @@ def _format(codebook: str) -> tuple[int, int, int, int, float]:
 
 def declines(x: Tensor, layer: Operands, activation: str) -> str | None:
     """Why the library does not take this call, None if it does."""
-    codebook, weight, scales = layer.codebook, layer.weight, layer.scales
+    weight, scales = layer.weight, layer.scales
+    if not (x.is_cpu and weight.is_cpu):
+        return f"x is on {x.device} and weight on {weight.device}, the kernels are for the CPU"
+    factors = tuple(factor.dtype for factor in (layer.L, layer.R) if factor is not None)
+    return _declines(
+        layer.codebook, x.dtype, x.shape[-1], weight.dtype, weight.shape, scales.dtype, scales.shape, factors
+    )
+
+
+@lru_cache(maxsize=1024)
+def _declines(
+    codebook: str,
+    dtype: torch.dtype,
+    columns: int,
+    weight_dtype: torch.dtype,
+    weight_shape: torch.Size,
+    scales_dtype: torch.dtype,
+    scales_shape: torch.Size,
+    factor_dtypes: tuple[torch.dtype, ...],
+) -> str | None:
     if codebook not in MOST_COLUMNS:
         return f"no CPU kernel for codebook {codebook!r}"
-    if x.device.type != "cpu" or weight.device.type != "cpu":
-        return f"x is on {x.device} and weight on {weight.device}, the kernels are for the CPU"
-    if x.dtype not in DIGITS:
-        return f"no CPU kernel for x of {x.dtype}"
-    columns, rows = x.shape[-1], layer.out_features
+    if dtype not in DIGITS:
+        return f"no CPU kernel for x of {dtype}"
     if columns > MOST_COLUMNS[codebook]:
         return f"{columns} columns are more than the {MOST_COLUMNS[codebook]} whose sums fit into 32 bits"
-    if scales.ndim != 1 or scales.dtype not in DIGITS or weight.dtype != torch.uint8:
-        return f"codes of {weight.dtype} with scales of {scales.dtype} {list(scales.shape)}"
-    if weight.shape != get_codebook(codebook).packed_shape(rows, columns):
-        return f"codes of shape {list(weight.shape)} do not belong to a [{rows}, {columns}] matrix"
-    for factor in (layer.L, layer.R):
-        if factor is not None and factor.dtype not in KINDS:
-            return f"no CPU kernel for factors of {factor.dtype}"
+    if len(scales_shape) != 1 or scales_dtype not in DIGITS or weight_dtype != torch.uint8:
+        return f"codes of {weight_dtype} with scales of {scales_dtype} {list(scales_shape)}"
+    rows = scales_shape[0]
+    if weight_shape != get_codebook(codebook).packed_shape(rows, columns):
+        return f"codes of shape {list(weight_shape)} do not belong to a [{rows}, {columns}] matrix"
+    for factor_dtype in factor_dtypes:
+        if factor_dtype not in KINDS:
+            return f"no CPU kernel for factors of {factor_dtype}"
     return None
 
 
 def lrq_linear_group(library: Library, x: Tensor, layers: Sequence[Operands], activation: str) -> Tensor:
     """`dispatch.lrq_linear_group` by the library, for layers that `declines` has nothing against."""
-    columns, codebook = x.shape[-1], layers[0].codebook
+    columns, dtype, codebook = x.shape[-1], x.dtype, layers[0].codebook
     tokens = x.reshape(-1, columns)
+    count = tokens.shape[0]
     if tokens.stride(1) != 1:
         tokens = tokens.contiguous()
-    y = new_output(x, sum(layer.out_features for layer in layers))
+    prepared = [_prepared(layer, columns) for layer in layers]
+    rows = sum(each.rows for each in prepared)
+    y = new_output(x, rows)
     if y.numel() == 0:
         return y
-    for layer in layers:
-        _check_shapes(layer, columns)
-    if tokens.shape[0] >= SURELY_FEW and tokens.shape[0] >= many_tokens(library, codebook, x.dtype):
+    if count >= SURELY_FEW and count >= many_tokens(library, codebook, dtype):
         z = _rotated(tokens, layers[0].rot_in, layers[0].block)
         parts = [by_matrix_products(library, z, layer) for layer in layers]
         return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).view(y.shape)
-    family, bits, first, second, gain = _format(codebook)
     blocked = activation == "int8"
-    products = tokens.shape[0] * columns * y.shape[-1]
-    run = (1 if blocked else DIGITS[x.dtype], blocked, _useful_threads(products), gain)
-    # Copies of what is not contiguous have to live until the call returns.
-    held, records, y_at = [], [], y.data_ptr()
-    for layer in layers:
-        tensors = [_readable(tensor) for tensor in layer.tensors]
-        held.append(tensors)
-        weight, scales, rot_in, rot_out, L, R, L_scale, R_scale, bias = map(_place, tensors)
-        record = _RECORD.pack(
-            *(tokens.data_ptr(), tokens.stride(0), KINDS[x.dtype], y_at, y.shape[-1]),
-            *(tokens.shape[0], columns, layer.out_features),
-            *(weight[0], family, bits, first, second),
-            *scales,
-            *(*rot_in, hadamard_block(columns, layer.block), *rot_out, hadamard_block(layer.out_features, layer.block)),
-            *(*L, *L_scale, *R, *R_scale, layer.rank),
-            *bias,
-            *run,
-        )
-        records.append(record)
-        y_at += layer.out_features * y.element_size()
+    digits = 1 if blocked else DIGITS[dtype]
+    given = (tokens.data_ptr(), tokens.stride(0), KINDS[dtype])
+    how = (count, columns, digits, blocked, _useful_threads(count * columns * rows))
+    records, y_at = [], y.data_ptr()
+    for each in prepared:
+        records.append(_RUN.pack(*given, y_at, rows, *how) + each.record)
+        y_at += each.rows * y.element_size()
     if library.linear(b"".join(records), len(records)):
-        raise MemoryError(f"no memory for a compressed layer of [{y.shape[-1]}, {columns}], {len(tokens)} tokens.")
+        raise MemoryError(f"no memory for a compressed layer of [{rows}, {columns}] and {count} tokens.")
     return y
 
 
-def _check_shapes(layer: Operands, columns: int) -> None:
-    """The library believes what it is told."""
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    """A layer as the library takes it.
+
+    Attributes:
+        record: the part of `Call` that is the layer's.
+        rows: of the layer.
+        copies: tensors that the record points to and nobody else holds.
+    """
+
+    record: bytes
+    rows: int
+    copies: tuple[Tensor, ...] = ()
+
+
+# What was prepared earlier, by all that it depends on. Small layers take longer to describe than to compute.
+_known: dict[Hashable, _Prepared] = {}
+_MOST_KNOWN = 1 << 16
+
+
+def _prepared(layer: Operands, columns: int) -> _Prepared:
+    tensors = layer.tensors
+    key = (
+        layer.codebook,
+        layer.block,
+        columns,
+        *[None if t is None else (t.data_ptr(), t.dtype, t.shape, t.is_cpu and t.is_contiguous()) for t in tensors],
+    )
+    found = _known.get(key)
+    if found is not None:
+        return found
+    prepared = _prepare(layer, columns)
+    if not prepared.copies:
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        _known[key] = prepared
+    return prepared
+
+
+def _prepare(layer: Operands, columns: int) -> _Prepared:
+    """Checks all that the library believes."""
     rows, rank = layer.out_features, 0
     if layer.L is not None and layer.R is not None:
         rank = layer.rank
@@ -118,6 +163,19 @@ def _check_shapes(layer: Operands, columns: int) -> None:
     for name, size in sizes.items():
         if (vector := getattr(layer, name)) is not None:
             _expect(vector, size)
+    readable = [_readable(tensor) for tensor in layer.tensors]
+    weight, scales, rot_in, rot_out, L, R, L_scale, R_scale, bias = map(_place, readable)
+    family, bits, first, second, gain = _format(layer.codebook)
+    record = _LAYER.pack(
+        *(rows, weight[0], family, bits, first, second),
+        *scales,
+        *(*rot_in, hadamard_block(columns, layer.block), *rot_out, hadamard_block(rows, layer.block)),
+        *(*L, *L_scale, *R, *R_scale, rank),
+        *bias,
+        gain,
+    )
+    copies = [own for own, given in zip(readable, layer.tensors, strict=True) if own is not None and own is not given]
+    return _Prepared(record, rows, tuple(copies))
 
 
 def many_tokens(library: Library, codebook: str, dtype: torch.dtype) -> int:

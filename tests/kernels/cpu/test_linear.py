@@ -191,3 +191,17 @@ def test_a_vector_of_the_wrong_length_is_refused(kernels, make_layer):
     wrong = layer.__class__(**{**layer.__dict__, "bias": torch.zeros(129)})
     with pytest.raises(ValueError, match=r"shape \[129\] stands where the layer needs \[130\]"):
         wrong(torch.zeros(1, 48))
+
+
+def test_a_layer_whose_tensors_were_replaced_is_described_anew(kernels, make_layer):
+    layer = make_layer(130, 48, form="float32")
+    x = torch.randn(3, 48, generator=torch.Generator().manual_seed(0))
+    first = layer(x)
+    scales = layer.scales.clone()
+    layer.scales.data = 2 * scales.float()  # Elsewhere in memory, and of another dtype.
+    changed = layer(x)
+    assert not torch.equal(changed, first)
+    layer.scales.data = scales
+    assert torch.equal(layer(x), first)
+    layer.scales.mul_(2)  # In place.
+    torch.testing.assert_close(layer(x), changed)

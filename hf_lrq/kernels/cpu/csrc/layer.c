@@ -14,14 +14,15 @@
    be absent. */
 typedef struct {
     int64_t x, x_stride, x_kind, y, y_stride; /* x, y: [tokens] rows so many values apart, of one kind */
-    int64_t tokens, in_features, out_features;
+    int64_t tokens, in_features;
+    int64_t digits, blocks; /* of the activations, see `Planes` */
+    int64_t threads;
+    int64_t out_features; /* from here on what is the layer's own */
     int64_t codes, family, bits, multipliers[2];
     int64_t scales, scales_kind;
     int64_t rot_in, rot_in_kind, block_in, rot_out, rot_out_kind, block_out;
     int64_t L, L_kind, L_scale, L_scale_kind, R, R_kind, R_scale, R_scale_kind, rank;
     int64_t bias, bias_kind;
-    int64_t digits, blocks; /* of the activations, see `Planes` */
-    int64_t threads;
     double gain;
 } Call;
 
