@@ -5,27 +5,27 @@ import functools
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.logging import is_progress_bar_enabled
 
-from hf_lrq.calibration.batches import Batch, make_batches
+from hf_lrq.calibration.batches import Batch
 from hf_lrq.calibration.compress import compress
 from hf_lrq.calibration.progress import Progress, TqdmProgress
 from hf_lrq.calibration.records import CompressionReport, LayerRecord
 from hf_lrq.calibration.targets import EXPERT_MATRICES, Target, TargetList, find_targets, name_matches
 from hf_lrq.checkpoint import QUANT_METHOD, QuantizationHeader, check_headers, read_headers
 from hf_lrq.codebooks import get_codebook
-from hf_lrq.errors import CalibrationError, CheckpointError, CompressionError, SpecError
+from hf_lrq.errors import CheckpointError, CompressionError, SpecError
+from hf_lrq.integrations.calibration_data import calibration_batches, described
 from hf_lrq.integrations.config import LRQConfig, stored_header
 from hf_lrq.integrations.conversions import names_in_files, names_in_model, spare_on_save, sparing
 from hf_lrq.integrations.experts import owns_stacks, remove_stacks, use_stacks
@@ -475,7 +475,7 @@ class LRQHfQuantizer(HfQuantizer):
         self.pre_quantized = True
         self._pending = {}
         if compressed_here:
-            self.recipe = {**config.options(), "dataset": _described(config.dataset)}
+            self.recipe = {**config.options(), "dataset": described(config.dataset)}
         config.dataset = config.tokenizer = None  # Neither is needed again, and both can be large.
         self._describe(model)
         spare_on_save(model, self._compressed_keys())
@@ -551,47 +551,6 @@ def compress_pretrained(
     model.quantization_method = QUANT_METHOD
     quantizer.postprocess_model(model)
     return report
-
-
-def calibration_batches(model: Any, config: LRQConfig) -> list[Batch]:
-    """The batches that the config asks for; texts are tokenized with its tokenizer, or with that of the model.
-
-    Raises:
-        CalibrationError: if there is no such data, or no tokenizer.
-    """
-    dataset, tokenizer = config.dataset, config.tokenizer
-    texts = isinstance(dataset, list | tuple) and any(isinstance(item, str) for item in dataset)
-    if texts or isinstance(dataset, str | Path):
-        if tokenizer is None:
-            tokenizer = model.config._name_or_path
-        if isinstance(tokenizer, str | Path):
-            tokenizer = _load_tokenizer(tokenizer)
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return make_batches(
-        dataset,
-        tokenizer,
-        nsamples=config.nsamples,
-        seqlen=min(config.seqlen, longest) if isinstance(longest, int) and longest > 0 else config.seqlen,
-        batch_size=config.batch_size,
-        seed=config.seed,
-    )
-
-
-def _load_tokenizer(name: str | Path) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise CalibrationError(
-            f"calibration texts need a tokenizer, and {str(name)!r} has none that can be loaded "
-            f"({str(error).splitlines()[0]}). Pass tokenizer= to LRQConfig, or give token tensors as dataset."
-        ) from error
-
-
-def _described(dataset: Any) -> str | None:
-    """What a report says about calibration data."""
-    if dataset is None or isinstance(dataset, str | Path):
-        return None if dataset is None else str(dataset)
-    return f"{len(dataset)} items given by the caller" if isinstance(dataset, Sized) else "given by the caller"
 
 
 def _warn_of_idle_patterns(model: Any, config: LRQConfig) -> None:

@@ -161,9 +161,11 @@ def linear_group(
 
 
 def _cast(x: Tensor) -> Tensor:
-    """Under autocast x in its dtype: in the operator products would be cast one by one."""
+    """Under autocast x in its dtype, unless it is float64: in the operator products would be cast one by one."""
     kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if kind != "meta" and torch.is_autocast_enabled(kind) else x
+    if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
 
 
 def _wants_gradient(x: Tensor, layer: Operands) -> bool:

@@ -79,6 +79,10 @@ def test_under_autocast_it_is_a_linear_layer_like_others(variant):
     assert torch.equal(y, layer(x.bfloat16()))
     y.sum().backward()
     assert x.grad.dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        exact = x.detach().double()
+        assert torch.equal(layer(exact), layer.double()(exact))
+        assert torch.nn.Linear(40, 24).double()(exact).dtype == torch.float64
 
 
 def test_a_transform_outlives_the_mode_it_was_first_used_in():
