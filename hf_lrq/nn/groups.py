@@ -55,7 +55,7 @@ class LinearGroup:
 
     def __init__(self, names: Sequence[str], members: Sequence[LRQLinear], owner: nn.Module):
         self.names, self.members = tuple(names), tuple(members)
-        self._running = 0  # forwards of the owner; more than one with several threads
+        self._running = False  # the owner; where several threads run it, some of their layers compute alone
         self._held: _Held | None = None
         self._adapted: set[int] = set()
         self._ignored = [0] * len(members)
@@ -115,10 +115,10 @@ class LinearGroup:
         )
 
     def _begin(self, *_: Any) -> None:
-        self._running += 1
+        self._running = True
 
     def _end(self, *_: Any) -> None:
-        self._running -= 1
+        self._running = False
         held, self._held = self._held, None
         for index in () if held is None else held.ready:
             self._ignored[index] += 1
@@ -126,7 +126,7 @@ class LinearGroup:
                 logger.info("hf_lrq: %s is not called with the input of its group; computed alone", self.names[index])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_held": None, "_running": 0}
+        return {**self.__dict__, "_held": None, "_running": False}
 
 
 def fuse_layers(model: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -188,7 +188,9 @@ def _share_memory(members: Sequence[LRQLinear]) -> None:
     """What kernels need to know that one transform serves all and, on GPUs, that one launch does."""
     for name in TENSOR_NAMES if members[0].weight.is_cuda else ():
         tensors = [tensor for member in members if (tensor := getattr(member, name)) is not None]
-        if name != "rot_in" and len(tensors) == len(members) and len({(t.dtype, t.shape[1:]) for t in tensors}) == 1:
+        alike = len(tensors) == len(members) and len({(t.dtype, t.shape[1:]) for t in tensors}) == 1
+        # Kernels load 16 bytes at a time.
+        if name != "rot_in" and alike and all(tensor.nbytes % 16 == 0 for tensor in tensors):
             for tensor, view in zip(tensors, side_by_side(tensors), strict=True):
                 tensor.data = view
     first = members[0].rot_in

@@ -186,6 +186,9 @@ def test_a_group_can_be_undone_copied_and_moved():
     twin = copy.deepcopy(model)
     assert twin.q_proj.group is not model.q_proj.group
     assert torch.equal(twin(x), expected)
+    unfuse_layers(twin)
+    assert not twin._forward_hooks
+    assert model._forward_hooks
     # Memory is no longer shared after a cast: each is computed by itself, with the same result.
     assert torch.equal(model.double().float()(x), expected)
     unfuse_layers(model)
