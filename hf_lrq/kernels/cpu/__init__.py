@@ -58,7 +58,7 @@ def lrq_linear(
 ) -> Tensor:
     """`reference.lrq_linear`; for calls that `declines` has nothing against."""
     tensors = (x, weight, scales, rot_in, rot_out, L, R, L_scale, R_scale, bias)
-    return linear.lrq_linear(_library(), *tensors, codebook, block, activation)
+    return linear.lrq_linear(_library(), *tensors, codebook, group_size, block, activation)
 
 
 def decode_rows(

@@ -7,14 +7,17 @@ import torch
 from torch import Tensor
 
 from hf_lrq.codebooks import get_codebook
-from hf_lrq.kernels.cpu.library import Library
+from hf_lrq.codebooks.scalar import Uniform
+from hf_lrq.kernels.cpu import uniform
+from hf_lrq.kernels.cpu.library import KINDS, Library
 from hf_lrq.kernels.reference import hadamard
 from hf_lrq.layout import hadamard_block
 from hf_lrq.matrices import dense_factor
 
-# Kinds of `floats.h`; a dtype that is not here has no kernel.
-KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3, torch.uint8: 4}
-FAMILIES = {"bt": 0, "tcq": 1}
+FAMILIES = {"bt": 0, "tcq": 1, "int": 2}
+TRELLISES = ("bt2", "bt4", "tcq2", "tcq3", "tcq4")
+UNIFORM = ("int2", "int3", "int4", "int8")
+CODEBOOKS = (*TRELLISES, *UNIFORM)
 # 8-bit digits that hold an activation with less error than its dtype has.
 DIGITS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 2}
 # Columns for which sums of products fit into 32 bits: 2**31 / (128 * the largest y), by codebook.
@@ -37,6 +40,8 @@ _RECORD = struct.Struct("=34qd")  # `Call` of layer.c
 def _format(codebook: str) -> tuple[int, int, int, int, float]:
     """Family, bits, multipliers and gain, as the library wants them."""
     book = get_codebook(codebook)
+    if isinstance(book, Uniform):
+        return FAMILIES[book.family], book.bits, 0, 0, book.step / 2
     first, *rest = book.multipliers  # type: ignore[attr-defined]
     return FAMILIES[book.family], book.bits, first, rest[0] if rest else 0, book.gain  # type: ignore[attr-defined]
 
@@ -45,16 +50,16 @@ def declines(
     x: Tensor, weight: Tensor, scales: Tensor, L: Tensor | None, R: Tensor | None, codebook: str, activation: str
 ) -> str | None:
     """Why the library does not take this call, None if it does."""
-    if codebook not in MOST_COLUMNS:
+    if codebook not in CODEBOOKS:
         return f"no CPU kernel for codebook {codebook!r}"
     if x.device.type != "cpu" or weight.device.type != "cpu":
         return f"x is on {x.device} and weight on {weight.device}, the kernels are for the CPU"
     if x.dtype not in DIGITS:
         return f"no CPU kernel for x of {x.dtype}"
     columns, rows = x.shape[-1], scales.shape[0]
-    if columns > MOST_COLUMNS[codebook]:
+    if columns > MOST_COLUMNS.get(codebook, columns):
         return f"{columns} columns are more than the {MOST_COLUMNS[codebook]} whose sums fit into 32 bits"
-    if scales.ndim != 1 or scales.dtype not in DIGITS or weight.dtype != torch.uint8:
+    if scales.ndim > 1 + get_codebook(codebook).grouped or scales.dtype not in DIGITS or weight.dtype != torch.uint8:
         return f"codes of {weight.dtype} with scales of {scales.dtype} {list(scales.shape)}"
     if weight.shape != get_codebook(codebook).packed_shape(rows, columns):
         return f"codes of shape {list(weight.shape)} do not belong to a [{rows}, {columns}] matrix"
@@ -77,6 +82,7 @@ def lrq_linear(
     R_scale: Tensor | None,
     bias: Tensor | None,
     codebook: str,
+    group_size: int,
     block: int,
     activation: str,
 ) -> Tensor:
@@ -93,10 +99,13 @@ def lrq_linear(
         rank = L.shape[1] if L_scale is None else L_scale.shape[0]
         _expect(L, rows, (rank + 1) // 2 if L.dtype == torch.uint8 else rank)
         _expect(R, (rank + 1) // 2 if R.dtype == torch.uint8 else rank, columns)
-    if tokens.shape[0] >= SURELY_FEW and tokens.shape[0] >= many_tokens(library, codebook, x.dtype):
+    groups = 1 if scales.ndim == 1 else -(-columns // group_size)
+    _expect(scales, *(rows, groups)[: scales.ndim])
+    many = tokens.shape[0] >= SURELY_FEW and tokens.shape[0] >= many_tokens(library, codebook, x.dtype)
+    if many or (codebook == "int2" and groups > 1 and group_size % 16):
         factors = (L, R, L_scale, R_scale)
         return by_matrix_products(
-            library, tokens, weight, scales, rot_in, rot_out, factors, bias, codebook, block
+            library, tokens, weight, scales, rot_in, rot_out, factors, bias, codebook, group_size, block
         ).view(y.shape)
     # Copies of what is not contiguous have to live until the call returns.
     held = [_readable(t) for t in (weight, scales, rot_in, rot_out, L, L_scale, R, R_scale, bias)]
@@ -105,6 +114,8 @@ def lrq_linear(
         if vector is not None:
             _expect(vector, size)
     family, bits, first, second, gain = _format(codebook)
+    if codebook in UNIFORM:
+        first, second = group_size, groups
     blocked = activation == "int8"
     record = _RECORD.pack(
         *(tokens.data_ptr(), tokens.stride(0), KINDS[x.dtype], y.data_ptr()),
@@ -140,6 +151,7 @@ def by_matrix_products(
     factors: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
     bias: Tensor | None,
     codebook: str,
+    group_size: int,
     block: int,
 ) -> Tensor:
     """The layer for many tokens [n, in]: rows of Q, some at a time, are decoded to the dtype of x and multiplied."""
@@ -152,6 +164,11 @@ def by_matrix_products(
     after = dtype == torch.bfloat16
     for start in range(0, rows, TILE_ROWS):
         stop = min(start + TILE_ROWS, rows)
+        if codebook in UNIFORM:
+            threads = _useful_threads(16 * columns * (stop - start))
+            parts = (weight, codebook, columns, start, stop, dtype, threads, scales, group_size, tile)
+            y[:, start:stop] = z @ uniform.decode(library, *parts).T
+            continue
         Q = decode(library, weight, codebook, columns, start, stop, dtype, 1.0 if after else gain, tile)
         if after:
             y[:, start:stop] = (z @ Q.T) * (scales[start:stop].float() * gain).to(dtype)
@@ -169,8 +186,11 @@ def decode_rows(
     library: Library, weight: Tensor, codebook: str, in_features: int, start: int, stop: int, dtype: torch.dtype
 ) -> Tensor | None:
     """Values of rows [start, stop) before scales, [stop - start, in]; None where there is no kernel for it."""
-    if codebook not in MOST_COLUMNS or dtype not in DIGITS or weight.device.type != "cpu":
+    if codebook not in CODEBOOKS or dtype not in DIGITS or weight.device.type != "cpu":
         return None
+    if codebook in UNIFORM:
+        threads = _useful_threads(16 * in_features * (stop - start))
+        return uniform.decode(library, weight, codebook, in_features, start, stop, dtype, threads)
     return decode(library, weight, codebook, in_features, start, stop, dtype, _format(codebook)[4])
 
 

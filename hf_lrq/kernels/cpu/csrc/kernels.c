@@ -4,6 +4,7 @@
 
 #include "bt.h"
 #include "tcq.h"
+#include "uniform.h"
 
 static void choose_bytes(Kernel *kernel, int bits, int64_t planes) {
     int wide = bits == 4, isa = hf_lrq_isa();
@@ -61,12 +62,29 @@ static void choose_bits(Kernel *kernel, int bits) {
     kernel->tiles_at_a_time = 128 / TILE_COLUMNS; /* 128 products of 510 and 127 * 257 */
 }
 
+static void choose_uniform(Kernel *kernel) {
+    kernel->virtual_columns = TILE_COLUMNS;
+    kernel->most_planes = 1;
+#if HF_LRQ_X86
+    if (hf_lrq_isa() >= HF_LRQ_AVX512) {
+        kernel->uniform = hf_lrq_uniform_avx512;
+        kernel->arrangement = UNIFORM_BYTES;
+        return;
+    }
+#endif
+    kernel->uniform = hf_lrq_uniform_portable;
+    kernel->arrangement = UNIFORM_WORDS;
+    kernel->digit_bits = 16;
+}
+
 void hf_lrq_kernel(Kernel *kernel, int family, int bits, int64_t planes) {
-    *kernel = (Kernel){.digit_bits = 8, .tile_bytes = 256 * bits};
+    *kernel = (Kernel){.bits = bits, .digit_bits = 8, .tile_bytes = 256 * bits};
     if (family == BYTE_TRELLIS)
         choose_bytes(kernel, bits, planes);
-    else
+    else if (family == BIT_TRELLIS)
         choose_bits(kernel, bits);
+    else
+        choose_uniform(kernel);
 }
 
 int hf_lrq_padded_planes(const Kernel *kernel, int planes) {

@@ -8,13 +8,14 @@
 #include "floats.h"
 #include "lowrank.h"
 #include "pool.h"
+#include "uniform.h"
 
 /* As Python packs it: 64-bit integers, then a double. Kinds are those of `floats.h`; pointers may be 0 where a tensor may
    be absent. */
 typedef struct {
     int64_t x, x_stride, x_kind, y; /* x: [tokens] rows x_stride values apart; y: [tokens][out], of the same kind */
     int64_t tokens, in_features, out_features;
-    int64_t codes, family, bits, multipliers[2];
+    int64_t codes, family, bits, multipliers[2]; /* of `int`, in their place: columns of a group, groups */
     int64_t scales, scales_kind;
     int64_t rot_in, rot_in_kind, block_in, rot_out, rot_out_kind, block_out;
     int64_t L, L_kind, L_scale, L_scale_kind, R, R_kind, R_scale, R_scale_kind, rank;
@@ -175,6 +176,18 @@ static void quantized_rows(const Run *run, const uint8_t *codes, float *to, int6
     }
 }
 
+static int uniform_rows(const Run *run, float *y, int64_t stride, int64_t start, int64_t count) {
+    const Call *call = run->call;
+    UniformMatrix matrix = {.codes = POINTER(call->codes),
+                            .scales = POINTER(call->scales),
+                            .scales_kind = (int)call->scales_kind,
+                            .bits = (int)call->bits,
+                            .row_bytes = ceil_div(call->in_features, 8) * call->bits,
+                            .groups = call->multipliers[1],
+                            .group_size = call->multipliers[0]};
+    return run->kernel.uniform(&run->planes, &matrix, y, stride, start, count);
+}
+
 static int rows(Run *run, int64_t part) {
     const Call *call = run->call;
     int64_t size = run->rows_of_part, start = part * size, count = smaller(size, call->out_features - start);
@@ -186,14 +199,23 @@ static int rows(Run *run, int64_t part) {
         return -1;
     }
     float *scales = y + run->tokens * size, *rot = scales + size, *bias = rot + size;
-    memset(y, 0, (size_t)(run->tokens * size) * sizeof *y);
-    for (int64_t block = 0; block < ceil_div(count, TILE_ROWS); block++)
-        quantized_rows(run,
-                       (const uint8_t *)POINTER(call->codes) +
-                           (start / TILE_ROWS + block) * run->planes.tiles * run->kernel.tile_bytes,
-                       y + block * TILE_ROWS, size, acc);
-    hf_lrq_to_float(scales, POINTER(call->scales), start, count, (int)call->scales_kind);
-    for (int64_t i = 0; i < count; i++) scales[i] *= (float)call->gain;
+    if (run->kernel.uniform) {
+        if (uniform_rows(run, y, size, start, count)) {
+            free(y);
+            free(acc);
+            return -1;
+        }
+        for (int64_t i = 0; i < count; i++) scales[i] = (float)call->gain;
+    } else {
+        memset(y, 0, (size_t)(run->tokens * size) * sizeof *y);
+        for (int64_t block = 0; block < ceil_div(count, TILE_ROWS); block++)
+            quantized_rows(run,
+                           (const uint8_t *)POINTER(call->codes) +
+                               (start / TILE_ROWS + block) * run->planes.tiles * run->kernel.tile_bytes,
+                           y + block * TILE_ROWS, size, acc);
+        hf_lrq_to_float(scales, POINTER(call->scales), start, count, (int)call->scales_kind);
+        for (int64_t i = 0; i < count; i++) scales[i] *= (float)call->gain;
+    }
     for (int64_t token = 0; token < run->tokens; token++) {
         float *to = y + token * size, scale = run->planes.blocks ? 1 : run->planes.scales[token];
         multiply(to, scales, count);

@@ -1,0 +1,146 @@
+/* The `int` codebook: the integers as its kernels want them, and the kernel in plain C. */
+
+#include "uniform.h"
+
+#include "floats.h"
+
+int64_t hf_lrq_uniform_unit_bytes(const Planes *planes) {
+    int64_t columns = unit_columns(planes->kernel->bits);
+    if (planes->kernel->arrangement == UNIFORM_WORDS) return planes->token_planes * columns * (int64_t)sizeof(int16_t);
+    return planes->digits * columns + (planes->digits + 1) / 2 * LANES * (int64_t)sizeof(int32_t);
+}
+
+/* The column, in its unit, of position i of vector v. */
+ALWAYS_INLINE int column_of(int bits, int v, int i) { return bits == 2 ? 4 * i + v : bits == 4 ? 2 * i + v : i; }
+
+ALWAYS_INLINE void place_unit(uint8_t *unit, const int32_t *restrict values, int plane, int digits, int words, int bits) {
+    int columns = unit_columns(bits);
+    for (int v = 0; v < vectors_of_unit(bits); v++) {
+        if (words) {
+            int16_t *to = (int16_t *)(void *)unit + plane * columns + v * VECTOR;
+            for (int i = 0; i < VECTOR; i++) to[i] = (int16_t)values[column_of(bits, v, i)];
+        } else {
+            int8_t *to = (int8_t *)unit + plane * columns + v * VECTOR;
+            int32_t *excess = (int32_t *)(void *)(unit + digits * columns) + plane / 2 * LANES;
+            int32_t weight = ((1 << bits) - 1) * (plane == 1 ? 256 : 1);
+            if (plane != 1 && v == 0) memset(excess, 0, LANES * sizeof *excess);
+            for (int i = 0; i < VECTOR; i++) to[i] = (int8_t)values[column_of(bits, v, i)];
+            for (int lane = 0; lane < LANES; lane++)
+                excess[lane] += weight * (to[4 * lane] + to[4 * lane + 1] + to[4 * lane + 2] + to[4 * lane + 3]);
+        }
+    }
+}
+
+ALWAYS_INLINE void place_units_body(uint8_t *unit, const int32_t *values, int64_t units, int64_t bytes, int plane,
+                                    int digits, int words, int bits) {
+    for (int64_t u = 0; u < units; u++, unit += bytes, values += unit_columns(bits)) {
+        if (bits == 2)
+            place_unit(unit, values, plane, digits, words, 2);
+        else if (bits == 4)
+            place_unit(unit, values, plane, digits, words, 4);
+        else
+            place_unit(unit, values, plane, digits, words, bits);
+    }
+}
+HF_LRQ_CLONES(static, place_units,
+              (uint8_t *unit, const int32_t *values, int64_t units, int64_t bytes, int plane, int digits, int words,
+               int bits),
+              (unit, values, units, bytes, plane, digits, words, bits))
+
+/* The lowest digit to `low`, the rest stays. */
+ALWAYS_INLINE void take_digit_body(int32_t *restrict low, int32_t *restrict integers, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        low[i] = (int8_t)integers[i];
+        integers[i] = (integers[i] + 128) >> 8;
+    }
+}
+HF_LRQ_CLONES(static, take_digit, (int32_t *low, int32_t *integers, int64_t n), (low, integers, n))
+
+void hf_lrq_uniform_place(Planes *planes, int64_t token, int32_t *integers, int32_t *scratch) {
+    const Kernel *kernel = planes->kernel;
+    int64_t n = planes->columns, units = n / unit_columns(kernel->bits), bytes = hf_lrq_uniform_unit_bytes(planes);
+    uint8_t *to = planes->x + token * units * bytes;
+    for (int k = 0; k < planes->token_planes; k++) {
+        int last = k + 1 == planes->token_planes;
+        if (!last) take_digit(scratch, integers, n);
+        place_units(to, last ? integers : scratch, units, bytes, k, planes->digits, kernel->arrangement == UNIFORM_WORDS,
+                    kernel->bits);
+    }
+}
+
+/* Odd numbers of the codes of a unit, in the order of the integers. */
+ALWAYS_INLINE void odd_numbers(int16_t *restrict to, const uint8_t *restrict codes, int bits) {
+    uint8_t apart[VECTOR];
+    int most = (1 << bits) - 1;
+    if (bits == 3) {
+        for (int i = 0; i < 8; i++) {
+            uint32_t word = codes[3 * i] | (uint32_t)codes[3 * i + 1] << 8 | (uint32_t)codes[3 * i + 2] << 16;
+            for (int k = 0; k < 8; k++) apart[8 * i + k] = word >> 3 * k & 7;
+        }
+        codes = apart;
+    }
+    for (int v = 0; v < vectors_of_unit(bits); v++)
+        for (int i = 0; i < VECTOR; i++)
+            to[v * VECTOR + i] = (int16_t)(2 * ((codes[i] >> (bits == 3 ? 0 : v * bits)) & most) - most);
+}
+
+/* One row. scales: [groups]; `run` columns, a part of a unit or all of it, have one scale. */
+ALWAYS_INLINE void row_of(float *to, int64_t stride, const Planes *planes, const UniformMatrix *matrix,
+                          const uint8_t *codes, const float *scales, int bits) {
+    enum { MOST = 4 * VECTOR };
+    int64_t columns = unit_columns(bits), units = planes->columns / columns, size = unit_bytes(bits);
+    int64_t bytes = hf_lrq_uniform_unit_bytes(planes), run = columns;
+    while (matrix->group_size % run) run /= 2;
+    int64_t part = run * VECTOR / columns; /* of each vector */
+    for (int64_t token = 0; token < planes->tokens; token++) to[token * stride] = 0;
+    for (int64_t u = 0; u < units; u++) {
+        int16_t y[MOST];
+        uint8_t room[VECTOR];
+        int64_t left = matrix->row_bytes - u * size;
+        odd_numbers(y, left < size ? filled_up(room, codes + u * size, left) : codes + u * size, bits);
+        for (int64_t token = 0; token < planes->tokens; token++) {
+            const int16_t *x = (const int16_t *)(const void *)(planes->x + (token * units + u) * bytes);
+            float scale_of_x = 1;
+            if (planes->blocks)
+                scale_of_x = planes->scales[token * hf_lrq_scales_of_token(planes) + u * columns / SCALE_COLUMNS];
+            for (int64_t at = 0, column = u * columns; at < VECTOR; at += part, column += run) {
+                float scale = scales[smaller(column / matrix->group_size, matrix->groups - 1)] * scale_of_x;
+                for (int k = 0; k < planes->token_planes; k++) {
+                    int32_t sum = 0;
+                    for (int v = 0; v < vectors_of_unit(bits); v++)
+                        for (int64_t i = at; i < at + part; i++)
+                            sum += (int32_t)y[v * VECTOR + i] * x[k * columns + v * VECTOR + i];
+                    to[token * stride] += (float)sum * (scale * planes->factor[k]);
+                }
+            }
+        }
+    }
+}
+
+ALWAYS_INLINE void one_row_body(float *to, int64_t stride, const Planes *planes, const UniformMatrix *matrix,
+                                const uint8_t *codes, const float *scales) {
+    if (matrix->bits == 2)
+        row_of(to, stride, planes, matrix, codes, scales, 2);
+    else if (matrix->bits == 3)
+        row_of(to, stride, planes, matrix, codes, scales, 3);
+    else if (matrix->bits == 4)
+        row_of(to, stride, planes, matrix, codes, scales, 4);
+    else
+        row_of(to, stride, planes, matrix, codes, scales, 8);
+}
+HF_LRQ_CLONES(static, one_row,
+              (float *to, int64_t stride, const Planes *planes, const UniformMatrix *matrix, const uint8_t *codes,
+               const float *scales),
+              (to, stride, planes, matrix, codes, scales))
+
+int hf_lrq_uniform_portable(const Planes *planes, const UniformMatrix *matrix, float *to, int64_t stride, int64_t first,
+                            int64_t rows) {
+    float *scales = allocate((size_t)matrix->groups * sizeof *scales);
+    if (!scales) return -1;
+    for (int64_t row = first; row < first + rows; row++) {
+        hf_lrq_to_float(scales, matrix->scales, row * matrix->groups, matrix->groups, matrix->scales_kind);
+        one_row(to + (row - first), stride, planes, matrix, matrix->codes + row * matrix->row_bytes, scales);
+    }
+    free(scales);
+    return 0;
+}
