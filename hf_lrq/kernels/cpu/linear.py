@@ -32,6 +32,7 @@ MANY_TOKENS_TCQ = 32  # at any tier above scalar
 # Rows decoded at a time.
 TILE_ROWS = 1024
 SURELY_FEW = 8
+ONE_GROUP = 1 << 30  # columns; a multiple of whatever a kernel takes at a time
 
 _RECORD = struct.Struct("=34qd")  # `Call` of layer.c
 
@@ -115,7 +116,7 @@ def lrq_linear(
             _expect(vector, size)
     family, bits, first, second, gain = _format(codebook)
     if codebook in UNIFORM:
-        first, second = group_size, groups
+        first, second = group_size if groups > 1 else ONE_GROUP, groups
     blocked = activation == "int8"
     record = _RECORD.pack(
         *(tokens.data_ptr(), tokens.stride(0), KINDS[x.dtype], y.data_ptr()),

@@ -12,7 +12,8 @@ int hf_lrq_planes_init(Planes *planes, const Kernel *kernel, int64_t tokens, int
     planes->tokens = tokens;
     planes->tiles = tiles;
     planes->columns = tiles * kernel->virtual_columns;
-    if (kernel->uniform) planes->columns = ceil_div(planes->columns, unit_columns(kernel->bits)) * unit_columns(kernel->bits);
+    if (kernel->uniform)
+        planes->columns = ceil_div(planes->columns, hf_lrq_uniform_columns(kernel)) * hf_lrq_uniform_columns(kernel);
     planes->digits = digits;
     planes->blocks = blocks;
     planes->token_planes = kernel->digit_bits == 8 ? digits : (digits + 1) / 2;
@@ -32,7 +33,7 @@ int hf_lrq_planes_init(Planes *planes, const Kernel *kernel, int64_t tokens, int
         case TILES: planes->plane_bytes = 64 * ceil_div(planes->columns, 32); break;
         default: break; /* planes lie together */
     }
-    size_t bytes = kernel->uniform ? (size_t)(tokens * hf_lrq_uniform_token_bytes(planes))
+    size_t bytes = kernel->uniform ? (size_t)hf_lrq_uniform_bytes(planes)
                                    : (size_t)(planes->plane_bytes * planes->groups * planes->padded_planes);
     planes->x = allocate(bytes);
     planes->scales = allocate((size_t)(tokens * hf_lrq_scales_of_token(planes)) * sizeof *planes->scales);
@@ -41,7 +42,7 @@ int hf_lrq_planes_init(Planes *planes, const Kernel *kernel, int64_t tokens, int
         hf_lrq_planes_free(planes);
         return -1;
     }
-    if (planes->groups * planes->padded_planes > all) memset(planes->x, 0, bytes);
+    if (kernel->uniform || planes->groups * planes->padded_planes > all) memset(planes->x, 0, bytes);
     return 0;
 }
 

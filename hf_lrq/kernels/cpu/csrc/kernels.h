@@ -26,7 +26,7 @@ enum { TILE_ROWS = 128, TILE_COLUMNS = 16, LANES = 16 };
    NEIGHBOURS int16, [pair][plane][2], pairs (0, 1), (2, 3), ...
    TILES      int8, [plane / 16][v / 32][plane % 16][64], the 32 bytes twice: the matrix unit's tiles
    UNIFORM_*  see `uniform.h` */
-typedef enum { BYTES, SPLAT, PAIRS, NEIGHBOURS, TILES, UNIFORM_BYTES, UNIFORM_WORDS } Arrangement;
+typedef enum { BYTES, SPLAT, PAIRS, NEIGHBOURS, TILES, UNIFORM_BYTES, UNIFORM_WORDS, UNIFORM_TILES } Arrangement;
 
 typedef void (*DotFunction)(const uint8_t *codes, const void *x, int64_t first_tile, int64_t tiles, int64_t all_tiles,
                             int planes, const uint32_t *multipliers, int32_t *acc);
@@ -49,8 +49,8 @@ typedef struct {
     int64_t tile_bytes;
 } Kernel;
 
-/* The kernel for codes of a family and so many planes at the current tier. */
-void hf_lrq_kernel(Kernel *kernel, int family, int bits, int64_t planes);
+/* The kernel for codes of a family and so many planes at the current tier; group_size: of `int`. */
+void hf_lrq_kernel(Kernel *kernel, int family, int bits, int64_t group_size, int64_t planes);
 
 /* Planes that a call with at least `planes` takes; the rest is zeros. */
 int hf_lrq_padded_planes(const Kernel *kernel, int planes);

@@ -275,7 +275,7 @@ static void work(void *context) {
 
 static int run_tokens(const Call *call, int64_t first, int64_t tokens) {
     Run run = {.call = call, .first_token = first, .tokens = tokens};
-    hf_lrq_kernel(&run.kernel, (int)call->family, (int)call->bits, tokens * call->digits);
+    hf_lrq_kernel(&run.kernel, (int)call->family, (int)call->bits, call->multipliers[0], tokens * call->digits);
     run.multipliers[0] = (uint32_t)call->multipliers[0];
     run.multipliers[1] = (uint32_t)call->multipliers[1];
     int64_t tiles = ceil_div(call->in_features, TILE_COLUMNS);

@@ -4,10 +4,17 @@
 
 #include "floats.h"
 
-int64_t hf_lrq_uniform_unit_bytes(const Planes *planes) {
+static int64_t bytes_of_unit(const Planes *planes) {
     int64_t columns = unit_columns(planes->kernel->bits);
     if (planes->kernel->arrangement == UNIFORM_WORDS) return planes->token_planes * columns * (int64_t)sizeof(int16_t);
     return planes->digits * columns + (planes->digits + 1) / 2 * LANES * (int64_t)sizeof(int32_t);
+}
+
+int64_t hf_lrq_uniform_bytes(const Planes *planes) {
+    int64_t parts = planes->columns / hf_lrq_uniform_columns(planes->kernel);
+    if (planes->kernel->arrangement == UNIFORM_TILES)
+        return ceil_div(planes->tokens * planes->token_planes, LANES) * parts * UNIFORM_BLOCK_BYTES;
+    return planes->tokens * parts * bytes_of_unit(planes);
 }
 
 /* The column, in its unit, of position i of vector v. */
@@ -47,6 +54,42 @@ HF_LRQ_CLONES(static, place_units,
                int bits),
               (unit, values, units, bytes, plane, digits, words, bits))
 
+/* The column, in its block, of byte j of a half. */
+ALWAYS_INLINE int column_of_half(int bits, int half, int j) {
+    if (bits == 4) return 2 * j + half;
+    return bits == 2 ? 4 * (j % 32) + 2 * half + j / 32 : 64 * half + j;
+}
+
+ALWAYS_INLINE void place_block(uint8_t *block, const int32_t *restrict values, int lane, float scale, int bits) {
+    int8_t bytes[UNIFORM_BLOCK];
+    int32_t sum = 0;
+    for (int half = 0; half < 2; half++)
+        for (int j = 0; j < 64; j++) bytes[64 * half + j] = (int8_t)values[column_of_half(bits, half, j)];
+    for (int j = 0; j < UNIFORM_BLOCK; j++) sum += values[j];
+    for (int j = 0; j < UNIFORM_BLOCK / 4; j++) memcpy(block + (j * LANES + lane) * 4, bytes + 4 * j, 4);
+    float *after = (float *)(void *)(block + 2 * 1024);
+    after[lane] = 0.5f * (float)(((1 << bits) - 1) * sum);
+    after[LANES + lane] = scale;
+}
+
+ALWAYS_INLINE void place_blocks_body(const Planes *planes, const int32_t *values, int64_t token, int64_t plane) {
+    int64_t blocks = planes->columns / UNIFORM_BLOCK;
+    int bits = planes->kernel->bits, lane = (int)(plane % LANES);
+    const float *scales = planes->scales + token * hf_lrq_scales_of_token(planes);
+    uint8_t *to = planes->x + plane / LANES * blocks * UNIFORM_BLOCK_BYTES;
+    for (int64_t b = 0; b < blocks; b++, to += UNIFORM_BLOCK_BYTES, values += UNIFORM_BLOCK) {
+        float scale = planes->blocks ? scales[b * UNIFORM_BLOCK / SCALE_COLUMNS] : 1;
+        if (bits == 2)
+            place_block(to, values, lane, scale, 2);
+        else if (bits == 4)
+            place_block(to, values, lane, scale, 4);
+        else
+            place_block(to, values, lane, scale, bits);
+    }
+}
+HF_LRQ_CLONES(static, place_blocks, (const Planes *planes, const int32_t *values, int64_t token, int64_t plane),
+              (planes, values, token, plane))
+
 /* The lowest digit to `low`, the rest stays. */
 ALWAYS_INLINE void take_digit_body(int32_t *restrict low, int32_t *restrict integers, int64_t n) {
     for (int64_t i = 0; i < n; i++) {
@@ -58,13 +101,20 @@ HF_LRQ_CLONES(static, take_digit, (int32_t *low, int32_t *integers, int64_t n), 
 
 void hf_lrq_uniform_place(Planes *planes, int64_t token, int32_t *integers, int32_t *scratch) {
     const Kernel *kernel = planes->kernel;
-    int64_t n = planes->columns, units = n / unit_columns(kernel->bits), bytes = hf_lrq_uniform_unit_bytes(planes);
-    uint8_t *to = planes->x + token * units * bytes;
+    int64_t n = planes->columns;
     for (int k = 0; k < planes->token_planes; k++) {
-        int last = k + 1 == planes->token_planes;
-        if (!last) take_digit(scratch, integers, n);
-        place_units(to, last ? integers : scratch, units, bytes, k, planes->digits, kernel->arrangement == UNIFORM_WORDS,
-                    kernel->bits);
+        const int32_t *values = integers;
+        if (k + 1 < planes->token_planes) {
+            take_digit(scratch, integers, n);
+            values = scratch;
+        }
+        if (kernel->arrangement == UNIFORM_TILES) {
+            place_blocks(planes, values, token, token * planes->token_planes + k);
+        } else {
+            int64_t units = n / unit_columns(kernel->bits), bytes = bytes_of_unit(planes);
+            place_units(planes->x + token * units * bytes, values, units, bytes, k, planes->digits,
+                        kernel->arrangement == UNIFORM_WORDS, kernel->bits);
+        }
     }
 }
 
@@ -89,7 +139,7 @@ ALWAYS_INLINE void row_of(float *to, int64_t stride, const Planes *planes, const
                           const uint8_t *codes, const float *scales, int bits) {
     enum { MOST = 4 * VECTOR };
     int64_t columns = unit_columns(bits), units = planes->columns / columns, size = unit_bytes(bits);
-    int64_t bytes = hf_lrq_uniform_unit_bytes(planes), run = columns;
+    int64_t bytes = bytes_of_unit(planes), run = columns;
     while (matrix->group_size % run) run /= 2;
     int64_t part = run * VECTOR / columns; /* of each vector */
     for (int64_t token = 0; token < planes->tokens; token++) to[token * stride] = 0;

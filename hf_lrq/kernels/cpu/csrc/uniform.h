@@ -8,13 +8,17 @@ scale for each `group_size` columns. Products are taken in units of 64 bytes of 
 
 #include "activations.h"
 
-enum { VECTOR = 64 };
+#if HF_LRQ_X86
+#include <immintrin.h>
+#endif
+
+enum { VECTOR = 64, UNIFORM_BLOCK = 128, UNIFORM_BLOCK_BYTES = 2 * 1024 + 2 * 64 };
 
 typedef struct UniformMatrix {
     const uint8_t *codes; /* [rows][row_bytes] */
     const void *scales;   /* [rows][groups], of a kind of `floats.h` */
     int scales_kind, bits;
-    int64_t row_bytes, groups, group_size; /* group_size: a multiple of 8, at 2 bits of 16 */
+    int64_t row_bytes, groups, group_size; /* group_size: a multiple of 8, at 2 bits of 16; for AMX of 128 */
 } UniformMatrix;
 
 /* Vectors of 64 codes in a unit. */
@@ -27,11 +31,16 @@ static inline int unit_bytes(int bits) { return unit_columns(bits) * bits / 8; }
 
    UNIFORM_BYTES  int8 [digit][vector][64], then int32 [16]: (2^bits - 1) times the sum of the integers that meet in
                   a lane of 32 bits; if there are three digits, once for the first two and once for the last
-   UNIFORM_WORDS  int16 [plane][vector][64] */
-int64_t hf_lrq_uniform_unit_bytes(const Planes *planes);
+   UNIFORM_WORDS  int16 [plane][vector][64]
+   UNIFORM_TILES  For 16 planes and 128 columns: int8 [half][column / 4][plane][4], then float32 [16]: half of 2^bits - 1
+                  times the sum of the integers, and float32 [16]: the scale of the activations, where it goes by
+                  blocks. The halves are the even and odd columns at 4 bits and the first and the last 64 at 3 and 8;
+                  at 2 bits, of 0, 1, 2, 3 modulo 4, (0, 1) and (2, 3) one after the other. */
+int64_t hf_lrq_uniform_bytes(const Planes *planes);
 
-static inline int64_t hf_lrq_uniform_token_bytes(const Planes *planes) {
-    return planes->columns / unit_columns(planes->kernel->bits) * hf_lrq_uniform_unit_bytes(planes);
+/* Columns that the integers are filled up to a multiple of. */
+static inline int64_t hf_lrq_uniform_columns(const Kernel *kernel) {
+    return kernel->arrangement == UNIFORM_TILES ? UNIFORM_BLOCK : unit_columns(kernel->bits);
 }
 
 /* As `hf_lrq_planes_fill`, from integers [columns], which do not survive; scratch: [columns]. */
@@ -44,6 +53,22 @@ int hf_lrq_uniform_portable(const Planes *planes, const UniformMatrix *matrix, f
 #if HF_LRQ_X86
 int hf_lrq_uniform_avx512(const Planes *planes, const UniformMatrix *matrix, float *to, int64_t stride, int64_t first,
                           int64_t rows);
+
+/* 64 codes of 3 bits, one a byte; 32 bytes are read. Eight codes are three bytes: first they go to where eight are to be,
+   then two codes to each 16 bits. */
+AVX512_TARGET ALWAYS_INLINE __m512i hf_lrq_three_bits(const uint8_t *codes) {
+    const __m512i words = _mm512_set_epi16(0, 11, 10, 9, 0, 11, 10, 9, 0, 8, 7, 6, 0, 8, 7, 6, 0, 5, 4, 3, 0, 5, 4, 3, 0, 2,
+                                           1, 0, 0, 2, 1, 0);
+    const __m512i bytes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 0, 1, 1, 2, 2, -1, 3, 4, 3, 4, 4, 5, 5, -1));
+    __m512i v = _mm512_permutexvar_epi16(words, _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)codes)));
+    v = _mm512_srlv_epi16(_mm512_shuffle_epi8(v, bytes), _mm512_set1_epi64(0x0002000400060000));
+    return _mm512_ternarylogic_epi32(_mm512_and_si512(v, _mm512_set1_epi16(7)), _mm512_slli_epi16(v, 5),
+                                     _mm512_set1_epi16(0x700), 0xf8); /* a | b & c */
+}
+#endif
+#if HF_LRQ_HAS_AMX
+int hf_lrq_uniform_amx(const Planes *planes, const UniformMatrix *matrix, float *to, int64_t stride, int64_t first,
+                       int64_t rows);
 #endif
 
 /* The last `count` bytes of a row and zeros after them. */

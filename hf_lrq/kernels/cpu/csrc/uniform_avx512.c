@@ -5,7 +5,6 @@
 #include "floats.h"
 
 #if HF_LRQ_X86
-#include <immintrin.h>
 
 enum { AHEAD = 2048, ROWS = 2, MOST_TOKENS = 4, ROWS_OF_SCALES = 8, LAST_UNITS = 2 };
 
@@ -22,15 +21,8 @@ AVX512_TARGET ALWAYS_INLINE void unpack(__m512i *to, const uint8_t *codes, int b
     const __m512i low = _mm512_set1_epi8((char)((1 << bits) - 1));
     if (bits == 8) {
         to[0] = _mm512_loadu_si512(codes);
-    } else if (bits == 3) { /* eight codes are three bytes of eight here: first side by side, then in the right one of six bits */
-        const __m512i words = _mm512_set_epi16(0, 11, 10, 9, 0, 11, 10, 9, 0, 8, 7, 6, 0, 8, 7, 6, 0, 5, 4, 3, 0, 5, 4, 3,
-                                               0, 2, 1, 0, 0, 2, 1, 0);
-        const __m512i bytes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 0, 1, 1, 2, 2, -1, 3, 4, 3, 4, 4, 5, 5, -1));
-        const __m512i shifts = _mm512_set1_epi64(0x0002000400060000);
-        __m512i v = _mm512_permutexvar_epi16(words, _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)codes)));
-        v = _mm512_srlv_epi16(_mm512_shuffle_epi8(v, bytes), shifts);
-        to[0] = _mm512_ternarylogic_epi32(_mm512_and_si512(v, _mm512_set1_epi16(7)), _mm512_slli_epi16(v, 5),
-                                          _mm512_set1_epi16(0x700), 0xf8); /* a | b & c */
+    } else if (bits == 3) {
+        to[0] = hf_lrq_three_bits(codes);
     } else {
         __m512i v = _mm512_loadu_si512(codes);
         UNROLL for (int k = 0; k < 8 / bits; k++) to[k] = _mm512_and_si512(_mm512_srli_epi16(v, (unsigned)(k * bits)), low);
@@ -148,8 +140,8 @@ int hf_lrq_uniform_avx512(const Planes *planes, const UniformMatrix *matrix, flo
                  .groups = matrix->groups,
                  .units = planes->columns / columns,
                  .full = matrix->row_bytes < read ? 0 : (matrix->row_bytes - read) / size + 1};
-    int64_t shared = matrix->groups == 1 || matrix->group_size % columns == 0, groups = matrix->groups;
-    plan.units_of_scale = matrix->groups == 1 ? plan.units : matrix->group_size / columns;
+    int64_t shared = matrix->group_size % columns == 0, groups = matrix->groups;
+    plan.units_of_scale = matrix->group_size / columns;
     /* A vector of scales is read whole. */
     float *scales = allocate((size_t)(ROWS_OF_SCALES * groups + LANES) * sizeof *scales);
     int32_t *memory = allocate((size_t)(plan.units * (1 + LANES)) * sizeof *memory);
