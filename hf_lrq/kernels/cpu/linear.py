@@ -103,7 +103,7 @@ def lrq_linear(
     groups = 1 if scales.ndim == 1 else -(-columns // group_size)
     _expect(scales, *(rows, groups)[: scales.ndim])
     many = tokens.shape[0] >= SURELY_FEW and tokens.shape[0] >= many_tokens(library, codebook, x.dtype)
-    if many or (codebook == "int2" and groups > 1 and group_size % 16):
+    if many:
         factors = (L, R, L_scale, R_scale)
         return by_matrix_products(
             library, tokens, weight, scales, rot_in, rot_out, factors, bias, codebook, group_size, block

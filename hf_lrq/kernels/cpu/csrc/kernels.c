@@ -65,25 +65,29 @@ static void choose_bits(Kernel *kernel, int bits) {
     kernel->tiles_at_a_time = 128 / TILE_COLUMNS; /* 128 products of 510 and 127 * 257 */
 }
 
-static void choose_uniform(Kernel *kernel, int64_t group_size, int64_t planes) {
-    (void)group_size, (void)planes;
+static void choose_uniform(Kernel *kernel, int bits, int64_t group_size, int64_t planes) {
+    int isa = hf_lrq_isa();
+    (void)bits, (void)group_size, (void)planes, (void)isa;
     kernel->virtual_columns = TILE_COLUMNS;
     kernel->most_planes = 1;
 #if HF_LRQ_HAS_AMX
-    if (hf_lrq_isa() >= HF_LRQ_AMX && planes >= UNIFORM_PLANES_FOR_TILES && group_size % UNIFORM_BLOCK == 0) {
+    if (isa >= HF_LRQ_AMX && planes >= UNIFORM_PLANES_FOR_TILES && group_size % UNIFORM_BLOCK == 0) {
         kernel->uniform = hf_lrq_uniform_amx;
         kernel->arrangement = UNIFORM_TILES;
         return;
     }
 #endif
 #if HF_LRQ_X86
-    if (hf_lrq_isa() >= HF_LRQ_AVX512) {
+    if (isa >= HF_LRQ_AVX512 && group_size % (bits == 2 || bits == 4 ? TILE_COLUMNS : VECTOR) == 0) {
         kernel->uniform = hf_lrq_uniform_avx512;
         kernel->arrangement = UNIFORM_BYTES;
         return;
     }
 #endif
     kernel->uniform = hf_lrq_uniform_portable;
+#if HF_LRQ_X86
+    if (isa >= HF_LRQ_AVX2) kernel->uniform = hf_lrq_uniform_avx2;
+#endif
     kernel->arrangement = UNIFORM_WORDS;
     kernel->digit_bits = 16;
 }
@@ -95,7 +99,7 @@ void hf_lrq_kernel(Kernel *kernel, int family, int bits, int64_t group_size, int
     else if (family == BIT_TRELLIS)
         choose_bits(kernel, bits);
     else
-        choose_uniform(kernel, group_size, planes);
+        choose_uniform(kernel, bits, group_size, planes);
 }
 
 int hf_lrq_padded_planes(const Kernel *kernel, int planes) {

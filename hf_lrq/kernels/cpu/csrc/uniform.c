@@ -4,7 +4,7 @@
 
 #include "floats.h"
 
-static int64_t bytes_of_unit(const Planes *planes) {
+int64_t hf_lrq_uniform_unit_bytes(const Planes *planes) {
     int64_t columns = unit_columns(planes->kernel->bits);
     if (planes->kernel->arrangement == UNIFORM_WORDS) return planes->token_planes * columns * (int64_t)sizeof(int16_t);
     return planes->digits * columns + (planes->digits + 1) / 2 * LANES * (int64_t)sizeof(int32_t);
@@ -14,7 +14,7 @@ int64_t hf_lrq_uniform_bytes(const Planes *planes) {
     int64_t parts = planes->columns / hf_lrq_uniform_columns(planes->kernel);
     if (planes->kernel->arrangement == UNIFORM_TILES)
         return ceil_div(planes->tokens * planes->token_planes, LANES) * parts * UNIFORM_BLOCK_BYTES;
-    return planes->tokens * parts * bytes_of_unit(planes);
+    return planes->tokens * parts * hf_lrq_uniform_unit_bytes(planes);
 }
 
 /* The column, in its unit, of position i of vector v. */
@@ -111,48 +111,25 @@ void hf_lrq_uniform_place(Planes *planes, int64_t token, int32_t *integers, int3
         if (kernel->arrangement == UNIFORM_TILES) {
             place_blocks(planes, values, token, token * planes->token_planes + k);
         } else {
-            int64_t units = n / unit_columns(kernel->bits), bytes = bytes_of_unit(planes);
+            int64_t units = n / unit_columns(kernel->bits), bytes = hf_lrq_uniform_unit_bytes(planes);
             place_units(planes->x + token * units * bytes, values, units, bytes, k, planes->digits,
                         kernel->arrangement == UNIFORM_WORDS, kernel->bits);
         }
     }
 }
 
-/* Odd numbers of the codes of a unit, in the order of the integers. */
-ALWAYS_INLINE void odd_numbers(int16_t *restrict to, const uint8_t *restrict codes, int bits) {
-    uint8_t apart[VECTOR];
-    int most = (1 << bits) - 1;
-    if (bits == 3) {
-        for (int i = 0; i < 8; i++) {
-            uint32_t word = codes[3 * i] | (uint32_t)codes[3 * i + 1] << 8 | (uint32_t)codes[3 * i + 2] << 16;
-            for (int k = 0; k < 8; k++) apart[8 * i + k] = word >> 3 * k & 7;
-        }
-        codes = apart;
-    }
-    for (int v = 0; v < vectors_of_unit(bits); v++)
-        for (int i = 0; i < VECTOR; i++)
-            to[v * VECTOR + i] = (int16_t)(2 * ((codes[i] >> (bits == 3 ? 0 : v * bits)) & most) - most);
-}
-
-/* One row. scales: [groups]; `run` columns, a part of a unit or all of it, have one scale. */
+/* One row. scales: [groups]. */
 ALWAYS_INLINE void row_of(float *to, int64_t stride, const Planes *planes, const UniformMatrix *matrix,
-                          const uint8_t *codes, const float *scales, int bits) {
-    enum { MOST = 4 * VECTOR };
-    int64_t columns = unit_columns(bits), units = planes->columns / columns, size = unit_bytes(bits);
-    int64_t bytes = bytes_of_unit(planes), run = columns;
-    while (matrix->group_size % run) run /= 2;
-    int64_t part = run * VECTOR / columns; /* of each vector */
+                          const uint8_t *codes, const float *scales, const int bits) {
+    int64_t columns = unit_columns(bits), units = planes->columns / columns, bytes = hf_lrq_uniform_unit_bytes(planes);
+    int64_t run = hf_lrq_uniform_run(matrix), part = run * VECTOR / columns; /* of each vector */
     for (int64_t token = 0; token < planes->tokens; token++) to[token * stride] = 0;
     for (int64_t u = 0; u < units; u++) {
-        int16_t y[MOST];
-        uint8_t room[VECTOR];
-        int64_t left = matrix->row_bytes - u * size;
-        odd_numbers(y, left < size ? filled_up(room, codes + u * size, left) : codes + u * size, bits);
+        int16_t y[4 * VECTOR];
+        hf_lrq_odd_numbers(y, codes, u, matrix->row_bytes, bits);
         for (int64_t token = 0; token < planes->tokens; token++) {
             const int16_t *x = (const int16_t *)(const void *)(planes->x + (token * units + u) * bytes);
-            float scale_of_x = 1;
-            if (planes->blocks)
-                scale_of_x = planes->scales[token * hf_lrq_scales_of_token(planes) + u * columns / SCALE_COLUMNS];
+            float scale_of_x = hf_lrq_uniform_scale_of_x(planes, token, u * columns);
             for (int64_t at = 0, column = u * columns; at < VECTOR; at += part, column += run) {
                 float scale = scales[smaller(column / matrix->group_size, matrix->groups - 1)] * scale_of_x;
                 for (int k = 0; k < planes->token_planes; k++) {
@@ -167,29 +144,21 @@ ALWAYS_INLINE void row_of(float *to, int64_t stride, const Planes *planes, const
     }
 }
 
-ALWAYS_INLINE void one_row_body(float *to, int64_t stride, const Planes *planes, const UniformMatrix *matrix,
-                                const uint8_t *codes, const float *scales) {
-    if (matrix->bits == 2)
-        row_of(to, stride, planes, matrix, codes, scales, 2);
-    else if (matrix->bits == 3)
-        row_of(to, stride, planes, matrix, codes, scales, 3);
-    else if (matrix->bits == 4)
-        row_of(to, stride, planes, matrix, codes, scales, 4);
-    else
-        row_of(to, stride, planes, matrix, codes, scales, 8);
-}
-HF_LRQ_CLONES(static, one_row,
-              (float *to, int64_t stride, const Planes *planes, const UniformMatrix *matrix, const uint8_t *codes,
-               const float *scales),
-              (to, stride, planes, matrix, codes, scales))
-
 int hf_lrq_uniform_portable(const Planes *planes, const UniformMatrix *matrix, float *to, int64_t stride, int64_t first,
                             int64_t rows) {
     float *scales = allocate((size_t)matrix->groups * sizeof *scales);
     if (!scales) return -1;
-    for (int64_t row = first; row < first + rows; row++) {
+    for (int64_t row = first; row < first + rows; row++, to++) {
+        const uint8_t *codes = matrix->codes + row * matrix->row_bytes;
         hf_lrq_to_float(scales, matrix->scales, row * matrix->groups, matrix->groups, matrix->scales_kind);
-        one_row(to + (row - first), stride, planes, matrix, matrix->codes + row * matrix->row_bytes, scales);
+        if (matrix->bits == 2)
+            row_of(to, stride, planes, matrix, codes, scales, 2);
+        else if (matrix->bits == 3)
+            row_of(to, stride, planes, matrix, codes, scales, 3);
+        else if (matrix->bits == 4)
+            row_of(to, stride, planes, matrix, codes, scales, 4);
+        else
+            row_of(to, stride, planes, matrix, codes, scales, 8);
     }
     free(scales);
     return 0;

@@ -18,7 +18,7 @@ typedef struct UniformMatrix {
     const uint8_t *codes; /* [rows][row_bytes] */
     const void *scales;   /* [rows][groups], of a kind of `floats.h` */
     int scales_kind, bits;
-    int64_t row_bytes, groups, group_size; /* group_size: a multiple of 8, at 2 bits of 16; for AMX of 128 */
+    int64_t row_bytes, groups, group_size; /* group_size: a multiple of 8 */
 } UniformMatrix;
 
 /* Vectors of 64 codes in a unit. */
@@ -37,6 +37,7 @@ static inline int unit_bytes(int bits) { return unit_columns(bits) * bits / 8; }
                   blocks. The halves are the even and odd columns at 4 bits and the first and the last 64 at 3 and 8;
                   at 2 bits, of 0, 1, 2, 3 modulo 4, (0, 1) and (2, 3) one after the other. */
 int64_t hf_lrq_uniform_bytes(const Planes *planes);
+int64_t hf_lrq_uniform_unit_bytes(const Planes *planes); /* not of tiles */
 
 /* Columns that the integers are filled up to a multiple of. */
 static inline int64_t hf_lrq_uniform_columns(const Kernel *kernel) {
@@ -51,6 +52,9 @@ void hf_lrq_uniform_place(Planes *planes, int64_t token, int32_t *integers, int3
 int hf_lrq_uniform_portable(const Planes *planes, const UniformMatrix *matrix, float *to, int64_t stride, int64_t first,
                             int64_t rows);
 #if HF_LRQ_X86
+/* avx512: the group size is a multiple of 16 at 2 and 4 bits and of 64 at 3 and 8; amx: of 128. */
+int hf_lrq_uniform_avx2(const Planes *planes, const UniformMatrix *matrix, float *to, int64_t stride, int64_t first,
+                        int64_t rows);
 int hf_lrq_uniform_avx512(const Planes *planes, const UniformMatrix *matrix, float *to, int64_t stride, int64_t first,
                           int64_t rows);
 
@@ -71,11 +75,49 @@ int hf_lrq_uniform_amx(const Planes *planes, const UniformMatrix *matrix, float 
                        int64_t rows);
 #endif
 
+/* Columns, a part of a unit or all of it, that surely have one scale. */
+static inline int64_t hf_lrq_uniform_run(const UniformMatrix *matrix) {
+    int64_t run = unit_columns(matrix->bits);
+    while (matrix->group_size % run) run /= 2;
+    return run;
+}
+
+static inline float hf_lrq_uniform_scale_of_x(const Planes *planes, int64_t token, int64_t column) {
+    return planes->blocks ? planes->scales[token * hf_lrq_scales_of_token(planes) + column / SCALE_COLUMNS] : 1;
+}
+
 /* The last `count` bytes of a row and zeros after them. */
 static inline const uint8_t *filled_up(uint8_t *room, const uint8_t *from, int64_t count) {
     memset(room, 0, VECTOR);
     memcpy(room, from, (size_t)count);
     return room;
+}
+
+/* Eight codes of 3 bits, one a byte. */
+ALWAYS_INLINE uint64_t hf_lrq_eight_codes(const uint8_t *codes) {
+    uint64_t v = codes[0] | (uint64_t)codes[1] << 8 | (uint64_t)codes[2] << 16;
+    v = (v | v << 20) & 0x00000fff00000fff;
+    v = (v | v << 10) & 0x003f003f003f003f;
+    return (v | v << 5) & 0x0707070707070707;
+}
+
+/* Odd numbers of unit u of a row, in the order of UNIFORM_WORDS; to: [unit_columns]. */
+ALWAYS_INLINE void hf_lrq_odd_numbers(int16_t *restrict to, const uint8_t *codes, int64_t u, int64_t row_bytes,
+                                      const int bits) {
+    uint8_t room[VECTOR], apart[VECTOR];
+    int most = (1 << bits) - 1, size = unit_bytes(bits);
+    int64_t left = row_bytes - u * size;
+    codes = left < size ? filled_up(room, codes + u * size, left) : codes + u * size;
+    if (bits == 3) {
+        for (int i = 0; i < 8; i++) {
+            uint64_t eight = hf_lrq_eight_codes(codes + 3 * i);
+            memcpy(apart + 8 * i, &eight, 8);
+        }
+        codes = apart;
+    }
+    for (int v = 0; v < vectors_of_unit(bits); v++)
+        for (int i = 0; i < VECTOR; i++)
+            to[v * VECTOR + i] = (int16_t)(2 * ((codes[i] >> (bits == 3 ? 0 : v * bits)) & most) - most);
 }
 
 #endif

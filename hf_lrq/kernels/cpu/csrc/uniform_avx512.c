@@ -12,7 +12,7 @@ enum { AHEAD = 2048, ROWS = 2, MOST_TOKENS = 4, ROWS_OF_SCALES = 8, LAST_UNITS =
 typedef struct {
     const Planes *planes;
     int64_t row_bytes, groups, units, full; /* `full` units can be read in place, the others from a copy */
-    int64_t units_of_scale;                 /* whole units that share a scale, or 0: */
+    int64_t units_of_scale;                 /* 3 and 8 bits: units that share a scale; 2 and 4: */
     int32_t *first, *lanes;                 /* [units] the group of lane 0; [units][16] groups from there */
 } Plan;
 
@@ -29,7 +29,7 @@ AVX512_TARGET ALWAYS_INLINE void unpack(__m512i *to, const uint8_t *codes, int b
     }
 }
 
-/* ROWS rows from `codes` and `scales` on, and some tokens from `token` on. rooms: the last units of the rows. */
+/* ROWS rows and some tokens from `token` on. rooms: the last units of the rows; shared: whether a unit has one scale. */
 AVX512_TARGET ALWAYS_INLINE void some_rows(float *const *to, int64_t stride, const Plan *plan, const uint8_t *const *codes,
                                            const float *const *scales, uint8_t (*rooms)[LAST_UNITS][VECTOR], int64_t token,
                                            const int tokens, const int bits, const int digits, const int shared) {
@@ -85,7 +85,7 @@ AVX512_TARGET ALWAYS_INLINE void some_rows(float *const *to, int64_t stride, con
         some_rows(to, stride, plan, codes, scales, rooms, token, COUNT, BITS, DIGITS, SHARED);
 
 #define ALL_TOKENS(BITS, DIGITS, SHARED)                                                                               \
-    AVX512_TARGET static void rows_##BITS##_##DIGITS##_##SHARED(                                                       \
+    AVX512_TARGET static void rows_##BITS##_##DIGITS(                                                                 \
         float *const *to, int64_t stride, const Plan *plan, const uint8_t *const *codes, const float *const *scales) { \
         const Planes *planes = plan->planes;                                                                           \
         int64_t token = 0;                                                                                             \
@@ -100,20 +100,18 @@ AVX512_TARGET ALWAYS_INLINE void some_rows(float *const *to, int64_t stride, con
         TOKENS(1, BITS, DIGITS, SHARED)                                                                                \
     }
 #define ALL_DIGITS(BITS, SHARED) ALL_TOKENS(BITS, 1, SHARED) ALL_TOKENS(BITS, 2, SHARED) ALL_TOKENS(BITS, 3, SHARED)
-#define ALL_SCALES(BITS) ALL_DIGITS(BITS, 0) ALL_DIGITS(BITS, 1)
-ALL_SCALES(2)
-ALL_SCALES(3)
-ALL_SCALES(4)
-ALL_SCALES(8)
+ALL_DIGITS(2, 0)
+ALL_DIGITS(3, 1)
+ALL_DIGITS(4, 0)
+ALL_DIGITS(8, 1)
 
 typedef void (*RowsFunction)(float *const *, int64_t, const Plan *, const uint8_t *const *, const float *const *);
 
-#define BY_DIGITS(BITS, SHARED) {rows_##BITS##_1_##SHARED, rows_##BITS##_2_##SHARED, rows_##BITS##_3_##SHARED}
-#define BY_SCALES(BITS) {BY_DIGITS(BITS, 0), BY_DIGITS(BITS, 1)}
+#define BY_DIGITS(BITS) {rows_##BITS##_1, rows_##BITS##_2, rows_##BITS##_3}
 
-static RowsFunction function_for(int bits, int shared, int digits) {
-    static const RowsFunction TABLE[4][2][3] = {BY_SCALES(2), BY_SCALES(3), BY_SCALES(4), BY_SCALES(8)};
-    return TABLE[bits == 8 ? 3 : bits - 2][shared][digits - 1];
+static RowsFunction function_for(int bits, int digits) {
+    static const RowsFunction TABLE[4][3] = {BY_DIGITS(2), BY_DIGITS(3), BY_DIGITS(4), BY_DIGITS(8)};
+    return TABLE[bits == 8 ? 3 : bits - 2][digits - 1];
 }
 
 /* Groups of the lanes; memory: [units][1 + 16], the lanes first. */
@@ -140,7 +138,7 @@ int hf_lrq_uniform_avx512(const Planes *planes, const UniformMatrix *matrix, flo
                  .groups = matrix->groups,
                  .units = planes->columns / columns,
                  .full = matrix->row_bytes < read ? 0 : (matrix->row_bytes - read) / size + 1};
-    int64_t shared = matrix->group_size % columns == 0, groups = matrix->groups;
+    int64_t groups = matrix->groups;
     plan.units_of_scale = matrix->group_size / columns;
     /* A vector of scales is read whole. */
     float *scales = allocate((size_t)(ROWS_OF_SCALES * groups + LANES) * sizeof *scales);
@@ -151,8 +149,8 @@ int hf_lrq_uniform_avx512(const Planes *planes, const UniformMatrix *matrix, flo
         return -1;
     }
     memset(scales + ROWS_OF_SCALES * groups, 0, LANES * sizeof *scales);
-    if (!shared) find_groups(&plan, memory, matrix);
-    RowsFunction function = function_for(matrix->bits, (int)shared, planes->digits);
+    find_groups(&plan, memory, matrix);
+    RowsFunction function = function_for(matrix->bits, planes->digits);
     for (int64_t start = 0; start < rows; start += ROWS_OF_SCALES) {
         int64_t count = smaller(ROWS_OF_SCALES, rows - start);
         hf_lrq_to_float(scales, matrix->scales, (first + start) * groups, count * groups, matrix->scales_kind);

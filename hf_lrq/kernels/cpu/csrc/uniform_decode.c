@@ -21,8 +21,10 @@ ALWAYS_INLINE void in_order(int16_t *restrict to, const uint8_t *restrict codes,
     int most = (1 << bits) - 1;
     if (bits == 3) {
         for (int64_t i = 0; i < n / 8; i++) {
-            uint32_t word = codes[3 * i] | (uint32_t)codes[3 * i + 1] << 8 | (uint32_t)codes[3 * i + 2] << 16;
-            for (int k = 0; k < 8; k++) to[8 * i + k] = (int16_t)(2 * (int)(word >> 3 * k & 7) - most);
+            uint64_t eight = hf_lrq_eight_codes(codes + 3 * i);
+            uint8_t apart[8];
+            memcpy(apart, &eight, 8);
+            for (int k = 0; k < 8; k++) to[8 * i + k] = (int16_t)(2 * apart[k] - most);
         }
     } else {
         for (int64_t i = 0; i < n * bits / 8; i++)
