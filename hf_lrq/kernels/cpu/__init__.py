@@ -8,7 +8,7 @@ tier; CC names the compiler and HF_LRQ_CACHE the directory of the compiled libra
 import torch
 from torch import Tensor
 
-from hf_lrq.kernels.cpu import linear, paths, selfcheck, uniform
+from hf_lrq.kernels.cpu import linear, paths, selfcheck
 from hf_lrq.kernels.cpu.library import Library, Loader
 
 _loader = Loader(selfcheck.fault)

@@ -35,7 +35,7 @@ def test_matrix_products_for_many_tokens(kernels, make_layer, generator, monkeyp
     monkeypatch.setattr(cpu.linear, "many_tokens", lambda *_: 9)
     monkeypatch.setattr(cpu.linear, "TILE_ROWS", 128)
     seen = []
-    for module in (cpu.linear, cpu.uniform):
+    for module in (cpu.linear, cpu.linear.uniform):
         decode = module.decode
         monkeypatch.setattr(module, "decode", lambda *a, decode=decode: seen.append(a[4:6]) or decode(*a))
     layer = make_layer(300, 200, codebook)

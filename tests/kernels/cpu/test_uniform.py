@@ -69,6 +69,6 @@ def test_decoding_refuses_what_it_would_misread(kernels):
     for start, stop in ((-1, 4), (0, 5), (3, 2)):
         with pytest.raises(ValueError, match=rf"rows {start} to {stop} are not in codes of 4 rows"):
             cpu.decode_rows(weight, "int4", 16, start, stop, torch.float32)
-    with pytest.raises(ValueError, match="codes of codebook 'int4' with 17 columns are torch.uint8"):
+    with pytest.raises(ValueError, match=r"codes of codebook 'int4' with 17 columns are torch\.uint8"):
         cpu.decode_rows(weight, "int4", 17, 0, 4, torch.float32)
     assert cpu.decode_rows(weight, "int4", 16, 2, 2, torch.float32).shape == (0, 16)
