@@ -9,11 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hf_lrq.kernels.cpu.build import BuildError, cached_library
 
 logger = logging.getLogger(__name__)
 
 TIERS = ("scalar", "avx2", "avx512", "amx")
+# Kinds of `floats.h`; a dtype that is not here has no kernel.
+KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3, torch.uint8: 4}
 
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "hf_lrq_limit_isa": (ctypes.c_int32, (ctypes.c_int32,)),
@@ -21,6 +25,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "hf_lrq_call_size": (ctypes.c_int64, ()),
     "hf_lrq_linear": (ctypes.c_int32, (ctypes.c_char_p, ctypes.c_int64)),
     "hf_lrq_decode": (None, (*[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 8, ctypes.c_double)),
+    "hf_lrq_decode_uniform": (None, (*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 8, ctypes.c_double)),
     "hf_lrq_viterbi_table_words": (ctypes.c_int64, (ctypes.c_int32,)),
     "hf_lrq_viterbi_table": (None, (*[ctypes.c_void_p] * 2, ctypes.c_int32, ctypes.c_void_p)),
     "hf_lrq_viterbi": (
@@ -44,6 +49,7 @@ class Library:
     call_size: Callable[[], int]
     linear: Callable[..., int]
     decode: Callable[..., None]
+    decode_uniform: Callable[..., None]
     viterbi_table_words: Callable[[int], int]
     viterbi_table: Callable[..., None]
     viterbi: Callable[..., int]

@@ -9,15 +9,18 @@ import torch
 from torch import Tensor
 
 from hf_lrq.codebooks import get_codebook
-from hf_lrq.kernels.cpu.library import Library
+from hf_lrq.codebooks.scalar import Uniform
+from hf_lrq.kernels.cpu import uniform
+from hf_lrq.kernels.cpu.library import KINDS, Library
 from hf_lrq.kernels.operands import Operands
 from hf_lrq.kernels.reference import hadamard
 from hf_lrq.layout import hadamard_block
 from hf_lrq.matrices import dense_factor
 
-# Kinds of `floats.h`; a dtype that is not here has no kernel.
-KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3, torch.uint8: 4}
-FAMILIES = {"bt": 0, "tcq": 1}
+FAMILIES = {"bt": 0, "tcq": 1, "int": 2}
+TRELLISES = ("bt2", "bt4", "tcq2", "tcq3", "tcq4")
+UNIFORM = ("int2", "int3", "int4", "int8")
+CODEBOOKS = (*TRELLISES, *UNIFORM)
 # 8-bit digits that hold an activation with less error than its dtype has.
 DIGITS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 2}
 # Columns for which sums of products fit into 32 bits: 2**31 / (128 * the largest y), by codebook.
@@ -32,6 +35,7 @@ MANY_TOKENS_TCQ = 32  # at any tier above scalar
 # Rows decoded at a time.
 TILE_ROWS = 1024
 SURELY_FEW = 8
+ONE_GROUP = 1 << 30  # columns; a multiple of whatever a kernel takes at a time
 
 # The two halves of `Call` of layer.c.
 _RUN, _LAYER = struct.Struct("=10q"), struct.Struct("=25qd")
@@ -41,6 +45,8 @@ _RUN, _LAYER = struct.Struct("=10q"), struct.Struct("=25qd")
 def _format(codebook: str) -> tuple[int, int, int, int, float]:
     """Family, bits, multipliers and gain, as the library wants them."""
     book = get_codebook(codebook)
+    if isinstance(book, Uniform):
+        return FAMILIES[book.family], book.bits, 0, 0, book.step / 2
     first, *rest = book.multipliers  # type: ignore[attr-defined]
     return FAMILIES[book.family], book.bits, first, rest[0] if rest else 0, book.gain  # type: ignore[attr-defined]
 
@@ -67,13 +73,14 @@ def _declines(
     scales_shape: torch.Size,
     factor_dtypes: tuple[torch.dtype, ...],
 ) -> str | None:
-    if codebook not in MOST_COLUMNS:
+    if codebook not in CODEBOOKS:
         return f"no CPU kernel for codebook {codebook!r}"
     if dtype not in DIGITS:
         return f"no CPU kernel for x of {dtype}"
-    if columns > MOST_COLUMNS[codebook]:
+    if columns > MOST_COLUMNS.get(codebook, columns):
         return f"{columns} columns are more than the {MOST_COLUMNS[codebook]} whose sums fit into 32 bits"
-    if len(scales_shape) != 1 or scales_dtype not in DIGITS or weight_dtype != torch.uint8:
+    grouped = get_codebook(codebook).grouped
+    if len(scales_shape) > 1 + grouped or scales_dtype not in DIGITS or weight_dtype != torch.uint8:
         return f"codes of {weight_dtype} with scales of {scales_dtype} {list(scales_shape)}"
     rows = scales_shape[0]
     if weight_shape != get_codebook(codebook).packed_shape(rows, columns):
@@ -137,6 +144,7 @@ def _prepared(layer: Operands, columns: int) -> _Prepared:
     tensors = layer.tensors
     key = (
         layer.codebook,
+        layer.group_size,
         layer.block,
         columns,
         *[None if t is None else (t.data_ptr(), t.dtype, t.shape, t.is_cpu and t.is_contiguous()) for t in tensors],
@@ -159,6 +167,8 @@ def _prepare(layer: Operands, columns: int) -> _Prepared:
         rank = layer.rank
         _expect(layer.L, rows, (rank + 1) // 2 if layer.L.dtype == torch.uint8 else rank)
         _expect(layer.R, (rank + 1) // 2 if layer.R.dtype == torch.uint8 else rank, columns)
+    groups = 1 if layer.scales.ndim == 1 else -(-columns // layer.group_size)
+    _expect(layer.scales, *(rows, groups)[: layer.scales.ndim])
     sizes = {"rot_in": columns, "rot_out": rows, "bias": rows, "L_scale": rank, "R_scale": rank}
     for name, size in sizes.items():
         if (vector := getattr(layer, name)) is not None:
@@ -166,6 +176,8 @@ def _prepare(layer: Operands, columns: int) -> _Prepared:
     readable = [_readable(tensor) for tensor in layer.tensors]
     weight, scales, rot_in, rot_out, L, R, L_scale, R_scale, bias = map(_place, readable)
     family, bits, first, second, gain = _format(layer.codebook)
+    if layer.codebook in UNIFORM:
+        first, second = layer.group_size if groups > 1 else ONE_GROUP, groups
     record = _LAYER.pack(
         *(rows, weight[0], family, bits, first, second),
         *scales,
@@ -199,6 +211,12 @@ def by_matrix_products(library: Library, z: Tensor, layer: Operands) -> Tensor:
     after = dtype == torch.bfloat16
     for start in range(0, rows, TILE_ROWS):
         stop = min(start + TILE_ROWS, rows)
+        if layer.codebook in UNIFORM:
+            threads = _useful_threads(16 * columns * (stop - start))
+            scaled = (scales, layer.group_size, tile)
+            Q = uniform.decode(library, layer.weight, layer.codebook, columns, start, stop, dtype, threads, *scaled)
+            y[:, start:stop] = z @ Q.T
+            continue
         factor = 1.0 if after else gain
         Q = decode(library, layer.weight, layer.codebook, columns, start, stop, dtype, factor, tile)
         if after:
@@ -217,8 +235,11 @@ def decode_rows(
     library: Library, weight: Tensor, codebook: str, in_features: int, start: int, stop: int, dtype: torch.dtype
 ) -> Tensor | None:
     """Values of rows [start, stop) before scales, [stop - start, in]; None where there is no kernel for it."""
-    if codebook not in MOST_COLUMNS or dtype not in DIGITS or weight.device.type != "cpu":
+    if codebook not in CODEBOOKS or dtype not in DIGITS or weight.device.type != "cpu":
         return None
+    if codebook in UNIFORM:
+        threads = _useful_threads(16 * in_features * (stop - start))
+        return uniform.decode(library, weight, codebook, in_features, start, stop, dtype, threads)
     return decode(library, weight, codebook, in_features, start, stop, dtype, _format(codebook)[4])
 
 

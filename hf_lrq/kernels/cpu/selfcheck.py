@@ -7,13 +7,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from hf_lrq.codebooks import get_codebook
-from hf_lrq.codebooks.trellis import Trellis
+from hf_lrq.codebooks import Codebook, get_codebook
 from hf_lrq.kernels.cpu.library import Library
-from hf_lrq.kernels.cpu.linear import MOST_COLUMNS, decode, lrq_linear_group
+from hf_lrq.kernels.cpu.linear import CODEBOOKS, decode_rows, lrq_linear_group
 from hf_lrq.kernels.operands import Operands
+from hf_lrq.matrices import expand_scales
 
-ROWS, COLUMNS, RANK = 136, 56, 3  # a block and a bit; three tiles and a half; whole blocks of 8 for the transforms
+ROWS, RANK = 136, 3  # a block and a bit; whole blocks of 8 for the transforms
+# Three tiles and a half of a trellis; two and a half groups of scales.
+COLUMNS, GROUPED_COLUMNS, GROUP_SIZE = 56, 328, 128
 TOKENS = (1, 9)
 TOLERANCE = 2e-5  # of the largest value; float32 sums of a hundred terms are ten times better, a wrong one far worse
 
@@ -32,29 +34,33 @@ def fault(library: Library) -> str | None:
     with contextlib.ExitStack() as stack:
         for mode in modes:
             stack.enter_context(mode)
-        for codebook in MOST_COLUMNS:
-            book = get_codebook(codebook)
-            if isinstance(book, Trellis) and not _is_right(library, book, generator):
+        for codebook in CODEBOOKS:
+            if not _is_right(library, get_codebook(codebook), generator):
                 return f"the library {library.path} computes {codebook} wrongly at {library.tier_name}."
     return None
 
 
-def _is_right(library: Library, book: Trellis, generator: torch.Generator) -> bool:
-    weight = torch.randint(0, 256, book.packed_shape(ROWS, COLUMNS), dtype=torch.uint8, generator=generator)
-    Q = book.decode(book.unpack(weight), torch.float32).flatten(-2)[:ROWS, :COLUMNS]
-    if not torch.equal(decode(library, weight, book.name, COLUMNS, 0, ROWS, torch.float32, book.gain), Q):
+def _is_right(library: Library, book: Codebook, generator: torch.Generator) -> bool:
+    columns = GROUPED_COLUMNS if book.grouped else COLUMNS
+    weight = torch.randint(0, 256, book.packed_shape(ROWS, columns), dtype=torch.uint8, generator=generator)
+    Q = book.decode(book.unpack(weight), torch.float32).flatten(-2)[:ROWS, :columns]
+    decoded = decode_rows(library, weight, book.name, columns, 0, ROWS, torch.float32)
+    if decoded is None or not torch.equal(decoded, Q):
         return False
     # Dtypes are spelled out: a model is loaded with another default.
     numbers: Any = {"generator": generator, "dtype": torch.float32}
-    scales, rot_in, rot_out = (torch.rand(n, **numbers).half() + 0.5 for n in (ROWS, COLUMNS, ROWS))
-    L, R = torch.randn(ROWS, RANK, **numbers), torch.randn(RANK, COLUMNS, **numbers)
+    rot_in, rot_out = (torch.rand(n, **numbers).half() + 0.5 for n in (columns, ROWS))
+    shape = (ROWS, -(-columns // GROUP_SIZE)) if book.grouped else (ROWS,)
+    scales = torch.rand(shape, **numbers).half() + 0.5
+    L, R = torch.randn(ROWS, RANK, **numbers), torch.randn(RANK, columns, **numbers)
+    Q = Q * expand_scales(scales.float(), GROUP_SIZE, columns)
     H = _hadamard(8)
     for tokens in TOKENS:
-        x = torch.randn(tokens, COLUMNS, **numbers)
-        layer = Operands(weight, scales, rot_in, rot_out, L, R, None, None, None, book.name, 128, 8)
+        x = torch.randn(tokens, columns, **numbers)
+        layer = Operands(weight, scales, rot_in, rot_out, L, R, None, None, None, book.name, GROUP_SIZE, 8)
         y = lrq_linear_group(library, x, [layer], "float")
         z = ((x * rot_in).unflatten(1, (-1, 8)) @ H).flatten(1)
-        expected = z @ (Q * scales.float()[:, None] + L @ R).T
+        expected = z @ (Q + L @ R).T
         expected = (expected.unflatten(1, (-1, 8)) @ H).flatten(1) * rot_out
         if not (y - expected).abs().max() <= TOLERANCE * expected.abs().max():
             return False

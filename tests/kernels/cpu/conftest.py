@@ -52,6 +52,9 @@ def tier(request: pytest.FixtureRequest, kernels: library.Library) -> str:
 def path_integers(weight: torch.Tensor, codebook: str) -> torch.Tensor:
     """y [padded rows, padded columns] int64, step by step as the format says."""
     book = get_codebook(codebook)
+    if book.family == "int":
+        one_bits = (weight.flatten(1).unsqueeze(-1) >> torch.arange(8) & 1).reshape(len(weight), -1, book.bits)
+        return 2 * (one_bits.long() << torch.arange(book.bits)).sum(-1) + 1 - 2**book.bits
     bits, (blocks, tiles, _) = book.bits, weight.shape
     words = weight.reshape(blocks, tiles, 4 * bits, 16, 4).permute(0, 1, 3, 2, 4)  # a lane's words together
     stream = words.reshape(blocks, tiles, 16, 16 * bits).long()  # bytes of each lane
@@ -74,6 +77,12 @@ def path_integers(weight: torch.Tensor, codebook: str) -> torch.Tensor:
         y = sum(hashed >> 8 * v & 255 for v in range(4)) - 510
     y = y.reshape(blocks, tiles, 16, 8, 16)  # lane, row of the lane, column
     return y.permute(0, 3, 2, 1, 4).reshape(blocks * 128, tiles * 16)
+
+
+def gain_of(codebook: str) -> float:
+    """Value of a weight per unit of its integer."""
+    book = get_codebook(codebook)
+    return book.step / 2 if book.family == "int" else book.gain
 
 
 @functools.cache
@@ -108,6 +117,7 @@ class Layer:
     bias: torch.Tensor | None
     codebook: str
     block: int
+    group_size: int = 128
 
     def __call__(self, x: torch.Tensor, activation: str = "float") -> torch.Tensor:
         """By the kernels."""
@@ -118,13 +128,15 @@ class Layer:
     def operands(self) -> Operands:
         """As the kernels take them."""
         tensors = (self.weight, self.scales, self.rot_in, self.rot_out, *self.factors, self.bias)
-        return Operands(*tensors, self.codebook, 128, self.block)
+        return Operands(*tensors, self.codebook, self.group_size, self.block)
 
     def plain(self, x: torch.Tensor, dtype: torch.dtype, columns: int) -> torch.Tensor:
         """By torch, all in `dtype`."""
         rows = len(self.scales)
-        Q = path_integers(self.weight, self.codebook)[:rows, :columns] * get_codebook(self.codebook).gain
-        W = (Q.double() * self.scales.double().unsqueeze(1)).to(dtype)
+        Q = path_integers(self.weight, self.codebook)[:rows, :columns] * gain_of(self.codebook)
+        scales = self.scales.double().view(rows, -1)
+        group = torch.arange(columns) // self.group_size if self.scales.ndim > 1 else torch.zeros(columns).long()
+        W = (Q.double() * scales[:, group]).to(dtype)
         z, (L, R, L_scale, R_scale) = x.to(dtype), self.factors
         if self.rot_in is not None:
             z = (z * self.rot_in.to(dtype)) @ hadamard_matrix(columns, self.block).to(dtype)
@@ -172,22 +184,24 @@ def make_layer(generator: torch.Generator) -> Callable[..., Layer]:
         rotated: bool = True,
         biased: bool = True,
         block: int = 256,
+        group_size: int = 128,
     ) -> Layer:
         shape = get_codebook(codebook).packed_shape(rows, columns)
         weight = torch.randint(0, 256, shape, generator=generator).to(torch.uint8)
 
-        def positive(n: int) -> torch.Tensor:
-            return (torch.rand(n, generator=generator) + 0.5).half()
+        def positive(*shape: int) -> torch.Tensor:
+            return (torch.rand(shape, generator=generator) + 0.5).half()
 
         return Layer(
             weight,
-            positive(rows),
+            positive(rows, -(-columns // group_size)) if get_codebook(codebook).grouped else positive(rows),
             positive(columns) if rotated else None,
             positive(rows) if rotated else None,
             random_factors(rows, columns, rank, form, generator),
             torch.randn(rows, generator=generator).half() if biased else None,
             codebook,
             block,
+            group_size,
         )
 
     return make

@@ -5,7 +5,7 @@ import torch
 
 from hf_lrq.kernels import cpu
 
-CODEBOOKS = ("bt2", "bt4", "tcq2", "tcq3", "tcq4")
+CODEBOOKS = ("bt2", "bt4", "tcq2", "tcq3", "tcq4", "int2", "int3", "int4", "int8")
 # Rows and columns that are no multiples of a tile (128 x 16), one row, and blocks of the transform of 1, 8 and 256.
 SHAPES = ((1, 16), (130, 52), (8, 1000), (257, 7), (384, 512))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -35,8 +35,9 @@ def test_matrix_products_for_many_tokens(kernels, make_layer, generator, monkeyp
     monkeypatch.setattr(cpu.linear, "many_tokens", lambda *_: 9)
     monkeypatch.setattr(cpu.linear, "TILE_ROWS", 128)
     seen = []
-    decode = cpu.linear.decode
-    monkeypatch.setattr(cpu.linear, "decode", lambda *a: seen.append(a[4:6]) or decode(*a))
+    for module in (cpu.linear, cpu.linear.uniform):
+        decode = module.decode
+        monkeypatch.setattr(module, "decode", lambda *a, decode=decode: seen.append(a[4:6]) or decode(*a))
     layer = make_layer(300, 200, codebook)
     x = torch.randn(9, 200, generator=generator).to(dtype)
     exact = layer.exact(x)
@@ -58,7 +59,7 @@ def test_every_form_of_the_factors(tier, make_layer, generator, form, rank):
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 7, 8, 9, 17, 31, 33, 65])
-@pytest.mark.parametrize("codebook", ["bt2", "bt4", "tcq2"])
+@pytest.mark.parametrize("codebook", ["bt2", "bt4", "tcq2", "int3", "int4", "int8"])
 def test_any_number_of_tokens(tier, make_layer, generator, codebook, tokens):
     layer = make_layer(136, 80, codebook)
     for dtype in (torch.float32, torch.bfloat16):
@@ -132,8 +133,9 @@ def test_int8_scales_are_per_256_columns(kernels, make_layer, generator):
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("activation", ["float", "int8"])
-def test_what_is_not_finite_spoils_its_token_and_no_other(tier, make_layer, generator, bad, activation):
-    layer = make_layer(130, 64)
+@pytest.mark.parametrize("codebook", ["bt2", "int4"])
+def test_what_is_not_finite_spoils_its_token_and_no_other(tier, make_layer, generator, bad, activation, codebook):
+    layer = make_layer(130, 64, codebook)
     x = torch.randn(3, 64, generator=generator)
     expected = layer(x, activation)
     x[1, 5] = bad
@@ -142,24 +144,28 @@ def test_what_is_not_finite_spoils_its_token_and_no_other(tier, make_layer, gene
     assert torch.equal(y[[0, 2]], expected[[0, 2]])
 
 
-def test_zero_and_tiny_activations(tier, make_layer):
-    layer = make_layer(130, 64, biased=False)
+@pytest.mark.parametrize("codebook", ["bt2", "int4"])
+def test_zero_and_tiny_activations(tier, make_layer, codebook):
+    layer = make_layer(130, 64, codebook, biased=False)
     assert (layer(torch.zeros(2, 64)) == 0).all()
     assert layer(torch.full((2, 64), 1e-42)).abs().max() < 1e-38
     assert layer(torch.full((2, 64), 6e-8).half()).isfinite().all()
 
 
-@pytest.mark.parametrize(("codebook", "columns"), [("bt2", 65536), ("bt4", 32768), ("tcq4", 32768)])
+@pytest.mark.parametrize(
+    ("codebook", "columns"), [("bt2", 65536), ("bt4", 32768), ("tcq4", 32768), ("int2", 65536), ("int8", 65536)]
+)
 def test_sums_of_the_widest_matrix_fit(tier, make_layer, integers, codebook, columns):
     """Each activation at its largest and with the sign of its weight: no sum comes nearer to the end of 32 bits."""
-    layer = make_layer(1, columns, codebook, form="none", rotated=False, biased=False)
+    layer = make_layer(1, columns, codebook, form="none", rotated=False, biased=False, group_size=columns)
     x = integers(layer.weight, codebook)[:1, :columns].sign().float()
     for activation in ("float", "int8"):
         assert error(layer(x, activation), layer.exact(x)) < 1e-4  # a sum that wrapped would be off by its own size
 
 
-def test_results_repeat_bit_by_bit_whatever_the_threads(tier, make_layer, generator, monkeypatch):
-    layer = make_layer(700, 272, rank=40)
+@pytest.mark.parametrize("codebook", ["bt2", "int4"])
+def test_results_repeat_bit_by_bit_whatever_the_threads(tier, make_layer, generator, monkeypatch, codebook):
+    layer = make_layer(700, 272, codebook, rank=40)
     x = torch.randn(11, 272, generator=generator)
     monkeypatch.setattr(cpu.linear, "_useful_threads", lambda _: 1)
     expected = layer(x)

@@ -64,13 +64,14 @@ def test_searches_refuse_what_they_would_misread(kernels):
         cpu.bit_viterbi(points.view(-1), norms.view(-1), x[..., 0], 5, 4)
 
 
-@pytest.mark.parametrize("codebook", ["bt2", "bt4", "tcq2", "tcq3", "tcq4"])
+@pytest.mark.parametrize("codebook", ["bt2", "bt4", "tcq2", "tcq3", "tcq4", "int2", "int3", "int4", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_decoded_rows(tier, generator, integers, codebook, dtype):
     book = get_codebook(codebook)
     for rows, columns in ((300, 200), (1, 1), (128, 129)):
         weight = torch.randint(0, 256, book.packed_shape(rows, columns), generator=generator).to(torch.uint8)
-        values = (integers(weight, codebook) * book.gain).float().to(dtype)
+        gain = book.step / 2 if book.family == "int" else book.gain
+        values = (integers(weight, codebook).double() * gain).float().to(dtype)
         assert torch.equal(values, book.decode(book.unpack(weight), dtype).flatten(-2))
         for start in range(0, rows, 128):
             for stop in {start, start + 1, min(start + 140, rows), rows}:

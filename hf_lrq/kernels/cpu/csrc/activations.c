@@ -4,12 +4,16 @@
 
 #include <math.h>
 
+#include "uniform.h"
+
 int hf_lrq_planes_init(Planes *planes, const Kernel *kernel, int64_t tokens, int64_t tiles, int digits, int blocks) {
     memset(planes, 0, sizeof *planes);
     planes->kernel = kernel;
     planes->tokens = tokens;
     planes->tiles = tiles;
     planes->columns = tiles * kernel->virtual_columns;
+    if (kernel->uniform)
+        planes->columns = ceil_div(planes->columns, hf_lrq_uniform_columns(kernel)) * hf_lrq_uniform_columns(kernel);
     planes->digits = digits;
     planes->blocks = blocks;
     planes->token_planes = kernel->digit_bits == 8 ? digits : (digits + 1) / 2;
@@ -26,9 +30,11 @@ int hf_lrq_planes_init(Planes *planes, const Kernel *kernel, int64_t tokens, int
         case SPLAT: planes->plane_bytes = 4 * planes->columns; break;
         case PAIRS:
         case NEIGHBOURS: planes->plane_bytes = 2 * planes->columns; break;
-        case TILES: planes->plane_bytes = 64 * ceil_div(planes->columns, 32);
+        case TILES: planes->plane_bytes = 64 * ceil_div(planes->columns, 32); break;
+        default: break; /* planes lie together */
     }
-    size_t bytes = (size_t)(planes->plane_bytes * planes->groups * planes->padded_planes);
+    size_t bytes = kernel->uniform ? (size_t)hf_lrq_uniform_bytes(planes)
+                                   : (size_t)(planes->plane_bytes * planes->groups * planes->padded_planes);
     planes->x = allocate(bytes);
     planes->scales = allocate((size_t)(tokens * hf_lrq_scales_of_token(planes)) * sizeof *planes->scales);
     planes->excess = allocate((size_t)(all * planes->chunks) * sizeof *planes->excess);
@@ -36,7 +42,7 @@ int hf_lrq_planes_init(Planes *planes, const Kernel *kernel, int64_t tokens, int
         hf_lrq_planes_free(planes);
         return -1;
     }
-    if (planes->groups * planes->padded_planes > all) memset(planes->x, 0, bytes);
+    if (kernel->uniform || planes->groups * planes->padded_planes > all) memset(planes->x, 0, bytes);
     return 0;
 }
 
@@ -175,7 +181,8 @@ static void place(Planes *planes, int64_t token, int32_t *integers, int8_t *digi
 
 void hf_lrq_planes_fill(Planes *planes, int64_t token, const float *z, int32_t *integers) {
     static const float LARGEST[] = {127, 32639, 8355700}; /* the last one less the error of its product */
-    int64_t n = planes->columns, count = hf_lrq_scales_of_token(planes);
+    int64_t n = planes->kernel->uniform ? planes->tiles * TILE_COLUMNS : planes->columns;
+    int64_t count = hf_lrq_scales_of_token(planes);
     int64_t block = planes->blocks ? SCALE_TILES * planes->kernel->virtual_columns : n;
     int8_t *digits = (int8_t *)(integers + n);
     const float *v = z;
@@ -197,5 +204,10 @@ void hf_lrq_planes_fill(Planes *planes, int64_t token, const float *z, int32_t *
             memset(integers + b * block, 0, (size_t)size * sizeof *integers);
         }
     }
-    place(planes, token, integers, digits);
+    if (planes->kernel->uniform) {
+        memset(integers + n, 0, (size_t)(planes->columns - n) * sizeof *integers);
+        hf_lrq_uniform_place(planes, token, integers, integers + planes->columns);
+    } else {
+        place(planes, token, integers, digits);
+    }
 }

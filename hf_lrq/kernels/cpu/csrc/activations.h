@@ -12,9 +12,9 @@ enum { SCALE_COLUMNS = 256, SCALE_TILES = SCALE_COLUMNS / TILE_COLUMNS };
    `digits` 8-bit digits hold an integer of up to 127 * (256^digits - 1) / 255. They are stored as one plane each or,
    where the kernel multiplies 16 bits, two in a plane. There is one scale a token or, if `blocks`, one for each 256
    columns. Planes are cut into groups, as many as the kernel takes in one call. */
-typedef struct {
+typedef struct Planes {
     const Kernel *kernel;
-    int64_t tokens, tiles, columns; /* virtual columns, padding included */
+    int64_t tokens, tiles, columns; /* virtual columns, padding included; of `int`, whole units */
     int digits, token_planes, blocks;
     int groups, group_planes, padded_planes; /* per group: planes with content, and with padding */
     int64_t chunk_tiles, chunks;             /* tiles after which sums must be taken, and how often that is */

@@ -4,6 +4,10 @@
 
 #include "bt.h"
 #include "tcq.h"
+#include "uniform.h"
+
+/* Below, byte dot products are faster. */
+enum { UNIFORM_PLANES_FOR_TILES = 4 };
 
 static void choose_bytes(Kernel *kernel, int bits, int64_t planes) {
     int wide = bits == 4, isa = hf_lrq_isa();
@@ -61,12 +65,41 @@ static void choose_bits(Kernel *kernel, int bits) {
     kernel->tiles_at_a_time = 128 / TILE_COLUMNS; /* 128 products of 510 and 127 * 257 */
 }
 
-void hf_lrq_kernel(Kernel *kernel, int family, int bits, int64_t planes) {
-    *kernel = (Kernel){.digit_bits = 8, .tile_bytes = 256 * bits};
+static void choose_uniform(Kernel *kernel, int bits, int64_t group_size, int64_t planes) {
+    int isa = hf_lrq_isa();
+    (void)bits, (void)group_size, (void)planes, (void)isa;
+    kernel->virtual_columns = TILE_COLUMNS;
+    kernel->most_planes = 1;
+#if HF_LRQ_HAS_AMX
+    if (isa >= HF_LRQ_AMX && planes >= UNIFORM_PLANES_FOR_TILES && group_size % UNIFORM_BLOCK == 0) {
+        kernel->uniform = hf_lrq_uniform_amx;
+        kernel->arrangement = UNIFORM_TILES;
+        return;
+    }
+#endif
+#if HF_LRQ_X86
+    if (isa >= HF_LRQ_AVX512 && group_size % (bits == 2 || bits == 4 ? TILE_COLUMNS : VECTOR) == 0) {
+        kernel->uniform = hf_lrq_uniform_avx512;
+        kernel->arrangement = UNIFORM_BYTES;
+        return;
+    }
+#endif
+    kernel->uniform = hf_lrq_uniform_portable;
+#if HF_LRQ_X86
+    if (isa >= HF_LRQ_AVX2) kernel->uniform = hf_lrq_uniform_avx2;
+#endif
+    kernel->arrangement = UNIFORM_WORDS;
+    kernel->digit_bits = 16;
+}
+
+void hf_lrq_kernel(Kernel *kernel, int family, int bits, int64_t group_size, int64_t planes) {
+    *kernel = (Kernel){.bits = bits, .digit_bits = 8, .tile_bytes = 256 * bits};
     if (family == BYTE_TRELLIS)
         choose_bytes(kernel, bits, planes);
-    else
+    else if (family == BIT_TRELLIS)
         choose_bits(kernel, bits);
+    else
+        choose_uniform(kernel, bits, group_size, planes);
 }
 
 int hf_lrq_padded_planes(const Kernel *kernel, int planes) {

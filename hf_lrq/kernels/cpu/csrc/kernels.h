@@ -16,7 +16,7 @@ int32 sums wrap modulo 2^32, and are exact after the offset is made good if the 
 
 #include "common.h"
 
-enum { BYTE_TRELLIS = 0, BIT_TRELLIS = 1 };
+enum { BYTE_TRELLIS = 0, BIT_TRELLIS = 1, UNIFORM = 2 };
 enum { TILE_ROWS = 128, TILE_COLUMNS = 16, LANES = 16 };
 
 /* Where a kernel wants the integer of virtual column v of plane r:
@@ -24,16 +24,24 @@ enum { TILE_ROWS = 128, TILE_COLUMNS = 16, LANES = 16 };
    SPLAT      int8 four times, [column][plane][4]
    PAIRS      int16, [pair][plane][2], pairs (0, 2), (1, 3), (4, 6), (5, 7), ...
    NEIGHBOURS int16, [pair][plane][2], pairs (0, 1), (2, 3), ...
-   TILES      int8, [plane / 16][v / 32][plane % 16][64], the 32 bytes twice: the matrix unit's tiles */
-typedef enum { BYTES, SPLAT, PAIRS, NEIGHBOURS, TILES } Arrangement;
+   TILES      int8, [plane / 16][v / 32][plane % 16][64], the 32 bytes twice: the matrix unit's tiles
+   UNIFORM_*  see `uniform.h` */
+typedef enum { BYTES, SPLAT, PAIRS, NEIGHBOURS, TILES, UNIFORM_BYTES, UNIFORM_WORDS, UNIFORM_TILES } Arrangement;
 
 typedef void (*DotFunction)(const uint8_t *codes, const void *x, int64_t first_tile, int64_t tiles, int64_t all_tiles,
                             int planes, const uint32_t *multipliers, int32_t *acc);
 
+struct Planes;
+struct UniformMatrix;
+typedef int (*UniformFunction)(const struct Planes *planes, const struct UniformMatrix *matrix, float *to, int64_t stride,
+                               int64_t first, int64_t rows);
+
 typedef struct {
-    DotFunction dot;
+    DotFunction dot;         /* of the trellises */
+    UniformFunction uniform; /* of `int`, which has nothing of what follows but digits; NULL for the others */
     Arrangement arrangement;
     int most_planes;      /* in one call */
+    int bits;             /* of a code */
     int digit_bits;       /* of an integer: 8 or 16 */
     int tiles_at_a_time;  /* that cannot overflow; 0: any number */
     int virtual_columns;  /* of a tile */
@@ -41,8 +49,8 @@ typedef struct {
     int64_t tile_bytes;
 } Kernel;
 
-/* The kernel for codes of a family and so many planes at the current tier. */
-void hf_lrq_kernel(Kernel *kernel, int family, int bits, int64_t planes);
+/* The kernel for codes of a family and so many planes at the current tier; group_size: of `int`. */
+void hf_lrq_kernel(Kernel *kernel, int family, int bits, int64_t group_size, int64_t planes);
 
 /* Planes that a call with at least `planes` takes; the rest is zeros. */
 int hf_lrq_padded_planes(const Kernel *kernel, int planes);

@@ -9,6 +9,7 @@
 #include "floats.h"
 #include "lowrank.h"
 #include "pool.h"
+#include "uniform.h"
 
 /* As Python packs it: 64-bit integers, then a double. Kinds are those of `floats.h`; pointers may be 0 where a tensor may
    be absent. */
@@ -18,7 +19,7 @@ typedef struct {
     int64_t digits, blocks; /* of the activations, see `Planes` */
     int64_t threads;
     int64_t out_features; /* from here on what is the layer's own */
-    int64_t codes, family, bits, multipliers[2];
+    int64_t codes, family, bits, multipliers[2]; /* of `int`, in their place: columns of a group, groups */
     int64_t scales, scales_kind;
     int64_t rot_in, rot_in_kind, block_in, rot_out, rot_out_kind, block_out;
     int64_t L, L_kind, L_scale, L_scale_kind, R, R_kind, R_scale, R_scale_kind, rank;
@@ -187,6 +188,18 @@ static void quantized_rows(const Run *run, const uint8_t *codes, float *to, int6
     }
 }
 
+static int uniform_rows(const Run *run, const Member *member, float *y, int64_t stride, int64_t start, int64_t count) {
+    const Call *call = member->call;
+    UniformMatrix matrix = {.codes = POINTER(call->codes),
+                            .scales = POINTER(call->scales),
+                            .scales_kind = (int)call->scales_kind,
+                            .bits = (int)call->bits,
+                            .row_bytes = ceil_div(call->in_features, 8) * call->bits,
+                            .groups = call->multipliers[1],
+                            .group_size = call->multipliers[0]};
+    return run->kernel.uniform(&run->planes, &matrix, y, stride, start, count);
+}
+
 static int rows(Run *run, const Member *member, int64_t part) {
     const Call *call = member->call;
     int64_t size = member->rows_of_part, start = part * size, count = smaller(size, call->out_features - start);
@@ -198,14 +211,23 @@ static int rows(Run *run, const Member *member, int64_t part) {
         return -1;
     }
     float *scales = y + run->tokens * size, *rot = scales + size, *bias = rot + size;
-    memset(y, 0, (size_t)(run->tokens * size) * sizeof *y);
-    for (int64_t block = 0; block < ceil_div(count, TILE_ROWS); block++)
-        quantized_rows(run,
-                       (const uint8_t *)POINTER(call->codes) +
-                           (start / TILE_ROWS + block) * run->planes.tiles * run->kernel.tile_bytes,
-                       y + block * TILE_ROWS, size, acc);
-    hf_lrq_to_float(scales, POINTER(call->scales), start, count, (int)call->scales_kind);
-    for (int64_t i = 0; i < count; i++) scales[i] *= (float)call->gain;
+    if (run->kernel.uniform) {
+        if (uniform_rows(run, member, y, size, start, count)) {
+            free(y);
+            free(acc);
+            return -1;
+        }
+        for (int64_t i = 0; i < count; i++) scales[i] = (float)call->gain;
+    } else {
+        memset(y, 0, (size_t)(run->tokens * size) * sizeof *y);
+        for (int64_t block = 0; block < ceil_div(count, TILE_ROWS); block++)
+            quantized_rows(run,
+                           (const uint8_t *)POINTER(call->codes) +
+                               (start / TILE_ROWS + block) * run->planes.tiles * run->kernel.tile_bytes,
+                           y + block * TILE_ROWS, size, acc);
+        hf_lrq_to_float(scales, POINTER(call->scales), start, count, (int)call->scales_kind);
+        for (int64_t i = 0; i < count; i++) scales[i] *= (float)call->gain;
+    }
     for (int64_t token = 0; token < run->tokens; token++) {
         float *to = y + token * size, scale = run->planes.blocks ? 1 : run->planes.scales[token];
         multiply(to, scales, count);
@@ -284,7 +306,7 @@ static int init_member(Run *run, Member *member, const Call *call) {
 static int run_tokens(const Call *calls, Member *members, int64_t count, int64_t first, int64_t tokens) {
     const Call *call = calls;
     Run run = {.call = call, .members = members, .first_token = first, .tokens = tokens};
-    hf_lrq_kernel(&run.kernel, (int)call->family, (int)call->bits, tokens * call->digits);
+    hf_lrq_kernel(&run.kernel, (int)call->family, (int)call->bits, call->multipliers[0], tokens * call->digits);
     run.multipliers[0] = (uint32_t)call->multipliers[0];
     run.multipliers[1] = (uint32_t)call->multipliers[1];
     int64_t tiles = ceil_div(call->in_features, TILE_COLUMNS);
