@@ -133,11 +133,11 @@ def layer_of(made, rot_in, rot_out, factors, bias, block):
 
 
 GROUPS = [
-    # codebook, rows of each layer, tokens, rank, factor bits, block
-    ("bt2", (256, 128, 128), 1, 5, 16, 128),
-    ("int4", (512, 256), 2, 6, 4, 256),
-    ("bt4", (128, 128, 128, 128), 5, 3, 8, 128),
-    ("bt2", (512, 1024), 1, 0, 16, 512),
+    # codebook, rows of each layer, columns, tokens, rank, factor bits, block
+    ("bt2", (256, 128, 128), 264, 1, 5, 16, 128),
+    ("int4", (512, 256), 40, 2, 6, 4, 256),
+    ("bt4", (128, 128, 128, 128), 40, 5, 3, 8, 128),
+    ("bt2", (512, 512), 40, 1, 0, 16, 512),
 ]
 
 
@@ -154,8 +154,8 @@ def joined(layers):
 
 @pytest.mark.parametrize("case", GROUPS, ids=str)
 def test_a_group_is_one_launch_and_as_exact_as_its_layers(case, device, make_layer, monkeypatch):
-    codebook, rows, tokens, rank, bits, block = case
-    columns, layers, expected = 264, [], []
+    codebook, rows, columns, tokens, rank, bits, block = case
+    layers, expected = [], []
     for i, count in enumerate(rows):
         made = make_layer(codebook, count, columns, device, seed=i)
         given = operands(made, count, columns, tokens, torch.float32, device, rank=rank, bits=bits)
