@@ -22,7 +22,7 @@ from hf_lrq.calibration.batches import make_batches
 from hf_lrq.evaluation import perplexity
 
 sys.path.append(str(Path(__file__).parents[1]))
-import finetune_trainer as task  # noqa: E402
+import finetune_trainer as task
 
 
 def load(folder: Path) -> torch.nn.Module:
@@ -73,8 +73,8 @@ def main() -> None:
     found = hf_lrq.recover(student, teacher, batches, options)
     hf_lrq.save(student, out / "base", tokenizer, overwrite=True)
     remarks = (
-        f"as many bits; {found.tokens:,} tokens, {found.parameters:,} numbers trained, loss {found.before.total:.4f} -> "
-        f"{found.trained.total:.4f}, as stored {found.after.total:.4f}"
+        f"as many bits; {found.tokens:,} tokens, {found.parameters:,} numbers trained, loss {found.before.total:.4f} "
+        f"-> {found.trained.total:.4f}, as stored {found.after.total:.4f}"
     )
     row("recovered", load(out / "base"), found.seconds, remarks)
 
@@ -83,8 +83,11 @@ def main() -> None:
     merged = task.check_merge(model, out / "base", arguments, tokenizer)
     row("merged and reloaded", load(out / "merged"), None, f"the adapter takes {merged['adapter_bytes']:,} bytes")
     off = abs(merged["perplexity_merged"] / merged["perplexity_adapted"] - 1)
-    print(f"\nMerging changes the perplexity by {off:.1e} of it. In another process the merged checkpoint gives", end=" ")
-    print("bit-equal logits." if merged["reloaded_logits_equal"] else "OTHER logits.")
+    logits = "bit-equal" if merged["reloaded_logits_equal"] else "OTHER"
+    print(
+        f"\nMerging changes the perplexity by {off:.1e} of it. The merged checkpoint, loaded by another process, gives"
+    )
+    print(f"{logits} logits.")
 
 
 if __name__ == "__main__":

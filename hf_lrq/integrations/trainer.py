@@ -23,9 +23,15 @@ from torch import nn
 from hf_lrq.errors import LRQError, SpecError, did_you_mean
 from hf_lrq.integrations.enumerations import extended
 from hf_lrq.optim import RiemannianAdamW, RiemannianSGD, riemannian_param_groups
+from hf_lrq.optim.input_metric import GRAM_DAMPING
 
 OPTIMIZERS: dict[str, Any] = {"riemannian_adamw": RiemannianAdamW, "riemannian_sgd": RiemannianSGD}
-GROUP_OPTIONS: dict[str, Any] = {"weight_decay": float, "factor_weight_decay": float}
+GROUP_OPTIONS: dict[str, Any] = {
+    "weight_decay": float,
+    "factor_weight_decay": float,
+    "grams": Mapping,
+    "gram_damping": float,
+}
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -38,6 +44,8 @@ class RiemannianFactory:
         optimizer: str = "riemannian_adamw",
         weight_decay: float = 0.0,
         factor_weight_decay: float = 0.0,
+        grams: Mapping[str, Any] | None = None,
+        gram_damping: float = GRAM_DAMPING,
         **options: Any,
     ) -> RiemannianAdamW | RiemannianSGD:
         """The optimizer over all trainable parameters of `model`.
@@ -45,13 +53,19 @@ class RiemannianFactory:
         Args:
             model: with pairs of factors, see `hf_lrq.optim.factor_pairs`.
             optimizer: a key of `OPTIMIZERS`.
-            weight_decay, factor_weight_decay: see `hf_lrq.riemannian_param_groups`.
+            weight_decay, factor_weight_decay, grams, gram_damping: see `hf_lrq.riemannian_param_groups`.
             options: of the optimizer.
 
         Raises:
             ValueError: if the model has no such pair, or an option is out of range.
         """
-        groups = riemannian_param_groups(model, weight_decay=weight_decay, factor_weight_decay=factor_weight_decay)
+        groups = riemannian_param_groups(
+            model,
+            weight_decay=weight_decay,
+            factor_weight_decay=factor_weight_decay,
+            grams=grams,
+            gram_damping=gram_damping,
+        )
         built: RiemannianAdamW | RiemannianSGD = OPTIMIZERS[optimizer](groups, **options)
         return built
 
@@ -64,8 +78,8 @@ def trainer_optimizer(
     Args:
         args: the TrainingArguments that the Trainer gets.
         optimizer: "riemannian_adamw" or "riemannian_sgd".
-        options: of the optimizer (`precond`, `damping`, `lr_ratio`, ...), and `factor_weight_decay`, see
-            `riemannian_param_groups`. They override `args`.
+        options: of the optimizer (`precond`, `damping`, `lr_ratio`, ...), and `factor_weight_decay`, `grams` and
+            `gram_damping`, see `riemannian_param_groups`. They override `args`.
 
     Raises:
         SpecError: on an unknown optimizer or option; if `clip_projected` and `max_grad_norm` would both clip; under

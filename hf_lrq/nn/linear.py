@@ -297,6 +297,13 @@ class LRQLinear(nn.Linear):
         block = self.layout.rotation_block
         return (hadamard(L.T, block) * self.rot_out.to(L)).T, hadamard(R, block) * self.rot_in.to(R)
 
+    def factor_gram(self, H: Tensor, adapter: str = "") -> Tensor:
+        """The Gram [in, in] of what R is multiplied with, from that of the layer's inputs."""
+        if self.rot_in is None:
+            return H
+        signs, block = self.rot_in.detach().to(H), self.layout.rotation_block
+        return hadamard(hadamard(H * signs, block).T * signs, block)
+
     def _factor_tensors(self) -> dict[str, nn.Parameter | None]:
         return {name: getattr(self, name) for name in FACTOR_NAMES}
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from hf_lrq.optim.groups import FactorPair, Group, pairs_of
+from hf_lrq.optim.input_metric import InputMetric
 from hf_lrq.optim.precondition import Whitening, compute_dtype, inverse_root, left_gram, right_gram
-from hf_lrq.optim.sharding import is_sharded, layout_of, local, sharded_like, sum_over_shards
+from hf_lrq.optim.sharding import is_sharded, layout_of, local, replicated, sharded_like, sum_over_shards
 
 # Elements in one batch: what passes over it follow each other should find it in a cache. Of shards a batch saves
 # collectives.
@@ -33,12 +34,14 @@ class Batch:
         group: their options.
         lr: their learning rate.
         whitening: of their gradients, stacked along a new first axis; None for parameters that are no factors.
+        metrics: what gradients of R are also divided by, in "h_aware"; else None.
     """
 
     params: list[Tensor]
     group: Group
     lr: float
     whitening: Whitening | None
+    metrics: list[InputMetric] | None = None
 
     def gradients(self) -> list[Tensor]:
         """In float32 or float64; not to be written to."""
@@ -51,7 +54,13 @@ class Batch:
 
     def precondition(self, grads: list[Tensor]) -> list[Tensor]:
         """Preconditioned gradients; `grads` itself for plain parameters."""
-        return grads if self.whitening is None else self._mapped(Whitening.precondition, grads)
+        if self.whitening is None:
+            return grads
+        found = self._mapped(Whitening.precondition, grads)
+        if self.metrics is None:
+            return found
+        whole = [sharded_like(x, p) for x, p in zip(found, self.params, strict=True)]
+        return [local(metric.divide(x)) for metric, x in zip(self.metrics, whole, strict=True)]
 
     def unwhiten(self, steps: list[Tensor], trust: float | None) -> list[Tensor]:
         """Steps in the coordinates of the factors, none longer than `trust` times its matrix; inverts `whiten`."""
@@ -69,8 +78,13 @@ class Batch:
 
     def squared_norm(self) -> Tensor:
         """Of all whitened gradients together, on all ranks; a scalar."""
-        norms = torch._foreach_norm(self.whiten(self.gradients()))
-        return sum_over_shards(torch.stack(norms).square().sum(), self.params[0])
+        grads = self.gradients()
+        if self.metrics is None:
+            square = torch.stack(torch._foreach_norm(self.whiten(grads))).square().sum()
+        else:
+            preconditioned = self.precondition(grads)
+            square = torch.stack([(x * y).sum() for x, y in zip(grads, preconditioned, strict=True)]).sum()
+        return sum_over_shards(square, self.params[0])
 
     @property
     def stacked(self) -> bool:
@@ -182,7 +196,14 @@ def factor_batches(group: Group, lr: float) -> Iterator[Batch]:
         for factors, rate, left in sides:
             if factors[0].grad is not None:
                 K = next(roots).to(compute_dtype(factors[0])) / abs(pairs[0].scaling)
-                yield Batch(factors, group, rate, Whitening(K, left))
+                metrics = None if left else metrics_of(pairs)
+                yield Batch(factors, group, rate, Whitening(K, left), metrics)
+
+
+def metrics_of(pairs: list[FactorPair]) -> list[InputMetric] | None:
+    """Of all of them, or None if they have none."""
+    found = [pair.metric for pair in pairs if pair.metric is not None]
+    return found or None
 
 
 def stacks_of(pairs: list[FactorPair]) -> Iterator[list[FactorPair]]:
@@ -208,7 +229,8 @@ def cut(items: list[Item], largest: Tensor) -> Iterator[list[Item]]:
 def grams_of(pairs: list[FactorPair]) -> Iterator[Tensor]:
     """[P, ..., r, r] of the R, if the L have gradients to divide by it, then of the L, if the R have."""
     if pairs[0].L.grad is not None:
-        yield each_gram([pair.R for pair in pairs], right_gram)
+        metrics, factors = metrics_of(pairs), [pair.R for pair in pairs]
+        yield each_gram(factors, right_gram) if metrics is None else weighted_grams(factors, metrics)
     if pairs[0].R.grad is not None:
         yield each_gram([pair.L for pair in pairs], left_gram)
 
@@ -219,6 +241,12 @@ def each_gram(factors: list[Tensor], gram: Callable[[Tensor], Tensor]) -> Tensor
     if stacking_pays(factors[0]):
         return gram(torch.stack(factors).to(dtype))
     return torch.stack([gram(factor.to(dtype)) for factor in factors])
+
+
+def weighted_grams(factors: list[Tensor], metrics: list[InputMetric]) -> Tensor:
+    """R H Rᵀ of each R, stacked; in float32 or float64."""
+    exact = [factor.to(compute_dtype(factor)) for factor in factors]
+    return torch.stack([replicated(metric.times(R) @ R.mT) for metric, R in zip(metrics, exact, strict=True)])
 
 
 def inverse_roots(grams: list[Tensor], damping: float) -> list[Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hf_lrq.optim.batches import Batch, batches_of, is_16_bit
-from hf_lrq.optim.groups import Group, check_group, check_same_pairing, parameter_name
+from hf_lrq.optim.groups import METRICS, Group, check_group, check_same_pairing, parameter_name
 from hf_lrq.optim.precondition import compute_dtype
 from hf_lrq.optim.sharding import local, true_on_any_rank
 
@@ -81,15 +81,26 @@ class PairedOptimizer(Optimizer):
         """
         return projected_norm([batch for group in self.param_groups for batch in batches_of(group)])
 
+    def state_dict(self) -> dict[str, Any]:
+        """As of any torch optimizer; without the Grams of "h_aware", which are data and as large as the model."""
+        state = super().state_dict()
+        for group in state["param_groups"]:
+            group.pop(METRICS, None)
+        return state
+
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over a state from `state_dict()`.
+        """Take over a state from `state_dict()`; Grams stay those that the groups were made with.
 
         Raises:
-            ValueError: if the groups differ in number, size or pairing.
+            ValueError: if the groups differ in number, size or pairing, or the state needs Grams that they lack.
         """
         saved = state_dict["param_groups"]
         check_same_pairing(self.param_groups, saved)
+        metrics = [group.get(METRICS) for group in self.param_groups]
         super().load_state_dict(dict(state_dict))
+        for group, own in zip(self.param_groups, metrics, strict=True):
+            if own is not None:
+                group[METRICS] = own
         # torch casts state to the dtype of its parameter; beside 16-bit parameters, ours is float32 and int16. The
         # counts stay on the CPU, or each would cost a synchronisation per step.
         params = chain.from_iterable(group["params"] for group in self.param_groups)

@@ -30,6 +30,8 @@ class RiemannianAdamW(PairedOptimizer):
     - "two_sided": Adam of the *whitened* gradient, and the step is whitened once more. Unchanged when ranks are
       rescaled between L and R, so factors may stay unbalanced (quantized ones must). The learning rate is a distance
       in W: a step of L moves W by about lr · sqrt(out · r), however large the factors are.
+    - "h_aware" (experimental): "pre" in the metric of the layer's inputs, whose Grams `riemannian_param_groups` takes,
+      see `input_metric`. For inputs that are ill-conditioned; it costs two products with an [in, in] matrix per pair.
     - "none": AdamW; for comparison.
 
     Weight decay is decoupled. On both factors it shrinks L R by (1 - lr * weight_decay)² and pulls them towards equal
@@ -54,7 +56,7 @@ class RiemannianAdamW(PairedOptimizer):
         ValueError: if an option is out of range, or the factors of a paired group do not pair up.
     """
 
-    PRECONDITIONERS: ClassVar[tuple[str, ...]] = ("pre", "two_sided", "none")
+    PRECONDITIONERS: ClassVar[tuple[str, ...]] = ("pre", "two_sided", "h_aware", "none")
 
     def __init__(
         self,
@@ -180,14 +182,14 @@ class RiemannianSGD(PairedOptimizer):
         momentum: of the preconditioned gradient: buffer <- momentum * buffer + gradient.
         nesterov: step along gradient + momentum * buffer.
         weight_decay: decoupled, as in AdamW and unlike torch's SGD.
-        precond: "pre", or "none" for plain SGD.
+        precond: "pre", "h_aware" (see `RiemannianAdamW`), or "none" for plain SGD.
         damping, lr_ratio, clip_projected, kahan: as in `RiemannianAdamW`.
 
     Raises:
         ValueError: if an option is out of range, or the factors of a paired group do not pair up.
     """
 
-    PRECONDITIONERS: ClassVar[tuple[str, ...]] = ("pre", "none")
+    PRECONDITIONERS: ClassVar[tuple[str, ...]] = ("pre", "h_aware", "none")
 
     def __init__(
         self,

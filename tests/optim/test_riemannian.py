@@ -450,8 +450,12 @@ def test_parameters_flattened_by_a_wrapper_are_noticed_at_the_step(generator):
         (RiemannianSGD, {"clip_projected": 0}, "clip_projected is 0; it must be positive, or None"),
         (RiemannianSGD, {"momentum": 1.0}, r"momentum is 1\.0; it must be in \[0, 1\)"),
         (RiemannianSGD, {"nesterov": True}, "nesterov=True needs a momentum"),
-        (RiemannianAdamW, {"precond": "twosided"}, r"Unknown precond 'twosided'\. Known: pre, two_sided, none\. Did"),
-        (RiemannianSGD, {"precond": "two_sided"}, r"Unknown precond 'two_sided'\. Known: pre, none\."),
+        (
+            RiemannianAdamW,
+            {"precond": "twosided"},
+            r"Unknown precond 'twosided'\. Known: pre, two_sided, h_aware, none\.",
+        ),
+        (RiemannianSGD, {"precond": "two_sided"}, r"Unknown precond 'two_sided'\. Known: pre, h_aware, none\."),
     ],
 )
 def test_impossible_options_are_refused(factory, options, message):
