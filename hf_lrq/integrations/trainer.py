@@ -10,6 +10,9 @@ or, where only TrainingArguments can be set (command lines, YAML files):
 In each step the Trainer first clips the raw gradients to `max_grad_norm` (1.0 by default), then the optimizer
 preconditions them. `clip_projected` clips after whitening instead, in a norm that does not depend on how L R is split;
 it takes `max_grad_norm=0`.
+
+DDP and FSDP2 train as one process would. (accelerate starts FSDP on accelerators alone: on CPUs, asked for FSDP, it
+trains with DDP and does not say so.)
 """
 
 import inspect
@@ -83,7 +86,7 @@ def trainer_optimizer(
 
     Raises:
         SpecError: on an unknown optimizer or option; if `clip_projected` and `max_grad_norm` would both clip; under
-            DeepSpeed, which flattens parameters, so that no pair is left to precondition.
+            DeepSpeed and FSDP1, which flatten parameters, so that no pair is left to precondition.
     """
     if optimizer not in OPTIMIZERS:
         hint = did_you_mean(str(optimizer), OPTIMIZERS)
@@ -104,6 +107,11 @@ def trainer_optimizer(
             f"{optimizer} pairs parameters, and DeepSpeed hands it flattened ones. Call "
             "hf_lrq.optim.precondition_gradients(model) and use any other optimizer, or train with DDP or FSDP2."
         )
+    if getattr(args, "fsdp", None) and _fsdp_version(args) == 1:
+        raise SpecError(
+            f"{optimizer} pairs parameters, and FSDP1 hands it flattened ones. Set fsdp_config={{'version': 2}}; FSDP2 "
+            "keeps them whole."
+        )
     given = {
         "lr": args.learning_rate,
         "weight_decay": args.weight_decay,
@@ -112,6 +120,13 @@ def trainer_optimizer(
     }
     usual = {name: value for name, value in given.items() if name in known}
     return RiemannianFactory, {"optimizer": optimizer, **usual, **options}
+
+
+def _fsdp_version(args: Any) -> int:
+    """Which FSDP the arguments ask for; earlier releases of transformers take the first if nothing is said."""
+    planned = getattr(args, "fsdp_plugin_args", None) or {}
+    config = args.fsdp_config if isinstance(args.fsdp_config, Mapping) else {}
+    return int(planned.get("fsdp_version", config.get("version", 1)))
 
 
 def register_optimizers() -> None:

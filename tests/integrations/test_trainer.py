@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, train
 from transformers.training_args import OptimizerNames
 
 import hf_lrq
+from hf_lrq.calibration import input_grams
 from hf_lrq.integrations.trainer import OPTIMIZERS
 from hf_lrq.optim import riemannian_param_groups
 
@@ -288,6 +289,32 @@ def test_deepspeed_is_refused() -> None:
     args = SimpleNamespace(deepspeed={"zero_optimization": {"stage": 2}}, max_grad_norm=1.0)
     with pytest.raises(hf_lrq.SpecError, match="DeepSpeed hands it flattened ones"):
         hf_lrq.trainer_optimizer(args)
+
+
+def test_the_first_fsdp_is_refused() -> None:
+    args = SimpleNamespace(
+        deepspeed=None, distributed_state=SimpleNamespace(distributed_type="NO"), max_grad_norm=1.0, fsdp=True,
+        fsdp_config={"version": 1},
+    )  # fmt: skip
+    with pytest.raises(hf_lrq.SpecError, match=r"FSDP1 hands it flattened ones\. Set fsdp_config={'version': 2}"):
+        hf_lrq.trainer_optimizer(args)
+
+
+def test_grams_are_given_in_code(compressed: Path, tmp_path: Path) -> None:
+    """And what they are for trains, resumes as any other, and is refused as text."""
+    start, straight, resumed = (adapted(compressed) for _ in range(3))
+    grams = input_grams(start, [Sequences()[index]["input_ids"] for index in range(4)])
+    args = arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
+    made = hf_lrq.trainer_optimizer(args, precond="h_aware", grams=grams, gram_damping=0.1)
+    for model, half in ((straight, None), (resumed, str(tmp_path / "checkpoint-2"))):
+        Trainer(model=model, args=args, train_dataset=Sequences(), optimizer_cls_and_kwargs=made).train(half)
+    assert largest_difference(start, straight) > 1e-3
+    assert largest_difference(straight, resumed) == 0
+    assert (tmp_path / "checkpoint-2" / "optimizer.pt").stat().st_size < 6 * sum(
+        p.nbytes for p in trained(start).values()
+    )
+    with pytest.raises(ValueError, match="grams is set in code, not as text"):
+        train(start, tmp_path, optim_args="precond=h_aware,grams=all")
 
 
 def test_a_model_without_factors_is_refused(original: Path, tmp_path: Path) -> None:
