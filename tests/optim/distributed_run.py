@@ -169,6 +169,21 @@ def check_all(rank: int) -> dict[str, Any]:
         train(wrapped, plain_adamw(wrapped), rank)
         found[f"hooks {name}"] = distance(wrapped, reference)
 
+    # With Grams, which are for single products.
+    def aware(wrap: Callable[[nn.Module], nn.Module], rank: int | None) -> dict[str, Tensor]:
+        model = nn.Sequential(*(layer for layer in build() if layer.lr_L.ndim == 2))
+        x = torch.cat([x for x, _ in batches(None)])
+        grams = dict.fromkeys(("0", "1", "2"), x.T @ x / len(x))
+        wrapped = wrap(model)
+        groups = riemannian_param_groups(model, grams=grams)
+        train(wrapped, RiemannianAdamW(groups, lr=0.01, precond="h_aware", clip_projected=0.1), rank)
+        return values(model)
+
+    reference = aware(lambda model: model, None)
+    for name, wrap in (("ddp", DistributedDataParallel), ("fsdp2", shard)):
+        own = aware(wrap, rank)
+        found[f"h_aware {name}"] = max((own[key] - reference[key]).abs().max().item() for key in reference)
+
     # A gradient that is broken on one rank alone must stop both, or the other would wait for ever.
     model = shard(build())
     optimizer = OPTIMIZERS["pre"](riemannian_param_groups(model))

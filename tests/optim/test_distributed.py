@@ -76,6 +76,12 @@ def test_hooks_with_torch_adamw_equal_the_optimizer(ranks, wrapper):
         assert found[f"hooks {wrapper}"] < 1e-12
 
 
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_so_they_do_with_grams(ranks, wrapper):
+    for found in ranks:
+        assert found[f"h_aware {wrapper}"] < 1e-12
+
+
 def test_a_gradient_broken_on_one_rank_stops_all_of_them(ranks):
     for found in ranks:
         assert "R of pair 1 (1.lr_L) in group 0. Nothing was updated" in found["broken"]
