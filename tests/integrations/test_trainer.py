@@ -285,9 +285,14 @@ def test_an_unknown_optimizer_is_refused(tmp_path: Path) -> None:
         hf_lrq.trainer_optimizer(arguments(tmp_path), "riemannian_adam")
 
 
-def test_deepspeed_is_refused() -> None:
-    args = SimpleNamespace(deepspeed={"zero_optimization": {"stage": 2}}, max_grad_norm=1.0)
-    with pytest.raises(hf_lrq.SpecError, match="DeepSpeed hands it flattened ones"):
+@pytest.mark.parametrize(
+    ("deepspeed", "launched_by"), [({"zero_optimization": {"stage": 2}}, "MULTI_GPU"), (None, "DEEPSPEED")]
+)
+def test_deepspeed_is_refused(deepspeed: Any, launched_by: str) -> None:
+    state = SimpleNamespace(distributed_type=launched_by)
+    args = SimpleNamespace(deepspeed=deepspeed, distributed_state=state, max_grad_norm=1.0)
+    message = r"DeepSpeed hands it flattened ones\. Call hf_lrq\.optim\.precondition_gradients"
+    with pytest.raises(hf_lrq.SpecError, match=message):
         hf_lrq.trainer_optimizer(args)
 
 

@@ -432,8 +432,11 @@ def test_parameters_flattened_by_a_wrapper_are_noticed_at_the_step(generator):
     flat = parameters(generator, (21,), (27,))
     give_gradients(flat, generator)
     optimizer.param_groups[0]["params"] = flat
+    before = [p.detach().clone() for p in flat]
     with pytest.raises(ValueError, match="use precondition_gradients with any optimizer instead"):
         optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(flat, before, strict=True))
+    assert not optimizer.state
 
 
 @pytest.mark.parametrize(
