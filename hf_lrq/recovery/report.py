@@ -53,8 +53,8 @@ class RecoveryReport:
         parameters: numbers that were trained.
         refitted: matrices whose factors went back to codes.
         untouched: modules with factors that cannot be trained.
-        stopped: "all steps", "no improvement", or "no gain": `after` would have been no better than `before`, and the
-            model is as it was.
+        stopped: "all steps", "no improvement", "interrupted", or "no gain": `after` would have been no better than
+            `before`, and the model is as it was. So it is after an interruption that left nothing better.
         seconds: of everything.
     """
 
@@ -70,6 +70,11 @@ class RecoveryReport:
     untouched: tuple[str, ...]
     stopped: str
     seconds: float
+
+    @property
+    def gained(self) -> bool:
+        """Whether the model is another, and better, than before."""
+        return self.after.total < self.before.total
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
