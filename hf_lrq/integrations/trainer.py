@@ -126,7 +126,8 @@ def _fsdp_version(args: Any) -> int:
     """Which FSDP the arguments ask for; earlier releases of transformers take the first if nothing is said."""
     planned = getattr(args, "fsdp_plugin_args", None) or {}
     config = args.fsdp_config if isinstance(args.fsdp_config, Mapping) else {}
-    return int(planned.get("fsdp_version", config.get("version", 1)))
+    version: Any = planned.get("fsdp_version", config.get("version", 1))
+    return int(version)
 
 
 def register_optimizers() -> None:
