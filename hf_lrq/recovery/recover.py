@@ -39,7 +39,7 @@ def recover(
     evaluation mode (no dropout), and no global random state is used or changed.
 
     The state with the least loss on the held-out batches is kept. It is rounded to what a checkpoint holds; factors
-    stored as codes are refitted to codes. If the rounded state is no better than the model was, the model is left as it
+    stored as codes are refitted to codes, or where that costs more than was gained, keep those they had. If the rounded state is no better than the model was, the model is left as it
     was. So does an error before the first improvement; later, the best state is put in place first.
 
     An interruption (Ctrl-C) ends the training and nothing else: the best state is rounded, measured and kept as above,
@@ -107,10 +107,12 @@ class Run:
     """One recovery; the arguments are those of `recover`, looked at.
 
     Attributes:
+        before: held-out loss at the start.
         best: replaced as a whole, so that an interruption finds a state and its loss together.
         steps, tokens: taken, and seen.
     """
 
+    before: Loss
     best: Best
     steps = 0
     tokens = 0
@@ -132,7 +134,7 @@ class Run:
     def all(self) -> RecoveryReport:
         """See `recover`."""
         started = time.monotonic()
-        before = self.measure()
+        self.before = before = self.measure()
         self.trainable.open()
         try:
             self.best = Best(before, 0, self.trainable.state())
@@ -172,7 +174,14 @@ class Run:
         """Settle, and the held-out loss of what is left; an error or another interruption undoes everything."""
         try:
             self.settle()
-            return self.measure() if self.best.step else self.best.loss
+            if not self.best.step:
+                return self.best.loss
+            after = self.measure()
+            if after.total >= self.before.total and self.trainable.refitted:
+                # At few bits, rounding can cost more than training has gained. What else was trained may still help.
+                self.trainable.restore_codes()
+                after = self.measure()
+            return after
         except BaseException:
             self.trainable.undo()
             raise

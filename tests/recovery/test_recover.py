@@ -231,19 +231,34 @@ def test_a_late_interruption_leaves_the_best_state(original: Any, compressed: An
     assert report.after.total < after.total < report.before.total
 
 
-def test_an_interruption_never_leaves_a_model_that_is_worse(
-    original: Any, compressed: Any, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_rounding_that_loses_what_training_gained_is_undone(
+    original: Any, compressed: Any, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch, interrupted: bool
 ) -> None:
-    """What training gains, rounding to codes can lose."""
     model = compressed(factor_bits=4)
     before = tensors(model)
     monkeypatch.setattr(trainable, "coded", broken_codes)
-    with pytest.raises(RecoveryInterrupted) as interruption:
-        recover(model, original(), batches, RecoveryOptions(epochs=1, lr=3e-3, evaluations=3), batches, Stop(5))
-    report = interruption.value.report
+    options = RecoveryOptions(train=("factors",), epochs=1, lr=3e-3, evaluations=3)
+    try:
+        report = recover(model, original(), batches, options, batches, Stop(5) if interrupted else None)
+    except RecoveryInterrupted as interruption:
+        report = interruption.report
     assert report.trained.total < report.before.total
-    assert (report.best_step, report.gained, report.after) == (3, False, report.before)
+    assert (report.stopped, report.gained) == ("interrupted" if interrupted else "no gain", False)
+    assert report.after == report.before
     assert changed(model, before) == set()
+
+
+def test_then_the_codes_of_before_serve_beside_what_else_was_trained(
+    original: Any, compressed: Any, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = compressed(factor_bits=4)
+    before = tensors(model)
+    monkeypatch.setattr(trainable, "coded", broken_codes)
+    report = recover(model, original(), batches, RecoveryOptions(epochs=1, lr=3e-3, vector_lr=1e-2), batches)
+    assert (report.gained, report.refitted) == (True, 0)
+    assert {name.rpartition(".")[2] for name in changed(model, before)} == {"scales", "weight"}
+    assert not any("proj.weight" in name for name in changed(model, before))
 
 
 def broken_codes(*arguments: Any) -> dict[str, Any]:
