@@ -39,8 +39,9 @@ def recover(
     evaluation mode (no dropout), and no global random state is used or changed.
 
     The state with the least loss on the held-out batches is kept. It is rounded to what a checkpoint holds; factors
-    stored as codes are refitted to codes, or where that costs more than was gained, keep those they had. If the rounded state is no better than the model was, the model is left as it
-    was. So does an error before the first improvement; later, the best state is put in place first.
+    stored as codes are refitted to codes, or keep those they had where that costs more than was gained. If the rounded
+    state is no better than the model was, the model is left as it was. So does an error before the first improvement;
+    later, the best state is put in place first.
 
     An interruption (Ctrl-C) ends the training and nothing else: the best state is rounded, measured and kept as above,
     then RecoveryInterrupted is raised, with the report. A second one meanwhile gives the model back as it was, at once.

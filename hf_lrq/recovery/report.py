@@ -51,7 +51,7 @@ class RecoveryReport:
         tokens: trained on; a token that is seen twice counts twice.
         held_out_tokens: that the losses above are means over.
         parameters: numbers that were trained.
-        refitted: matrices whose factors went back to codes.
+        refitted: matrices whose factors went back to codes; 0 also where they kept those they had, see `recover`.
         untouched: modules with factors that cannot be trained.
         stopped: "all steps", "no improvement", "interrupted", or "no gain": `after` would have been no better than
             `before`, and the model is as it was. So it is after an interruption that left nothing better.
