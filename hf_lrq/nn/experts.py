@@ -37,6 +37,7 @@ class LRQExpertStack(nn.Module):
         device: torch.device | str | None = None,
     ):
         super().__init__()
+        self.training = False
         self.experts, self.in_features, self.out_features, self.layout = experts, in_features, out_features, layout
         stored = layout.tensors(out_features, in_features)
         for name in TENSOR_NAMES:
@@ -79,7 +80,7 @@ class LRQExpertStack(nn.Module):
             layout.group_size,
             layout.rotation_block,
             self.backend,
-            self.activation,
+            "float" if self.training else self.activation,
         )
 
     def runs_on(self, dtype: torch.dtype = torch.float32) -> str:

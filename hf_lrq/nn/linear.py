@@ -34,7 +34,9 @@ class LRQLinear(nn.Linear):
         weight: uint8, see `Codebook.packed_shape`; three axes, so that it can never pass for an [out, in] weight.
         scales, rot_in, rot_out, lr_L, lr_R, lr_L_scale, lr_R_scale, ft_L, ft_R: see `layout.LayerLayout.tensors`; None
             where the layout has no such tensor.
-        backend, activation: how it is computed, see `kernels.linear`; no part of what is stored.
+        backend, activation: how it is computed, see `kernels.linear`; no part of what is stored. In training mode the
+            activation is "float", also without gradients: reentrant checkpointing runs a layer without them first, and
+            the loss of that pass must be the one that is differentiated. A new layer is in evaluation mode.
     """
 
     backend = "auto"
@@ -60,6 +62,7 @@ class LRQLinear(nn.Linear):
         dtype: torch.dtype | None = None,
     ):
         nn.Module.__init__(self)  # nn.Linear's own would allocate the full weight.
+        self.training = False
         self.in_features, self.out_features, self.layout = in_features, out_features, layout
         stored = layout.tensors(out_features, in_features)
         for name in TENSOR_NAMES:
@@ -191,7 +194,7 @@ class LRQLinear(nn.Linear):
             self.layout.group_size,
             self.layout.rotation_block,
             self.backend,
-            self.activation,
+            "float" if self.training else self.activation,
         )
 
     def runs_on(self, dtype: torch.dtype = torch.float32) -> str:
