@@ -188,10 +188,12 @@ def _parsed(name: str, text: str, kind: Any) -> Any:
     try:
         if kind is bool:
             return BOOLEANS[text.lower()]
+        if kind is int:
+            return int(text)
         if kind == float | None and text.lower() == "none":
             return None
         return text if kind is str else float(text)
     except (KeyError, ValueError):
-        wanted = {bool: "true or false", float: "a number", float | None: "a number or none"}
+        wanted = {bool: "true or false", int: "a whole number", float: "a number", float | None: "a number or none"}
         known = wanted.get(kind, "set in code, not as text")
         raise SpecError(f"optim_args: {name}={text!r}, but {name} is {known}.") from None

@@ -1,9 +1,9 @@
 """Parameters that are updated together: plain ones, or factors of equal shape with their gradients' whitening."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -156,8 +156,33 @@ def is_16_bit(x: Tensor) -> bool:
     return x.dtype.itemsize == 2
 
 
-def batches_of(group: Group) -> Iterator[Batch]:
-    """Every parameter of a group that has a gradient."""
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """Roots that serve for several steps, in the state of an optimizer beside the factors whose gradients they whiten.
+
+    Attributes:
+        state: parameter -> its state.
+        stale: whether roots of an earlier step are to be used again.
+    """
+
+    state: Mapping[Tensor, dict[str, Any]]
+    stale: bool
+
+    def recall(self, trained: list[list[Tensor]]) -> list[Tensor] | None:
+        """The roots for each list of factors, stacked; None if they are to be computed."""
+        if not self.stale or not all("root" in self.state.get(p, {}) for factors in trained for p in factors):
+            return None
+        return [torch.stack([self.state[p]["root"] for p in factors]) for factors in trained]
+
+    def keep(self, trained: list[list[Tensor]], roots: list[Tensor]) -> None:
+        """For later steps."""
+        for factors, together in zip(trained, roots, strict=True):
+            for p, K in zip(factors, together.unbind(0), strict=True):
+                self.state[p]["root"] = K.clone()  # Not a view: it goes into files.
+
+
+def batches_of(group: Group, memory: Memory | None = None) -> Iterator[Batch]:
+    """Every parameter of a group that has a gradient; without a memory, preconditioners are computed anew."""
     lr = float(group["lr"])
     if not group["paired"]:
         yield from plain_batches(group["params"], group, lr)
@@ -166,7 +191,7 @@ def batches_of(group: Group) -> Iterator[Batch]:
         yield from plain_batches([pair.L for pair in pairs], group, lr * group["lr_ratio"])
         yield from plain_batches([pair.R for pair in pairs], group, lr)
     else:
-        yield from factor_batches(group, lr)
+        yield from factor_batches(group, lr, memory)
 
 
 def plain_batches(params: list[Tensor], group: Group, lr: float) -> Iterator[Batch]:
@@ -180,14 +205,16 @@ def plain_batches(params: list[Tensor], group: Group, lr: float) -> Iterator[Bat
             yield Batch(some, group, lr, None)
 
 
-def factor_batches(group: Group, lr: float) -> Iterator[Batch]:
+def factor_batches(group: Group, lr: float, memory: Memory | None) -> Iterator[Batch]:
     """Batches of factors; all Grams of the group with equal rank are factorized at once."""
     stacks = list(stacks_of(pairs_of(group)))
-    grams = [gram for pairs in stacks for gram in grams_of(pairs)]
-    try:
-        roots = iter(inverse_roots(grams, group["damping"]))
-    except FloatingPointError as error:
-        raise FloatingPointError(f"{first_broken(stacks)} has a factor that is not finite. {error}") from None
+    trained = [factors for pairs in stacks for factors in trained_of(pairs)]
+    found = None if memory is None else memory.recall(trained)
+    if found is None:
+        found = new_roots(stacks, group["damping"])
+        if memory is not None:
+            memory.keep(trained, found)
+    roots = iter(found)
     for pairs in stacks:
         sides = (
             ([pair.L for pair in pairs], lr * group["lr_ratio"], True),
@@ -204,6 +231,26 @@ def metrics_of(pairs: list[FactorPair]) -> list[InputMetric] | None:
     """Of all of them, or None if they have none."""
     found = [pair.metric for pair in pairs if pair.metric is not None]
     return found or None
+
+
+def trained_of(pairs: list[FactorPair]) -> Iterator[list[Tensor]]:
+    """The L, if they have gradients, then the R, if they have; in the order of `grams_of`."""
+    for factors in ([pair.L for pair in pairs], [pair.R for pair in pairs]):
+        if factors[0].grad is not None:
+            yield factors
+
+
+def new_roots(stacks: list[list[FactorPair]], damping: float) -> list[Tensor]:
+    """What whitens the gradients of each list of `trained_of`, [P, ..., r, r].
+
+    Raises:
+        FloatingPointError: naming a pair with a factor that is not finite.
+    """
+    grams = [gram for pairs in stacks for gram in grams_of(pairs)]
+    try:
+        return inverse_roots(grams, damping)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{first_broken(stacks)} has a factor that is not finite. {error}") from None
 
 
 def stacks_of(pairs: list[FactorPair]) -> Iterator[list[FactorPair]]:

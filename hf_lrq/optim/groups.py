@@ -115,6 +115,7 @@ RULES = {
     "lr_ratio": ("positive", lambda x: 0 < x < math.inf),
     "weight_decay": ("at least 0", lambda x: x >= 0),
     "damping": ("positive: a fraction of the mean eigenvalue of a Gram, 1e-6 for example", lambda x: 0 < x < math.inf),
+    "refresh": ("an integer, at least 1", lambda x: isinstance(x, int) and not isinstance(x, bool) and x >= 1),
     "scaling": ("a finite number other than 0", lambda x: x != 0 and math.isfinite(x)),
     "betas": ("two numbers in [0, 1)", lambda x: len(x) == 2 and all(0 <= beta < 1 for beta in x)),
     "eps": ("at least 0", lambda x: x >= 0),

@@ -45,6 +45,9 @@ class RiemannianAdamW(PairedOptimizer):
         betas, eps, weight_decay: of AdamW.
         precond: see above.
         damping: fraction of the mean eigenvalue that is added to each Gram. 1e-4 is safer with 16-bit factors.
+        refresh: steps that one preconditioner serves, after the first hundred. Factors move little in one; the steps
+            between are cheaper by the Grams and their factorization. It takes 4 r² bytes for each factor, saved with
+            the state. Between, a factor that is not finite is noticed by its gradient alone.
         lr_ratio: learning rate of L over that of R (LoRA+, Hayou et al., 2024).
         trust: longest step of a factor, as a fraction of its norm, in "two_sided", which divides by factors that may
             still be tiny; None for no bound.
@@ -67,6 +70,7 @@ class RiemannianAdamW(PairedOptimizer):
         weight_decay: float = 0.0,
         precond: str = "pre",
         damping: float = DAMPING,
+        refresh: int = 1,
         lr_ratio: float = 1.0,
         trust: float | None = 0.3,
         clip_projected: float | None = None,
@@ -79,6 +83,7 @@ class RiemannianAdamW(PairedOptimizer):
             "weight_decay": weight_decay,
             "precond": precond,
             "damping": damping,
+            "refresh": refresh,
             "lr_ratio": lr_ratio,
             "trust": trust,
             "clip_projected": clip_projected,
@@ -183,7 +188,7 @@ class RiemannianSGD(PairedOptimizer):
         nesterov: step along gradient + momentum * buffer.
         weight_decay: decoupled, as in AdamW and unlike torch's SGD.
         precond: "pre", "h_aware" (see `RiemannianAdamW`), or "none" for plain SGD.
-        damping, lr_ratio, clip_projected, kahan: as in `RiemannianAdamW`.
+        damping, refresh, lr_ratio, clip_projected, kahan: as in `RiemannianAdamW`.
 
     Raises:
         ValueError: if an option is out of range, or the factors of a paired group do not pair up.
@@ -200,6 +205,7 @@ class RiemannianSGD(PairedOptimizer):
         weight_decay: float = 0.0,
         precond: str = "pre",
         damping: float = DAMPING,
+        refresh: int = 1,
         lr_ratio: float = 1.0,
         clip_projected: float | None = None,
         kahan: bool = True,
@@ -211,6 +217,7 @@ class RiemannianSGD(PairedOptimizer):
             "weight_decay": weight_decay,
             "precond": precond,
             "damping": damping,
+            "refresh": refresh,
             "lr_ratio": lr_ratio,
             "clip_projected": clip_projected,
             "kahan": kahan,

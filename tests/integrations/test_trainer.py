@@ -159,12 +159,14 @@ def test_a_release_that_looks_elsewhere_is_refused(monkeypatch: pytest.MonkeyPat
     [
         ("riemannian_adamw", "precond=pre"),
         ("riemannian_adamw", "precond=two_sided"),
+        ("riemannian_adamw", "refresh=2"),  # Resumed in between.
         ("riemannian_sgd", "momentum=0.9,nesterov=true"),
     ],
 )
 def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
-    compressed: Path, tmp_path: Path, optim: str, optim_args: str
+    compressed: Path, tmp_path: Path, optim: str, optim_args: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("hf_lrq.optim.paired.FRESH_STEPS", 0)
     options: dict[str, Any] = {
         "optim": optim, "optim_args": optim_args, "max_steps": 6, "gradient_accumulation_steps": 2,
         "per_device_train_batch_size": 2, "lr_scheduler_type": "cosine", "warmup_steps": 2,
@@ -264,6 +266,8 @@ def test_recomputation_and_compilation_change_no_number(compressed: Path, tmp_pa
         ({"optim_args": "dampin=1e-3"}, r"no option 'dampin'\. Did you mean 'damping'\?"),
         ({"optim_args": "damping=small"}, "damping='small', but damping is a number"),
         ({"optim_args": "kahan=perhaps"}, "kahan is true or false"),
+        ({"optim_args": "refresh=1.5"}, "refresh='1.5', but refresh is a whole number"),
+        ({"optim_args": "refresh=0"}, "refresh is 0; it must be an integer, at least 1"),
         ({"optim_args": "trust=much"}, "trust is a number or none"),
         ({"optim_args": "damping=0"}, "damping is 0.0; it must be positive"),
         ({"optim_args": "precond=both"}, "Unknown precond 'both'"),

@@ -44,7 +44,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("name", ["pre", "two_sided", "sgd"])
+@pytest.mark.parametrize("name", ["pre", "two_sided", "kept", "sgd"])
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
 def test_two_processes_train_as_one(ranks, wrapper, name):
     """In two_sided and sgd with clipping, and a trust bound that binds."""
@@ -60,6 +60,7 @@ def test_parameters_that_are_sharded_after_the_optimizer_was_built_are_precondit
 
 
 def test_sharded_training_resumes_from_a_distributed_state_dict(ranks):
+    """With preconditioners that are kept for two steps, between the two."""
     for found in ranks:
         assert found["fsdp2 resumed"] == 0
 

@@ -8,6 +8,7 @@ from torch.optim import AdamW
 
 from hf_lrq.optim import RiemannianAdamW, RiemannianSGD, precondition
 from hf_lrq.optim import batches as batches_module
+from hf_lrq.optim import paired as paired_module
 
 SHAPES = [(7, 3, 9), (7, 3, 9), (5, 3, 4), (12, 4, 6), (7, 3, 9)]
 
@@ -39,11 +40,15 @@ def share_gradients(source, target):
         q.grad = None if p.grad is None else p.grad.clone()
 
 
-def loop_adam(params, memory, step, lr, precond, damping, betas=(0.9, 0.999), eps=1e-8):
-    """RiemannianAdamW written down pair by pair, with inverses and symmetric formulas spelled out."""
+def loop_adam(params, memory, step, lr, precond, damping, betas=(0.9, 0.999), eps=1e-8, factors=None):
+    """RiemannianAdamW written down pair by pair, with inverses and symmetric formulas spelled out.
+
+    Preconditioned by `factors`; None for the parameters themselves.
+    """
     moves = []
+    factors = params if factors is None else factors
     for k in range(0, len(params), 2):
-        L, R = params[k].detach(), params[k + 1].detach()
+        L, R = factors[k].detach(), factors[k + 1].detach()
         grads = [params[k].grad, params[k + 1].grad]
         r = L.shape[1]
         G_L, G_R = L.T @ L, R @ R.T
@@ -88,6 +93,42 @@ def test_adamw_equals_a_loop_over_the_pairs(
         optimizer.step()
         loop_adam(naive, memory, step, 1e-2, precond, 1e-3)
         torch.testing.assert_close(params, naive, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("precond", ["pre", "two_sided"])
+@pytest.mark.parametrize("stacked_elements", [1, 2**20])
+def test_a_preconditioner_serves_for_as_many_steps_as_it_is_told(generator, precond, stacked_elements, monkeypatch):
+    """After some at the beginning; here the first four."""
+    monkeypatch.setattr(batches_module, "STACKED_ELEMENTS", stacked_elements)
+    monkeypatch.setattr(paired_module, "FRESH_STEPS", 4)
+    params = factor_list(generator)
+    naive, memory = copies(params), {}
+    group = {"params": params, "paired": True}
+    optimizer = RiemannianAdamW([group], lr=1e-2, precond=precond, damping=1e-3, trust=None, refresh=3)
+    for step in range(1, 9):
+        give_gradients(params, generator)
+        share_gradients(params, naive)
+        optimizer.projected_grad_norm()  # Which is no step.
+        optimizer.step()
+        if step <= 4 or step % 3 == 1:
+            factors = copies(naive)
+        loop_adam(naive, memory, step, 1e-2, precond, 1e-3, factors=factors)
+        torch.testing.assert_close(params, naive, rtol=1e-10, atol=1e-12)
+
+
+def test_a_factor_that_had_no_gradient_when_others_were_refreshed_gets_its_own(generator, monkeypatch):
+    monkeypatch.setattr(paired_module, "FRESH_STEPS", 0)
+    params = factor_list(generator)
+    give_gradients(params[:4], generator)
+    optimizer = RiemannianSGD([{"params": params, "paired": True}], lr=0.1, refresh=10)
+    optimizer.step()
+    for p in params:
+        p.grad = None
+    give_gradients(params[4:], generator)
+    expected = precondition(params[4].grad, params[5].grad, params[4].detach(), params[5].detach())
+    before = params[4].detach().clone()
+    optimizer.step()
+    torch.testing.assert_close(params[4].detach(), before - 0.1 * expected[0])
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
@@ -444,6 +485,8 @@ def test_parameters_flattened_by_a_wrapper_are_noticed_at_the_step(generator):
     [
         (RiemannianAdamW, {"damping": 0.0}, r"damping is 0\.0; it must be positive: a fraction of the mean eigenvalue"),
         (RiemannianSGD, {"damping": -1e-6}, r"damping is -1e-06; it must be positive"),
+        (RiemannianSGD, {"refresh": 0}, "refresh is 0; it must be an integer, at least 1"),
+        (RiemannianAdamW, {"refresh": 2.0}, r"refresh is 2\.0; it must be an integer"),
         (RiemannianAdamW, {"lr": -1.0}, r"lr is -1\.0; it must be a number, at least 0"),
         (RiemannianAdamW, {"betas": (0.9, 1.0)}, r"betas is \(0\.9, 1\.0\); it must be two numbers in \[0, 1\)"),
         (RiemannianAdamW, {"eps": -1e-8}, "eps is -1e-08"),
