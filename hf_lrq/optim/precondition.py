@@ -39,14 +39,14 @@ def check_damping(damping: float) -> None:
         raise ValueError(f"damping is {damping}; it must be positive, {DAMPING} for example.")
 
 
-def left_gram(L: Tensor) -> Tensor:
-    """Lᵀ L of L [..., out, r], whole on every rank."""
-    return replicated(L.mT @ L)
+def left_gram(L: Tensor, out: Tensor | None = None) -> Tensor:
+    """Lᵀ L of L [..., out, r], whole on every rank; written to `out` if that is given."""
+    return replicated(torch.matmul(L.mT, L, out=out))
 
 
-def right_gram(R: Tensor) -> Tensor:
-    """R Rᵀ of R [..., r, in], whole on every rank."""
-    return replicated(R @ R.mT)
+def right_gram(R: Tensor, out: Tensor | None = None) -> Tensor:
+    """R Rᵀ of R [..., r, in], whole on every rank; written to `out` if that is given."""
+    return replicated(torch.matmul(R, R.mT, out=out))
 
 
 def inverse_root(gram: Tensor, damping: float) -> Tensor:
@@ -80,7 +80,7 @@ def inverse_root(gram: Tensor, damping: float) -> Tensor:
         C, info = torch.linalg.cholesky_ex(damped)
         failed = (info != 0)[..., None, None]
         if not failed.any():
-            return torch.linalg.solve_triangular(C, eye, upper=False) / unit.sqrt()
+            return torch.linalg.solve_triangular(C, eye * unit.rsqrt(), upper=False)
         if not gram.isfinite().all():
             break
         shift = torch.where(failed, 10 * shift, shift)

@@ -99,7 +99,7 @@ class RiemannianAdamW(PairedOptimizer):
         m, v = self._running(batch, "exp_avg"), self._running(batch, "exp_avg_sq")
         one_pass = batch.whitening is not None and one_pass_fits(grads, m, v, batch.params)
         adam = one_pass_adam if one_pass else foreach_adam
-        average = Average(m, v, self._count(batch), beta1, beta2, group["eps"])
+        average = Average(m, v, self._steps(batch), beta1, beta2, group["eps"])
         # Plain parameters take the roundings of torch's AdamW.
         with working_copies(batch.params, self._low_bits(batch)) as values:
             if group["weight_decay"] != 0:
@@ -111,21 +111,21 @@ class RiemannianAdamW(PairedOptimizer):
             else:
                 adam(values, grads, average, lr)
 
-    def _count(self, batch: Batch) -> list[Tensor]:
-        """The number of this step, for each parameter; kept as float32 on the CPU, as torch does."""
+    def _steps(self, batch: Batch) -> list[Tensor]:
+        """The number of steps before this one, for each parameter; kept as float32 on the CPU, as torch does."""
         for p in batch.params:
-            before = self.state[p].get("step", torch.zeros((), dtype=torch.float32, device="cpu"))
-            self.state[p]["step"] = before + 1
+            if "step" not in self.state[p]:
+                self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
         return [self.state[p]["step"] for p in batch.params]
 
 
 @dataclass(frozen=True, eq=False)
 class Average:
-    """Adam's running averages, before a step brings them up to date.
+    """Adam's running averages; a step brings them and their count up to date.
 
     Attributes:
         m, v: of the gradients and of their squares.
-        steps: numbers of this step, float32 on the CPU.
+        steps: how many there were, float32 on the CPU.
         beta1, beta2, eps: of AdamW.
     """
 
@@ -142,6 +142,7 @@ def foreach_adam(values: list[Tensor], grads: list[Tensor], average: Average, lr
     torch._foreach_lerp_(average.m, grads, 1 - average.beta1)
     torch._foreach_mul_(average.v, average.beta2)
     torch._foreach_addcmul_(average.v, grads, grads, 1 - average.beta2)
+    torch._foreach_add_(average.steps, 1)
     steps = [step.item() for step in average.steps]
     denominators = torch._foreach_sqrt(average.v)
     torch._foreach_div_(denominators, [(1 - average.beta2**step) ** 0.5 for step in steps])
@@ -162,7 +163,7 @@ def one_pass_adam(values: list[Tensor], grads: list[Tensor], average: Average, l
         average.m,
         average.v,
         [],
-        [step - 1 for step in average.steps],  # It counts by itself.
+        average.steps,
         fused=True,
         amsgrad=False,
         beta1=average.beta1,
