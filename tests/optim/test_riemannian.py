@@ -202,7 +202,7 @@ def test_stacks_of_experts_take_the_steps_their_matrices_would_take_alone(genera
 
 def test_roots_are_the_same_one_by_one_and_together(generator):
     """Of Grams that differ in rank, leading dimensions and dtype."""
-    factors = parameters(generator, (4, 7, 3), (2, 5, 7, 3), (1, 9, 5)) + [torch.randn(3, 7, 3, generator=generator)]
+    factors = [*parameters(generator, (4, 7, 3), (2, 5, 7, 3), (1, 9, 5)), torch.randn(3, 7, 3, generator=generator)]
     grams = [(L.mT @ L).detach() for L in factors]
     together = batches_module.roots_together(grams, 1e-3)
     alone = batches_module.inverse_roots(grams, 1e-3)
