@@ -25,7 +25,7 @@ GRAM_DAMPING = 1e-2  # As in calibration, where directions below it are noise.
 ROUNDING = 1e-6  # Of the largest eigenvalue at most: how far below zero a float32 Gram's least one may come to lie.
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class InputMetric:
     """H and its inverse, damped.
 
@@ -69,6 +69,10 @@ class InputMetric:
             inverse = torch.linalg.inv(H)
         dtype = torch.promote_types(gram.dtype, torch.float32)
         return cls(H.to(dtype), inverse.to(dtype))
+
+    def __repr__(self) -> str:
+        # An optimizer prints its groups, and these are large.
+        return f"InputMetric{list(self.H.shape)}"
 
     def times(self, X: Tensor) -> Tensor:
         """X H, for X [..., in]; sharded as X is."""

@@ -202,6 +202,7 @@ def test_grams_are_no_part_of_the_state_and_a_resumed_run_goes_on_exactly(genera
     grams = {"": x.T @ x / 99}
     model = Product(L, R)
     optimizer = optimizer_for(model, grams)
+    assert "metrics: [InputMetric[50, 50]]" in repr(optimizer)
     train(model, optimizer, 0, 2)
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
