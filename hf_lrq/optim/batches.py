@@ -62,19 +62,18 @@ class Batch:
         whole = [sharded_like(x, p) for x, p in zip(found, self.params, strict=True)]
         return [local(metric.divide(x)) for metric, x in zip(self.metrics, whole, strict=True)]
 
-    def unwhiten(self, steps: list[Tensor], trust: float | None) -> list[Tensor]:
-        """Steps in the coordinates of the factors, none longer than `trust` times its matrix; inverts `whiten`."""
-        if self.whitening is None:
-            return steps
+    def add_unwhitened(self, values: list[Tensor], steps: list[Tensor], trust: float | None) -> None:
+        """Add whitened steps to the factors' values, none longer than `trust` times its matrix."""
         unwhitened = self._mapped(Whitening.unwhiten, steps)
         if trust is None:
-            return unwhitened
-        if not self.stacked:
-            bounds = [relative_bound(step, p, trust) for step, p in zip(unwhitened, self.params, strict=True)]
-            torch._foreach_mul_(unwhitened, [bound.reshape(()) for bound in bounds])
-            return unwhitened
-        together = self.stack(unwhitened)
-        return unstack(together * relative_bound(together, self.stack([local(p) for p in self.params]), trust))
+            torch._foreach_add_(values, unwhitened)
+        elif self.stacked:
+            together = self.stack(unwhitened)
+            bound = relative_bound(together, self.stack([local(p) for p in self.params]), trust)
+            torch._foreach_add_(values, unstack(together * bound))
+        else:
+            for value, step, p in zip(values, unwhitened, self.params, strict=True):
+                value.addcmul_(step, relative_bound(step, p, trust))
 
     def squared_norm(self) -> Tensor:
         """Of all whitened gradients together, on all ranks; a scalar."""

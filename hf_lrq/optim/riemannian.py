@@ -107,7 +107,7 @@ class RiemannianAdamW(PairedOptimizer):
             if two_sided:
                 moves = [torch.zeros_like(x) for x in m]
                 adam(moves, grads, average, lr)
-                torch._foreach_add_(values, batch.unwhiten(moves, group["trust"]))
+                batch.add_unwhitened(values, moves, group["trust"])
             else:
                 adam(values, grads, average, lr)
 

@@ -184,11 +184,15 @@ def test_plain_groups_beside_pairs_are_torch_adamw_bit_for_bit(generator):
     assert all(torch.equal(p, q) for p, q in zip(plain, theirs, strict=True))
 
 
-def test_stacks_of_experts_take_the_steps_their_matrices_would_take_alone(generator):
+@pytest.mark.parametrize("stacked_elements", [1, 2**20])
+def test_stacks_of_experts_take_the_steps_their_matrices_would_take_alone(generator, stacked_elements, monkeypatch):
+    """With a trust bound, for each matrix its own, that binds."""
+    monkeypatch.setattr(batches_module, "STACKED_ELEMENTS", stacked_elements)
     L, R = parameters(generator, (5, 7, 3), (5, 3, 9))
     alone = [copies([L[e], R[e]]) for e in range(5)]
     optimizers = [
-        RiemannianAdamW([{"params": pair, "paired": True}], lr=0.1, precond="two_sided") for pair in [[L, R], *alone]
+        RiemannianAdamW([{"params": pair, "paired": True}], lr=0.1, precond="two_sided", trust=0.05)
+        for pair in [[L, R], *alone]
     ]
     for _ in range(3):
         give_gradients([L, R], generator)
