@@ -10,6 +10,9 @@ On ||(L R - M) H^½||² / 2 a step then shrinks the error by the same fraction f
 grows with its condition. H is shrunk towards its mean eigenvalue h first, (1 - d) H + d h I, or rare directions of the
 inputs would get steps without bound.
 
+    grams = input_grams(model, batches)  # of hf_lrq.calibration
+    optimizer = RiemannianAdamW(riemannian_param_groups(model, grams=grams), precond="h_aware")
+
 Source: a metric from the Hessian of a quadratic, Mishra & Sepulchre, Riemannian Preconditioning, 2016; H on the input
 side is also the one factor of K-FAC (Martens & Grosse, 2015).
 """
@@ -66,7 +69,7 @@ class InputMetric:
         else:
             H = (1 - damping) / 2 * (H + H.T)
             H.diagonal().add_(damping * mean)
-            inverse = torch.linalg.inv(H)
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(H))
         dtype = torch.promote_types(gram.dtype, torch.float32)
         return cls(H.to(dtype), inverse.to(dtype))
 

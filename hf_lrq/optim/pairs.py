@@ -80,14 +80,14 @@ def with_metrics(
             )
         if pair.R.ndim > 2:
             raise ValueError(f'{pair.name} is a stack of products; "h_aware" is for single ones.')
-        given = grams[layer]
+        width, given = pair.R.shape[-1], grams[layer]
         gram = (given if isinstance(given, Tensor) else given.H).to(pair.R.device)
+        check_shape(gram, width, pair.name)
         # Factors that stand between rotations meet rotated inputs; modules that hold such ones say which.
         rotate = getattr(module, "factor_gram", None)
         if rotate is not None:
-            check_shape(gram, pair.R.shape[-1], pair.name)
             gram = rotate(torch.diag(gram) if gram.ndim == 1 else gram, adapter)
-        pairs.append(replace(pair, metric=InputMetric.of(gram, pair.R.shape[-1], damping, pair.name)))
+        pairs.append(replace(pair, metric=InputMetric.of(gram, width, damping, pair.name)))
     return pairs
 
 
