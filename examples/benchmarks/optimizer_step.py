@@ -14,6 +14,7 @@ from peft.optimizers import create_riemannian_optimizer
 from torch import nn
 
 from hf_lrq.optim import RiemannianAdamW, RiemannianSGD, riemannian_param_groups
+from hf_lrq.optim.paired import FRESH_STEPS
 
 
 class Adapter(nn.Module):
@@ -28,10 +29,12 @@ class Adapter(nn.Module):
 def optimizers(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
     """One of each, over all parameters of the model."""
     groups = riemannian_param_groups(model)
+    later = [{**g, "age": FRESH_STEPS} for g in groups]
     return {
         "torch AdamW": torch.optim.AdamW(model.parameters(), lr=1e-4),
         'RiemannianAdamW, "none"': RiemannianAdamW([dict(g) for g in groups], lr=1e-4, precond="none"),
         'RiemannianAdamW, "pre"': RiemannianAdamW([dict(g) for g in groups], lr=1e-4),
+        'RiemannianAdamW, "pre", between refreshes': RiemannianAdamW(later, lr=1e-4, refresh=10**9),
         'RiemannianAdamW, "two_sided"': RiemannianAdamW([dict(g) for g in groups], lr=1e-4, precond="two_sided"),
         "RiemannianSGD": RiemannianSGD([dict(g) for g in groups], lr=1e-4),
         "PEFT create_riemannian_optimizer(AdamW)": create_riemannian_optimizer(model, torch.optim.AdamW, lr=1e-4),

@@ -2,6 +2,7 @@
 
 from hf_lrq.calibration.batches import Batch, make_batches
 from hf_lrq.calibration.compress import compress
+from hf_lrq.calibration.inputs import input_grams
 from hf_lrq.calibration.progress import Progress, SilentProgress, TqdmProgress
 from hf_lrq.calibration.records import CompressionReport, LayerRecord
 from hf_lrq.calibration.targets import Target, TargetList, find_targets
@@ -17,5 +18,6 @@ __all__ = [
     "TqdmProgress",
     "compress",
     "find_targets",
+    "input_grams",
     "make_batches",
 ]

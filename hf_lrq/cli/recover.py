@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import typer
 from torch import Tensor
 
 from hf_lrq.calibration.batches import make_batches
@@ -23,8 +24,17 @@ from hf_lrq.cli.quantize import check_out
 from hf_lrq.errors import LRQError
 from hf_lrq.evaluation import Evaluation, position_limit
 from hf_lrq.integrations.saving import save
-from hf_lrq.recovery import RecoveryOptions, RecoveryReport, TqdmRecovery, record_teacher, recover
+from hf_lrq.recovery import (
+    RecoveryInterrupted,
+    RecoveryOptions,
+    RecoveryReport,
+    TqdmRecovery,
+    record_teacher,
+    recover,
+)
 from hf_lrq.report import REPORT_NAME, write_report
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,18 +90,33 @@ def run(options: RecoverOptions) -> None:
     say(f"Loading {options.model}")
     model = load_model(options.model, options.dtype, device)
     bar = TqdmRecovery()
+    interrupted = False
     try:
         report = recover(model, teacher, batches, options.recovery, progress=bar)
+    except RecoveryInterrupted as interruption:
+        report, interrupted = interruption.report, True
+    except KeyboardInterrupt:
+        say(f"Interrupted. Nothing was saved; {options.model} is untouched.", "yellow")
+        raise typer.Exit(INTERRUPTED) from None
     finally:
         bar.close()
     del teacher
+    if interrupted and not report.gained:
+        say(f"Interrupted before anything was gained. Nothing was saved; {options.model} is untouched.", "yellow")
+        raise typer.Exit(INTERRUPTED)
     save(model, options.out, tokenizer, options.overwrite)
     say(f"Saved to {options.out}", "green")
     measured = None
-    if text is not None:
+    if text is not None and not interrupted:
         measured = evaluate_again(model, options, text, text.tokens(tokenizer))
     note_in_report(options.out, report, measured)
     show(report, measured, options)
+    if interrupted:
+        say(
+            f"Interrupted after {report.steps} steps; what was saved is the best state, of step {report.best_step}.",
+            "yellow",
+        )
+        raise typer.Exit(INTERRUPTED)
 
 
 def batches_of(options: RecoverOptions, tokenizer: Any, config: Any) -> list[Any]:

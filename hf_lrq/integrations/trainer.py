@@ -10,6 +10,9 @@ or, where only TrainingArguments can be set (command lines, YAML files):
 In each step the Trainer first clips the raw gradients to `max_grad_norm` (1.0 by default), then the optimizer
 preconditions them. `clip_projected` clips after whitening instead, in a norm that does not depend on how L R is split;
 it takes `max_grad_norm=0`.
+
+DDP and FSDP2 train as one process would. (accelerate starts FSDP on accelerators alone: on CPUs, asked for FSDP, it
+trains with DDP and does not say so.)
 """
 
 import inspect
@@ -23,9 +26,15 @@ from torch import nn
 from hf_lrq.errors import LRQError, SpecError, did_you_mean
 from hf_lrq.integrations.enumerations import extended
 from hf_lrq.optim import RiemannianAdamW, RiemannianSGD, riemannian_param_groups
+from hf_lrq.optim.input_metric import GRAM_DAMPING
 
 OPTIMIZERS: dict[str, Any] = {"riemannian_adamw": RiemannianAdamW, "riemannian_sgd": RiemannianSGD}
-GROUP_OPTIONS: dict[str, Any] = {"weight_decay": float, "factor_weight_decay": float}
+GROUP_OPTIONS: dict[str, Any] = {
+    "weight_decay": float,
+    "factor_weight_decay": float,
+    "grams": Mapping,
+    "gram_damping": float,
+}
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -38,6 +47,8 @@ class RiemannianFactory:
         optimizer: str = "riemannian_adamw",
         weight_decay: float = 0.0,
         factor_weight_decay: float = 0.0,
+        grams: Mapping[str, Any] | None = None,
+        gram_damping: float = GRAM_DAMPING,
         **options: Any,
     ) -> RiemannianAdamW | RiemannianSGD:
         """The optimizer over all trainable parameters of `model`.
@@ -45,13 +56,19 @@ class RiemannianFactory:
         Args:
             model: with pairs of factors, see `hf_lrq.optim.factor_pairs`.
             optimizer: a key of `OPTIMIZERS`.
-            weight_decay, factor_weight_decay: see `hf_lrq.riemannian_param_groups`.
+            weight_decay, factor_weight_decay, grams, gram_damping: see `hf_lrq.riemannian_param_groups`.
             options: of the optimizer.
 
         Raises:
             ValueError: if the model has no such pair, or an option is out of range.
         """
-        groups = riemannian_param_groups(model, weight_decay=weight_decay, factor_weight_decay=factor_weight_decay)
+        groups = riemannian_param_groups(
+            model,
+            weight_decay=weight_decay,
+            factor_weight_decay=factor_weight_decay,
+            grams=grams,
+            gram_damping=gram_damping,
+        )
         built: RiemannianAdamW | RiemannianSGD = OPTIMIZERS[optimizer](groups, **options)
         return built
 
@@ -64,12 +81,12 @@ def trainer_optimizer(
     Args:
         args: the TrainingArguments that the Trainer gets.
         optimizer: "riemannian_adamw" or "riemannian_sgd".
-        options: of the optimizer (`precond`, `damping`, `lr_ratio`, ...), and `factor_weight_decay`, see
-            `riemannian_param_groups`. They override `args`.
+        options: of the optimizer (`precond`, `damping`, `lr_ratio`, ...), and `factor_weight_decay`, `grams` and
+            `gram_damping`, see `riemannian_param_groups`. They override `args`.
 
     Raises:
         SpecError: on an unknown optimizer or option; if `clip_projected` and `max_grad_norm` would both clip; under
-            DeepSpeed, which flattens parameters, so that no pair is left to precondition.
+            DeepSpeed and FSDP1, which flatten parameters, so that no pair is left to precondition.
     """
     if optimizer not in OPTIMIZERS:
         hint = did_you_mean(str(optimizer), OPTIMIZERS)
@@ -90,6 +107,11 @@ def trainer_optimizer(
             f"{optimizer} pairs parameters, and DeepSpeed hands it flattened ones. Call "
             "hf_lrq.optim.precondition_gradients(model) and use any other optimizer, or train with DDP or FSDP2."
         )
+    if getattr(args, "fsdp", None) and _fsdp_version(args) == 1:
+        raise SpecError(
+            f"{optimizer} pairs parameters, and FSDP1 hands it flattened ones. Set fsdp_config={{'version': 2}}; FSDP2 "
+            "keeps them whole."
+        )
     given = {
         "lr": args.learning_rate,
         "weight_decay": args.weight_decay,
@@ -98,6 +120,14 @@ def trainer_optimizer(
     }
     usual = {name: value for name, value in given.items() if name in known}
     return RiemannianFactory, {"optimizer": optimizer, **usual, **options}
+
+
+def _fsdp_version(args: Any) -> int:
+    """Which FSDP the arguments ask for; earlier releases of transformers take the first if nothing is said."""
+    planned = getattr(args, "fsdp_plugin_args", None) or {}
+    config = args.fsdp_config if isinstance(args.fsdp_config, Mapping) else {}
+    version: Any = planned.get("fsdp_version", config.get("version", 1))
+    return int(version)
 
 
 def register_optimizers() -> None:
@@ -158,10 +188,12 @@ def _parsed(name: str, text: str, kind: Any) -> Any:
     try:
         if kind is bool:
             return BOOLEANS[text.lower()]
+        if kind is int:
+            return int(text)
         if kind == float | None and text.lower() == "none":
             return None
         return text if kind is str else float(text)
     except (KeyError, ValueError):
-        wanted = {bool: "true or false", float: "a number", float | None: "a number or none"}
+        wanted = {bool: "true or false", int: "a whole number", float: "a number", float | None: "a number or none"}
         known = wanted.get(kind, "set in code, not as text")
         raise SpecError(f"optim_args: {name}={text!r}, but {name} is {known}.") from None

@@ -37,6 +37,7 @@ class LRQExpertStack(nn.Module):
         device: torch.device | str | None = None,
     ):
         super().__init__()
+        self.training = False
         self.experts, self.in_features, self.out_features, self.layout = experts, in_features, out_features, layout
         stored = layout.tensors(out_features, in_features)
         for name in TENSOR_NAMES:
@@ -66,7 +67,8 @@ class LRQExpertStack(nn.Module):
             L_scale = R_scale = None
         own = (self.weight[expert], self.scales[expert], one["rot_in"], one["rot_out"])
         form = (layout.codebook, layout.group_size, layout.rotation_block)
-        return linear(x, Operands(*own, L, R, L_scale, R_scale, None, *form), self.backend, self.activation)
+        operands = Operands(*own, L, R, L_scale, R_scale, None, *form)
+        return linear(x, operands, self.backend, "float" if self.training else self.activation)
 
     def runs_on(self, dtype: torch.dtype = torch.float32) -> str:
         """See `LRQLinear.runs_on`; what holds for one expert holds for all."""

@@ -88,7 +88,7 @@ class LinearGroup:
         if own not in together or len(together) < 2:
             return None
         layers = [self.members[i].operands() for i in together]
-        outputs = dict(zip(together, linear_group(x, layers, member.backend, member.activation), strict=True))
+        outputs = dict(zip(together, linear_group(x, layers, *member.way), strict=True))
         y = outputs.pop(own)
         self._held = _Held(x, _version(x), outputs)
         return y
@@ -110,7 +110,7 @@ class LinearGroup:
         )
         return not wants_gradient and all(
             member.weight.device == x.device  # not offloaded
-            and (member.backend, member.activation) == (first.backend, first.activation)
+            and member.way == first.way
             for member in self.members
         )
 

@@ -45,7 +45,9 @@ class LRQLinear(nn.Linear):
         weight: uint8, see `Codebook.packed_shape`; three axes, so that it can never pass for an [out, in] weight.
         scales, rot_in, rot_out, lr_L, lr_R, lr_L_scale, lr_R_scale, ft_L, ft_R: see `layout.LayerLayout.tensors`; None
             where the layout has no such tensor.
-        backend, activation: how it is computed, see `kernels.linear`; no part of what is stored.
+        backend, activation: how it is computed, see `kernels.linear`; no part of what is stored. In training mode the
+            activation is "float", also without gradients: reentrant checkpointing runs a layer without them first, and
+            the loss of that pass must be the one that is differentiated. A new layer is in evaluation mode.
         group: layers it is computed with, see `groups.fuse_layers`.
     """
 
@@ -73,6 +75,7 @@ class LRQLinear(nn.Linear):
         dtype: torch.dtype | None = None,
     ):
         nn.Module.__init__(self)  # nn.Linear's own would allocate the full weight.
+        self.training = False
         self.in_features, self.out_features, self.layout = in_features, out_features, layout
         stored = layout.tensors(out_features, in_features)
         for name in TENSOR_NAMES:
@@ -190,7 +193,12 @@ class LRQLinear(nn.Linear):
                 self.group.dissolve()  # It shares this tensor, and would train one that belongs to others.
             elif (y := self.group.output(self, x, adapt is not None)) is not None:
                 return y
-        return linear(x, self.operands(adapt), self.backend, self.activation)
+        return linear(x, self.operands(adapt), *self.way)
+
+    @property
+    def way(self) -> tuple[str, str]:
+        """Backend and activation of a call."""
+        return self.backend, "float" if self.training else self.activation
 
     def operands(self, adapt: Callable[[Tensor, Tensor], Pair] | None = None) -> Operands:
         """What the layer is computed from; for `adapt` see `forward`."""
@@ -306,6 +314,13 @@ class LRQLinear(nn.Linear):
             return L, R
         block = self.layout.rotation_block
         return (hadamard(L.T, block) * self.rot_out.to(L)).T, hadamard(R, block) * self.rot_in.to(R)
+
+    def factor_gram(self, H: Tensor, adapter: str = "") -> Tensor:
+        """The Gram [in, in] of what R is multiplied with, from that of the layer's inputs."""
+        if self.rot_in is None:
+            return H
+        signs, block = self.rot_in.detach().to(H), self.layout.rotation_block
+        return hadamard(hadamard(H * signs, block).T * signs, block)
 
     def _factor_tensors(self) -> dict[str, nn.Parameter | None]:
         return {name: getattr(self, name) for name in FACTOR_NAMES}

@@ -1,16 +1,17 @@
 """Parameters that are updated together: plain ones, or factors of equal shape with their gradients' whitening."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from hf_lrq.optim.groups import FactorPair, Group, pairs_of
+from hf_lrq.optim.input_metric import InputMetric
 from hf_lrq.optim.precondition import Whitening, compute_dtype, inverse_root, left_gram, right_gram
-from hf_lrq.optim.sharding import is_sharded, layout_of, local, sharded_like, sum_over_shards
+from hf_lrq.optim.sharding import is_sharded, layout_of, local, replicated, sharded_like, sum_over_shards
 
 # Elements in one batch: what passes over it follow each other should find it in a cache. Of shards a batch saves
 # collectives.
@@ -33,12 +34,14 @@ class Batch:
         group: their options.
         lr: their learning rate.
         whitening: of their gradients, stacked along a new first axis; None for parameters that are no factors.
+        metrics: what gradients of R are also divided by, in "h_aware"; else None.
     """
 
     params: list[Tensor]
     group: Group
     lr: float
     whitening: Whitening | None
+    metrics: list[InputMetric] | None = None
 
     def gradients(self) -> list[Tensor]:
         """In float32 or float64; not to be written to."""
@@ -51,26 +54,36 @@ class Batch:
 
     def precondition(self, grads: list[Tensor]) -> list[Tensor]:
         """Preconditioned gradients; `grads` itself for plain parameters."""
-        return grads if self.whitening is None else self._mapped(Whitening.precondition, grads)
-
-    def unwhiten(self, steps: list[Tensor], trust: float | None) -> list[Tensor]:
-        """Steps in the coordinates of the factors, none longer than `trust` times its matrix; inverts `whiten`."""
         if self.whitening is None:
-            return steps
+            return grads
+        found = self._mapped(Whitening.precondition, grads)
+        if self.metrics is None:
+            return found
+        whole = [sharded_like(x, p) for x, p in zip(found, self.params, strict=True)]
+        return [local(metric.divide(x)) for metric, x in zip(self.metrics, whole, strict=True)]
+
+    def add_unwhitened(self, values: list[Tensor], steps: list[Tensor], trust: float | None) -> None:
+        """Add whitened steps to the factors' values, none longer than `trust` times its matrix."""
         unwhitened = self._mapped(Whitening.unwhiten, steps)
         if trust is None:
-            return unwhitened
-        if not self.stacked:
-            bounds = [relative_bound(step, p, trust) for step, p in zip(unwhitened, self.params, strict=True)]
-            torch._foreach_mul_(unwhitened, [bound.reshape(()) for bound in bounds])
-            return unwhitened
-        together = self.stack(unwhitened)
-        return unstack(together * relative_bound(together, self.stack([local(p) for p in self.params]), trust))
+            torch._foreach_add_(values, unwhitened)
+        elif self.stacked:
+            together = self.stack(unwhitened)
+            bound = relative_bound(together, self.stack([local(p) for p in self.params]), trust)
+            torch._foreach_add_(values, unstack(together * bound))
+        else:
+            for value, step, p in zip(values, unwhitened, self.params, strict=True):
+                value.addcmul_(step, relative_bound(step, p, trust))
 
     def squared_norm(self) -> Tensor:
         """Of all whitened gradients together, on all ranks; a scalar."""
-        norms = torch._foreach_norm(self.whiten(self.gradients()))
-        return sum_over_shards(torch.stack(norms).square().sum(), self.params[0])
+        grads = self.gradients()
+        if self.metrics is None:
+            square = torch.stack(torch._foreach_norm(self.whiten(grads))).square().sum()
+        else:
+            preconditioned = self.precondition(grads)
+            square = torch.stack([(x * y).sum() for x, y in zip(grads, preconditioned, strict=True)]).sum()
+        return sum_over_shards(square, self.params[0])
 
     @property
     def stacked(self) -> bool:
@@ -142,8 +155,33 @@ def is_16_bit(x: Tensor) -> bool:
     return x.dtype.itemsize == 2
 
 
-def batches_of(group: Group) -> Iterator[Batch]:
-    """Every parameter of a group that has a gradient."""
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """Roots that serve for several steps, in the state of an optimizer beside the factors whose gradients they whiten.
+
+    Attributes:
+        state: parameter -> its state.
+        stale: whether roots of an earlier step are to be used again.
+    """
+
+    state: Mapping[Tensor, dict[str, Any]]
+    stale: bool
+
+    def recall(self, trained: list[list[Tensor]]) -> list[Tensor] | None:
+        """The roots for each list of factors, stacked; None if they are to be computed."""
+        if not self.stale or not all("root" in self.state.get(p, {}) for factors in trained for p in factors):
+            return None
+        return [torch.stack([self.state[p]["root"] for p in factors]) for factors in trained]
+
+    def keep(self, trained: list[list[Tensor]], roots: list[Tensor]) -> None:
+        """For later steps."""
+        for factors, together in zip(trained, roots, strict=True):
+            for p, K in zip(factors, together.unbind(0), strict=True):
+                self.state[p]["root"] = K.clone()  # Not a view: it goes into files.
+
+
+def batches_of(group: Group, memory: Memory | None = None) -> Iterator[Batch]:
+    """Every parameter of a group that has a gradient; without a memory, preconditioners are computed anew."""
     lr = float(group["lr"])
     if not group["paired"]:
         yield from plain_batches(group["params"], group, lr)
@@ -152,7 +190,7 @@ def batches_of(group: Group) -> Iterator[Batch]:
         yield from plain_batches([pair.L for pair in pairs], group, lr * group["lr_ratio"])
         yield from plain_batches([pair.R for pair in pairs], group, lr)
     else:
-        yield from factor_batches(group, lr)
+        yield from factor_batches(group, lr, memory)
 
 
 def plain_batches(params: list[Tensor], group: Group, lr: float) -> Iterator[Batch]:
@@ -166,14 +204,16 @@ def plain_batches(params: list[Tensor], group: Group, lr: float) -> Iterator[Bat
             yield Batch(some, group, lr, None)
 
 
-def factor_batches(group: Group, lr: float) -> Iterator[Batch]:
-    """Batches of factors; all Grams of the group with equal rank are factorized at once."""
+def factor_batches(group: Group, lr: float, memory: Memory | None) -> Iterator[Batch]:
+    """Batches of factors, with preconditioners that are remembered or computed."""
     stacks = list(stacks_of(pairs_of(group)))
-    grams = [gram for pairs in stacks for gram in grams_of(pairs)]
-    try:
-        roots = iter(inverse_roots(grams, group["damping"]))
-    except FloatingPointError as error:
-        raise FloatingPointError(f"{first_broken(stacks)} has a factor that is not finite. {error}") from None
+    trained = [factors for pairs in stacks for factors in trained_of(pairs)]
+    found = None if memory is None else memory.recall(trained)
+    if found is None:
+        found = new_roots(stacks, group["damping"])
+        if memory is not None:
+            memory.keep(trained, found)
+    roots = iter(found)
     for pairs in stacks:
         sides = (
             ([pair.L for pair in pairs], lr * group["lr_ratio"], True),
@@ -182,7 +222,34 @@ def factor_batches(group: Group, lr: float) -> Iterator[Batch]:
         for factors, rate, left in sides:
             if factors[0].grad is not None:
                 K = next(roots).to(compute_dtype(factors[0])) / abs(pairs[0].scaling)
-                yield Batch(factors, group, rate, Whitening(K, left))
+                metrics = None if left else metrics_of(pairs)
+                yield Batch(factors, group, rate, Whitening(K, left), metrics)
+
+
+def metrics_of(pairs: list[FactorPair]) -> list[InputMetric] | None:
+    """Of all of them, or None if they have none."""
+    found = [pair.metric for pair in pairs if pair.metric is not None]
+    return found or None
+
+
+def trained_of(pairs: list[FactorPair]) -> Iterator[list[Tensor]]:
+    """The L, if they have gradients, then the R, if they have; in the order of `grams_of`."""
+    for factors in ([pair.L for pair in pairs], [pair.R for pair in pairs]):
+        if factors[0].grad is not None:
+            yield factors
+
+
+def new_roots(stacks: list[list[FactorPair]], damping: float) -> list[Tensor]:
+    """What whitens the gradients of each list of `trained_of`, [P, ..., r, r].
+
+    Raises:
+        FloatingPointError: naming a pair with a factor that is not finite.
+    """
+    grams = [gram for pairs in stacks for gram in grams_of(pairs)]
+    try:
+        return inverse_roots(grams, damping)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{first_broken(stacks)} has a factor that is not finite. {error}") from None
 
 
 def stacks_of(pairs: list[FactorPair]) -> Iterator[list[FactorPair]]:
@@ -208,21 +275,40 @@ def cut(items: list[Item], largest: Tensor) -> Iterator[list[Item]]:
 def grams_of(pairs: list[FactorPair]) -> Iterator[Tensor]:
     """[P, ..., r, r] of the R, if the L have gradients to divide by it, then of the L, if the R have."""
     if pairs[0].L.grad is not None:
-        yield each_gram([pair.R for pair in pairs], right_gram)
+        metrics, factors = metrics_of(pairs), [pair.R for pair in pairs]
+        rank = factors[0].shape[-2]
+        yield each_gram(factors, right_gram, rank) if metrics is None else weighted_grams(factors, metrics)
     if pairs[0].R.grad is not None:
-        yield each_gram([pair.L for pair in pairs], left_gram)
+        yield each_gram([pair.L for pair in pairs], left_gram, pairs[0].L.shape[-1])
 
 
-def each_gram(factors: list[Tensor], gram: Callable[[Tensor], Tensor]) -> Tensor:
+def each_gram(factors: list[Tensor], gram: Callable[..., Tensor], rank: int) -> Tensor:
     """The Gram of each, stacked; in float32 or float64."""
     dtype = compute_dtype(factors[0])
     if stacking_pays(factors[0]):
         return gram(torch.stack(factors).to(dtype))
-    return torch.stack([gram(factor.to(dtype)) for factor in factors])
+    # To where they are wanted: stacking them afterwards costs a quarter of their computation.
+    grams = torch.empty(len(factors), *factors[0].shape[:-2], rank, rank, dtype=dtype, device=factors[0].device)
+    for factor, out in zip(factors, grams.unbind(0), strict=True):
+        gram(factor.to(dtype), out=out)
+    return grams
+
+
+def weighted_grams(factors: list[Tensor], metrics: list[InputMetric]) -> Tensor:
+    """R H Rᵀ of each R, stacked; in float32 or float64."""
+    exact = [factor.to(compute_dtype(factor)) for factor in factors]
+    return torch.stack([replicated(metric.times(R) @ R.mT) for metric, R in zip(metrics, exact, strict=True)])
 
 
 def inverse_roots(grams: list[Tensor], damping: float) -> list[Tensor]:
-    """`inverse_root` of each, with one factorization for all of equal rank, dtype and device."""
+    """`inverse_root` of each; on accelerators with one factorization for all of equal rank, dtype and device."""
+    if all(gram.device.type == "cpu" for gram in grams):
+        return [inverse_root(gram, damping) for gram in grams]  # What is passed over in turn stays in a cache.
+    return roots_together(grams, damping)
+
+
+def roots_together(grams: list[Tensor], damping: float) -> list[Tensor]:
+    """See `inverse_roots`; however many there are, it takes a handful of launches."""
     roots: list[Tensor] = list(grams)
     alike: dict[tuple[object, ...], list[int]] = {}
     for i, gram in enumerate(grams):

@@ -12,8 +12,12 @@ from typing import Any
 from torch import Tensor
 
 from hf_lrq.errors import did_you_mean
+from hf_lrq.optim.input_metric import InputMetric
 
 Group = dict[str, Any]
+
+H_AWARE = "h_aware"
+METRICS = "metrics"  # In a group: an InputMetric for each pair. Not part of a state_dict: it is as large as a layer.
 
 
 @dataclass(frozen=True)
@@ -25,12 +29,14 @@ class FactorPair:
         R: [..., r, in].
         scaling: s; alpha / r in a LoRA adapter.
         name: for messages.
+        metric: of the inputs of R, for precond="h_aware".
     """
 
     L: Tensor
     R: Tensor
     scaling: float = 1.0
     name: str = "pair"
+    metric: InputMetric | None = None
 
 
 def pairs_of(group: Group) -> list[FactorPair]:
@@ -47,8 +53,10 @@ def pairs_of(group: Group) -> list[FactorPair]:
             "(DeepSpeed), use precondition_gradients with any optimizer instead."
         )
     pairs = []
+    metrics = group.get(METRICS) or [None] * (len(params) // 2)
     for i in range(0, len(params), 2):
-        pairs.append(FactorPair(params[i], params[i + 1], group["scaling"], pair_name(group, i // 2)))
+        name = pair_name(group, i // 2)
+        pairs.append(FactorPair(params[i], params[i + 1], group["scaling"], name, metrics[i // 2]))
         check_pair(pairs[-1])
     return pairs
 
@@ -107,6 +115,7 @@ RULES = {
     "lr_ratio": ("positive", lambda x: 0 < x < math.inf),
     "weight_decay": ("at least 0", lambda x: x >= 0),
     "damping": ("positive: a fraction of the mean eigenvalue of a Gram, 1e-6 for example", lambda x: 0 < x < math.inf),
+    "refresh": ("an integer, at least 1", lambda x: isinstance(x, int) and not isinstance(x, bool) and x >= 1),
     "scaling": ("a finite number other than 0", lambda x: x != 0 and math.isfinite(x)),
     "betas": ("two numbers in [0, 1)", lambda x: len(x) == 2 and all(0 <= beta < 1 for beta in x)),
     "eps": ("at least 0", lambda x: x >= 0),
@@ -139,7 +148,36 @@ def check_group(group: Group, preconditioners: tuple[str, ...]) -> None:
         kind = "pairs" if group["paired"] else "parameters"
         raise ValueError(f"A group has {len(names)} names for {entries} {kind}; give one for each, or none.")
     if group["paired"]:
+        check_metrics(group)
         pairs_of(group)
+
+
+def check_metrics(group: Group) -> None:
+    """Complain about Grams that are missing, or that nothing would use.
+
+    Raises:
+        ValueError: naming the pair.
+    """
+    metrics = group.get(METRICS)
+    if group["precond"] != H_AWARE:
+        if metrics is not None:
+            raise ValueError(f"Grams are given, but precond={group['precond']!r} has no use for them; set {H_AWARE!r}.")
+        return
+    pairs = len(group["params"]) // 2
+    if metrics is None or len(metrics) != pairs:
+        seen = "none" if metrics is None else len(metrics)
+        raise ValueError(
+            f"precond={H_AWARE!r} needs the Gram of the inputs of each of {pairs} pairs, got {seen}. "
+            "Pass `grams` to riemannian_param_groups."
+        )
+    for i, metric in enumerate(metrics):
+        if metric is None:
+            raise ValueError(f"{pair_name(group, i)} has no Gram; give its FactorPair a `metric`.")
+        width = group["params"][2 * i + 1].shape[-1]
+        if metric.H.shape[-1] != width:
+            raise ValueError(
+                f"{pair_name(group, i)} has an R of width {width}, but a Gram of width {metric.H.shape[-1]}."
+            )
 
 
 def check_same_pairing(groups: list[Group], saved: list[Mapping[str, Any]]) -> None:
@@ -153,4 +191,10 @@ def check_same_pairing(groups: list[Group], saved: list[Mapping[str, Any]]) -> N
             raise ValueError(
                 f"Group {number} has paired={group['paired']}, in the saved state it has paired={other.get('paired')}. "
                 "The state belongs to another optimizer or to other groups; build the groups as they were when saving."
+            )
+        needed, given = other.get("precond") == H_AWARE, group.get(METRICS) is not None
+        if group["paired"] and needed != given:
+            raise ValueError(
+                f"Group {number} has {'Grams' if given else 'no Grams'}, in the saved state it has precond="
+                f"{other.get('precond')!r}. Grams are not saved: pass the same `grams` as then, or none."
             )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from hf_lrq.optim.precondition import DAMPING, whitening_for_L, whitening_for_R
+from hf_lrq.optim.precondition import DAMPING, check_damping, whitening_for_L, whitening_for_R
 
 
 class PreconditionedFactor(torch.autograd.Function):
@@ -52,8 +52,7 @@ def precondition_in_graph(
     Raises:
         ValueError: if the damping is not positive.
     """
-    if damping <= 0:
-        raise ValueError(f"damping is {damping}; it must be positive, {DAMPING} for example.")
+    check_damping(damping)
     return (
         PreconditionedFactor.apply(L, R.detach(), True, damping, scaling),
         PreconditionedFactor.apply(R, L.detach(), False, damping, scaling),

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_lrq.optim.in_graph import precondition_in_graph
 from hf_lrq.optim.pairs import FACTOR_ATTRIBUTES, by_adapter, entries, factors_of, is_matrix_product
-from hf_lrq.optim.precondition import DAMPING
+from hf_lrq.optim.precondition import DAMPING, check_damping
 
 Holder = tuple[nn.Module, str]  # A module, and the name of one of its own parameters.
 
@@ -57,8 +57,7 @@ def precondition_gradients(
     Raises:
         ValueError: if the damping is not positive, or there is no pair.
     """
-    if damping <= 0:
-        raise ValueError(f"damping is {damping}; it must be positive, {DAMPING} for example.")
+    check_damping(damping)
     attributes = tuple(attributes)
     switched = InGraph()
     for name, module in model.named_modules():

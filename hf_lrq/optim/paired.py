@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hf_lrq.optim.batches import Batch, batches_of, is_16_bit
-from hf_lrq.optim.groups import Group, check_group, check_same_pairing, parameter_name
+from hf_lrq.optim.batches import Batch, Memory, batches_of, is_16_bit
+from hf_lrq.optim.groups import METRICS, Group, check_group, check_same_pairing, parameter_name
 from hf_lrq.optim.precondition import compute_dtype
 from hf_lrq.optim.sharding import local, true_on_any_rank
+
+# At first factors can change by orders of magnitude (LoRA's L from zero), and Adam's averages do not survive it when
+# their preconditioner jumps: so many steps refresh it in any case. A heuristic.
+FRESH_STEPS = 100
 
 # A torch optimizer takes parameters, named parameters, or groups of either.
 Params = Any
@@ -62,7 +66,7 @@ class PairedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         check_gradients(self.param_groups)
-        batches = [batch for group in self.param_groups for batch in batches_of(group)]
+        batches = self._batches()
         clipped = any(batch.group["clip_projected"] is not None for batch in batches)
         norm = projected_norm(batches) if clipped else None
         for batch in batches:
@@ -71,6 +75,9 @@ class PairedOptimizer(Optimizer):
                 # Not norm + eps, or a step would depend on the unit of the loss. A zero norm divides to inf.
                 grads = list(torch._foreach_mul(grads, (clip / norm).clamp(max=1).to(grads[0])))
             self._update(batch, grads)
+        for group in self.param_groups:
+            if group["refresh"] > 1:
+                group["age"] = group.get("age", 0) + 1
         return loss
 
     @torch.no_grad()
@@ -79,17 +86,28 @@ class PairedOptimizer(Optimizer):
 
         For a pair it is the norm of dLoss/dW restricted to what the pair can change, however W is split. A scalar.
         """
-        return projected_norm([batch for group in self.param_groups for batch in batches_of(group)])
+        return projected_norm(self._batches())
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of any torch optimizer; without the Grams of "h_aware", which are data and as large as the model."""
+        state = super().state_dict()
+        for group in state["param_groups"]:
+            group.pop(METRICS, None)
+        return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over a state from `state_dict()`.
+        """Take over a state from `state_dict()`; Grams stay those that the groups were made with.
 
         Raises:
-            ValueError: if the groups differ in number, size or pairing.
+            ValueError: if the groups differ in number, size or pairing, or the state needs Grams that they lack.
         """
         saved = state_dict["param_groups"]
         check_same_pairing(self.param_groups, saved)
+        metrics = [group.get(METRICS) for group in self.param_groups]
         super().load_state_dict(dict(state_dict))
+        for group, own in zip(self.param_groups, metrics, strict=True):
+            if own is not None:
+                group[METRICS] = own
         # torch casts state to the dtype of its parameter; beside 16-bit parameters, ours is float32 and int16. The
         # counts stay on the CPU, or each would cost a synchronisation per step.
         params = chain.from_iterable(group["params"] for group in self.param_groups)
@@ -97,6 +115,15 @@ class PairedOptimizer(Optimizer):
             for key, value in state_dict["state"].get(number, {}).items():
                 if isinstance(value, Tensor):
                     self.state[p][key] = value.to("cpu" if key == "step" else p.device)
+
+    def _batches(self) -> list[Batch]:
+        """All parameters that have gradients."""
+        batches: list[Batch] = []
+        for group in self.param_groups:
+            refresh, age = group["refresh"], group.get("age", 0)
+            memory = Memory(self.state, age >= FRESH_STEPS and age % refresh != 0) if refresh > 1 else None
+            batches += batches_of(group, memory)
+        return batches
 
     @abstractmethod
     def _update(self, batch: Batch, grads: list[Tensor]) -> None:

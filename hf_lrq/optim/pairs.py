@@ -2,11 +2,15 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from hf_lrq.optim.groups import FactorPair, Group, check_pair
+from hf_lrq.errors import did_you_mean
+from hf_lrq.optim.groups import METRICS, FactorPair, Group, check_pair
+from hf_lrq.optim.input_metric import GRAM_DAMPING, InputMetric, check_shape
 
 # The attributes in which modules hold the two factors of a product: first L [.., out, r], then R [.., r, in]. Each is a
 # parameter, a module with a `weight`, or (PEFT) a dictionary from adapter names to one of these.
@@ -16,6 +20,8 @@ FACTOR_ATTRIBUTES = (
     ("lora_B", "lora_A"),
     ("lora_embedding_B", "lora_embedding_A"),
 )
+
+PEFT_PREFIX = "base_model.model."  # What PEFT puts before the names of the modules of a model.
 
 # Parameters that transformers' Trainer does not decay either.
 NO_DECAY_NAME = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
@@ -35,15 +41,54 @@ def factor_pairs(model: nn.Module, attributes: Iterable[tuple[str, str]] = FACTO
         model: any module.
         attributes: names under which modules hold L and R.
     """
-    found: dict[tuple[int, int], FactorPair] = {}
+    return [pair for _, _, _, pair in held_pairs(model, attributes)]
+
+
+def held_pairs(
+    model: nn.Module, attributes: Iterable[tuple[str, str]]
+) -> Iterator[tuple[str, nn.Module, str, FactorPair]]:
+    """Name of a module, the module, adapter ("" for none), and pair, for what `factor_pairs` finds."""
+    found: set[tuple[int, int]] = set()
+    attributes = tuple(attributes)
     for path, module in model.named_modules():
         for left, right in attributes:
             for adapter, L, R in factors_of(module, left, right):
-                if is_matrix_product(module, adapter, L, R) and (L.requires_grad or R.requires_grad):
+                trained = is_matrix_product(module, adapter, L, R) and (L.requires_grad or R.requires_grad)
+                if trained and (id(L), id(R)) not in found:
+                    found.add((id(L), id(R)))
                     scaling = float(by_adapter(module, "scaling", adapter, 1.0))
                     name = ".".join(part for part in (path, left, adapter) if part)
-                    found.setdefault((id(L), id(R)), FactorPair(L, R, scaling, name))
-    return list(found.values())
+                    yield path, module, adapter, FactorPair(L, R, scaling, name)
+
+
+def with_metrics(
+    model: nn.Module, attributes: Iterable[tuple[str, str]], grams: Mapping[str, Any], damping: float
+) -> list[FactorPair]:
+    """What `factor_pairs` finds, each pair with the metric of its inputs; see `riemannian_param_groups`.
+
+    Raises:
+        ValueError: if a pair has no Gram, or one that does not fit.
+    """
+    pairs = []
+    for path, module, adapter, pair in held_pairs(model, attributes):
+        layer = path if path in grams else path.removeprefix(PEFT_PREFIX)
+        if layer not in grams:
+            known = ", ".join(list(grams)[:3]) or "none"
+            raise ValueError(
+                f"{pair.name} has no Gram: `grams` has no {layer!r}.{did_you_mean(layer, grams)} It has {len(grams)} "
+                f"entries: {known}, ... Names are those of the modules that hold factors."
+            )
+        if pair.R.ndim > 2:
+            raise ValueError(f'{pair.name} is a stack of products; "h_aware" is for single ones.')
+        width, given = pair.R.shape[-1], grams[layer]
+        gram = (given if isinstance(given, Tensor) else given.H).to(pair.R.device)
+        check_shape(gram, width, pair.name)
+        # Factors that stand between rotations meet rotated inputs; modules that hold such ones say which.
+        rotate = getattr(module, "factor_gram", None)
+        if rotate is not None:
+            gram = rotate(torch.diag(gram) if gram.ndim == 1 else gram, adapter)
+        pairs.append(replace(pair, metric=InputMetric.of(gram, width, damping, pair.name)))
+    return pairs
 
 
 def factors_of(module: nn.Module, left: str, right: str) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -88,6 +133,8 @@ def riemannian_param_groups(
     lr_ratio: float | None = None,
     pairs: Iterable[FactorPair | tuple[Tensor, Tensor]] = (),
     attributes: Iterable[tuple[str, str]] = FACTOR_ATTRIBUTES,
+    grams: Mapping[str, Any] | None = None,
+    gram_damping: float = GRAM_DAMPING,
 ) -> list[Group]:
     """Groups for `RiemannianAdamW` and `RiemannianSGD`: pairs of factors, a group for each scaling, then the rest.
 
@@ -103,23 +150,28 @@ def riemannian_param_groups(
         lr_ratio: learning rate of L over that of R; None for the optimizer's.
         pairs: further ones, which the structure of the model does not show; a tuple is (L, R).
         attributes: names under which modules hold L and R.
+        grams: for precond="h_aware" (experimental), name of a module -> Gram of its inputs: an `InputGram`, a tensor
+            [in, in], or the diagonal [in]. `calibration.input_grams` measures them. Names may be those that the modules
+            had before PEFT wrapped the model. Equal in every process; not part of checkpoints of the optimizer.
+        gram_damping: fraction of the mean eigenvalue that each Gram is shrunk towards.
 
     Returns:
         Groups in the order of the model's modules, the same in every process. A frozen factor is listed beside its
         trained partner, whose preconditioner needs it.
 
     Raises:
-        ValueError: if there is no pair at all, or one factor would be in two pairs.
+        ValueError: if there is no pair at all, one factor would be in two pairs, or a Gram is missing or does not fit.
     """
     attributes = tuple(attributes)
-    found = factor_pairs(model, attributes)
+    found = factor_pairs(model, attributes) if grams is None else with_metrics(model, attributes, grams, gram_damping)
     for i, pair in enumerate(pairs):
         found.append(pair if isinstance(pair, FactorPair) else FactorPair(*pair, name=f"pairs[{i}]"))
     if not found:
         wanted = ", ".join(f"{left} and {right}" for left, right in attributes)
         raise ValueError(
             f"{type(model).__name__} has no trainable floating-point factors under {wanted}. "
-            "Unfreeze them, add an adapter, or pass `pairs`; without factors use torch.optim.AdamW."
+            "Unfreeze them, add an adapter, or pass `pairs`; without factors use torch.optim.AdamW. If a wrapper has "
+            "flattened them (FSDP1, DeepSpeed), use FSDP2 or precondition_gradients."
         )
     owners = owners_of(found)
 
@@ -131,6 +183,8 @@ def riemannian_param_groups(
         group = paired.setdefault(pair.scaling, {"params": [], "names": [], "paired": True, **options})
         group["params"] += [pair.L, pair.R]
         group["names"].append(pair.name)
+        if grams is not None:
+            group.setdefault(METRICS, []).append(pair.metric)
 
     decayed: Group = {"params": [], "names": [], "paired": False, "weight_decay": weight_decay, **common}
     spared: Group = {"params": [], "names": [], "paired": False, "weight_decay": 0.0, **common}

@@ -9,6 +9,7 @@ As the damping goes to zero, the step on W no longer depends on how the product 
 step as (L, R), and s drops out. Damping is relative so that this also holds for rescaled factors when it is not zero.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,14 +29,24 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
-def left_gram(L: Tensor) -> Tensor:
-    """Lᵀ L of L [..., out, r], whole on every rank."""
-    return replicated(L.mT @ L)
+def check_damping(damping: float) -> None:
+    """Complain about a damping that could leave a Gram singular.
+
+    Raises:
+        ValueError: saying what it may be.
+    """
+    if not 0 < damping < math.inf:
+        raise ValueError(f"damping is {damping}; it must be positive, {DAMPING} for example.")
 
 
-def right_gram(R: Tensor) -> Tensor:
-    """R Rᵀ of R [..., r, in], whole on every rank."""
-    return replicated(R @ R.mT)
+def left_gram(L: Tensor, out: Tensor | None = None) -> Tensor:
+    """Lᵀ L of L [..., out, r], whole on every rank; written to `out` if that is given."""
+    return replicated(torch.matmul(L.mT, L, out=out))
+
+
+def right_gram(R: Tensor, out: Tensor | None = None) -> Tensor:
+    """R Rᵀ of R [..., r, in], whole on every rank; written to `out` if that is given."""
+    return replicated(torch.matmul(R, R.mT, out=out))
 
 
 def inverse_root(gram: Tensor, damping: float) -> Tensor:
@@ -69,7 +80,7 @@ def inverse_root(gram: Tensor, damping: float) -> Tensor:
         C, info = torch.linalg.cholesky_ex(damped)
         failed = (info != 0)[..., None, None]
         if not failed.any():
-            return torch.linalg.solve_triangular(C, eye, upper=False) / unit.sqrt()
+            return torch.linalg.solve_triangular(C, eye * unit.rsqrt(), upper=False)
         if not gram.isfinite().all():
             break
         shift = torch.where(failed, 10 * shift, shift)
@@ -140,6 +151,7 @@ def precondition(
         Tensors with the shapes and dtypes of the gradients.
 
     Raises:
+        ValueError: if the damping is not positive.
         FloatingPointError: if a factor is not finite.
 
     Source: Zhang & Pilanci, Riemannian Preconditioned LoRA, 2024, eq. (4); there the damping is absolute.
@@ -147,6 +159,7 @@ def precondition(
     >>> precondition(torch.ones(1, 1), torch.ones(1, 1), torch.full((1, 1), 2.0), torch.full((1, 1), 0.5))
     (tensor([[4.0000]]), tensor([[0.2500]]))
     """
+    check_damping(damping)
     left, right = whitening_for_L(R, damping, scaling), whitening_for_R(L, damping, scaling)
     return (
         left.precondition(grad_L.to(left.K.dtype)).to(grad_L.dtype),

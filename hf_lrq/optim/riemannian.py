@@ -30,6 +30,8 @@ class RiemannianAdamW(PairedOptimizer):
     - "two_sided": Adam of the *whitened* gradient, and the step is whitened once more. Unchanged when ranks are
       rescaled between L and R, so factors may stay unbalanced (quantized ones must). The learning rate is a distance
       in W: a step of L moves W by about lr · sqrt(out · r), however large the factors are.
+    - "h_aware" (experimental): "pre" in the metric of the layer's inputs, whose Grams `riemannian_param_groups` takes,
+      see `input_metric`. For inputs that are ill-conditioned; it costs two products with an [in, in] matrix per pair.
     - "none": AdamW; for comparison.
 
     Weight decay is decoupled. On both factors it shrinks L R by (1 - lr * weight_decay)² and pulls them towards equal
@@ -43,6 +45,9 @@ class RiemannianAdamW(PairedOptimizer):
         betas, eps, weight_decay: of AdamW.
         precond: see above.
         damping: fraction of the mean eigenvalue that is added to each Gram. 1e-4 is safer with 16-bit factors.
+        refresh: steps that one preconditioner serves, after the first hundred. Factors move little in one; the steps
+            between are cheaper by the Grams and their factorization. It takes 4 r² bytes for each factor, saved with
+            the state. Between, a factor that is not finite is noticed by its gradient alone.
         lr_ratio: learning rate of L over that of R (LoRA+, Hayou et al., 2024).
         trust: longest step of a factor, as a fraction of its norm, in "two_sided", which divides by factors that may
             still be tiny; None for no bound.
@@ -54,7 +59,7 @@ class RiemannianAdamW(PairedOptimizer):
         ValueError: if an option is out of range, or the factors of a paired group do not pair up.
     """
 
-    PRECONDITIONERS: ClassVar[tuple[str, ...]] = ("pre", "two_sided", "none")
+    PRECONDITIONERS: ClassVar[tuple[str, ...]] = ("pre", "two_sided", "h_aware", "none")
 
     def __init__(
         self,
@@ -65,6 +70,7 @@ class RiemannianAdamW(PairedOptimizer):
         weight_decay: float = 0.0,
         precond: str = "pre",
         damping: float = DAMPING,
+        refresh: int = 1,
         lr_ratio: float = 1.0,
         trust: float | None = 0.3,
         clip_projected: float | None = None,
@@ -77,6 +83,7 @@ class RiemannianAdamW(PairedOptimizer):
             "weight_decay": weight_decay,
             "precond": precond,
             "damping": damping,
+            "refresh": refresh,
             "lr_ratio": lr_ratio,
             "trust": trust,
             "clip_projected": clip_projected,
@@ -92,7 +99,7 @@ class RiemannianAdamW(PairedOptimizer):
         m, v = self._running(batch, "exp_avg"), self._running(batch, "exp_avg_sq")
         one_pass = batch.whitening is not None and one_pass_fits(grads, m, v, batch.params)
         adam = one_pass_adam if one_pass else foreach_adam
-        average = Average(m, v, self._count(batch), beta1, beta2, group["eps"])
+        average = Average(m, v, self._steps(batch), beta1, beta2, group["eps"])
         # Plain parameters take the roundings of torch's AdamW.
         with working_copies(batch.params, self._low_bits(batch)) as values:
             if group["weight_decay"] != 0:
@@ -100,25 +107,25 @@ class RiemannianAdamW(PairedOptimizer):
             if two_sided:
                 moves = [torch.zeros_like(x) for x in m]
                 adam(moves, grads, average, lr)
-                torch._foreach_add_(values, batch.unwhiten(moves, group["trust"]))
+                batch.add_unwhitened(values, moves, group["trust"])
             else:
                 adam(values, grads, average, lr)
 
-    def _count(self, batch: Batch) -> list[Tensor]:
-        """The number of this step, for each parameter; kept as float32 on the CPU, as torch does."""
+    def _steps(self, batch: Batch) -> list[Tensor]:
+        """The number of steps before this one, for each parameter; kept as float32 on the CPU, as torch does."""
         for p in batch.params:
-            before = self.state[p].get("step", torch.zeros((), dtype=torch.float32, device="cpu"))
-            self.state[p]["step"] = before + 1
+            if "step" not in self.state[p]:
+                self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
         return [self.state[p]["step"] for p in batch.params]
 
 
 @dataclass(frozen=True, eq=False)
 class Average:
-    """Adam's running averages, before a step brings them up to date.
+    """Adam's running averages; a step brings them and their count up to date.
 
     Attributes:
         m, v: of the gradients and of their squares.
-        steps: numbers of this step, float32 on the CPU.
+        steps: how many there were, float32 on the CPU.
         beta1, beta2, eps: of AdamW.
     """
 
@@ -135,6 +142,7 @@ def foreach_adam(values: list[Tensor], grads: list[Tensor], average: Average, lr
     torch._foreach_lerp_(average.m, grads, 1 - average.beta1)
     torch._foreach_mul_(average.v, average.beta2)
     torch._foreach_addcmul_(average.v, grads, grads, 1 - average.beta2)
+    torch._foreach_add_(average.steps, 1)
     steps = [step.item() for step in average.steps]
     denominators = torch._foreach_sqrt(average.v)
     torch._foreach_div_(denominators, [(1 - average.beta2**step) ** 0.5 for step in steps])
@@ -155,7 +163,7 @@ def one_pass_adam(values: list[Tensor], grads: list[Tensor], average: Average, l
         average.m,
         average.v,
         [],
-        [step - 1 for step in average.steps],  # It counts by itself.
+        average.steps,
         fused=True,
         amsgrad=False,
         beta1=average.beta1,
@@ -180,14 +188,14 @@ class RiemannianSGD(PairedOptimizer):
         momentum: of the preconditioned gradient: buffer <- momentum * buffer + gradient.
         nesterov: step along gradient + momentum * buffer.
         weight_decay: decoupled, as in AdamW and unlike torch's SGD.
-        precond: "pre", or "none" for plain SGD.
-        damping, lr_ratio, clip_projected, kahan: as in `RiemannianAdamW`.
+        precond: "pre", "h_aware" (see `RiemannianAdamW`), or "none" for plain SGD.
+        damping, refresh, lr_ratio, clip_projected, kahan: as in `RiemannianAdamW`.
 
     Raises:
         ValueError: if an option is out of range, or the factors of a paired group do not pair up.
     """
 
-    PRECONDITIONERS: ClassVar[tuple[str, ...]] = ("pre", "none")
+    PRECONDITIONERS: ClassVar[tuple[str, ...]] = ("pre", "h_aware", "none")
 
     def __init__(
         self,
@@ -198,6 +206,7 @@ class RiemannianSGD(PairedOptimizer):
         weight_decay: float = 0.0,
         precond: str = "pre",
         damping: float = DAMPING,
+        refresh: int = 1,
         lr_ratio: float = 1.0,
         clip_projected: float | None = None,
         kahan: bool = True,
@@ -209,6 +218,7 @@ class RiemannianSGD(PairedOptimizer):
             "weight_decay": weight_decay,
             "precond": precond,
             "damping": damping,
+            "refresh": refresh,
             "lr_ratio": lr_ratio,
             "clip_projected": clip_projected,
             "kahan": kahan,

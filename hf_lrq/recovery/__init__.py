@@ -1,6 +1,6 @@
 """Recovery after compression: what was not compressed away learns from the original model, without labels."""
 
-from hf_lrq.recovery.errors import RecoveryError
+from hf_lrq.recovery.errors import RecoveryError, RecoveryInterrupted
 from hf_lrq.recovery.options import RecoveryOptions
 from hf_lrq.recovery.progress import TqdmRecovery
 from hf_lrq.recovery.recover import recover
@@ -10,6 +10,7 @@ from hf_lrq.recovery.teacher import RecordedTeacher, record_teacher
 __all__ = [
     "RecordedTeacher",
     "RecoveryError",
+    "RecoveryInterrupted",
     "RecoveryOptions",
     "RecoveryReport",
     "RecoveryStep",

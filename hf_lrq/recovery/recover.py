@@ -13,7 +13,7 @@ from hf_lrq.calibration.batches import Batch
 from hf_lrq.evaluation.windows import evaluating
 from hf_lrq.optim import RiemannianAdamW
 from hf_lrq.recovery.distillation import distances
-from hf_lrq.recovery.errors import RecoveryError
+from hf_lrq.recovery.errors import RecoveryError, RecoveryInterrupted
 from hf_lrq.recovery.options import RecoveryOptions
 from hf_lrq.recovery.report import Loss, RecoveryReport, RecoveryStep
 from hf_lrq.recovery.teacher import Teacher, as_teacher, tokens_of
@@ -39,8 +39,12 @@ def recover(
     evaluation mode (no dropout), and no global random state is used or changed.
 
     The state with the least loss on the held-out batches is kept. It is rounded to what a checkpoint holds; factors
-    stored as codes are refitted to codes. If the rounded state is no better than the model was, the model is left as it
-    was. So does an error or an interruption before the first improvement; later, the best state is put in place first.
+    stored as codes are refitted to codes, or keep those they had where that costs more than was gained. If the rounded
+    state is no better than the model was, the model is left as it was. So does an error before the first improvement;
+    later, the best state is put in place first.
+
+    An interruption (Ctrl-C) ends the training and nothing else: the best state is rounded, measured and kept as above,
+    then RecoveryInterrupted is raised, with the report. A second one meanwhile gives the model back as it was, at once.
 
     Args:
         model: compressed; changed in place, and saved as before.
@@ -53,6 +57,7 @@ def recover(
 
     Raises:
         RecoveryError: if there is nothing to train or to train on, or the teacher does not fit.
+        RecoveryInterrupted: a KeyboardInterrupt during the training; see above.
         FloatingPointError: if the loss is not finite.
     """
     options = RecoveryOptions() if options is None else options
@@ -103,10 +108,15 @@ class Run:
     """One recovery; the arguments are those of `recover`, looked at.
 
     Attributes:
+        before: held-out loss at the start.
         best: replaced as a whole, so that an interruption finds a state and its loss together.
+        steps, tokens: taken, and seen.
     """
 
+    before: Loss
     best: Best
+    steps = 0
+    tokens = 0
 
     def __init__(
         self,
@@ -125,27 +135,31 @@ class Run:
     def all(self) -> RecoveryReport:
         """See `recover`."""
         started = time.monotonic()
-        before = self.measure()
+        self.before = before = self.measure()
         self.trainable.open()
         try:
             self.best = Best(before, 0, self.trainable.state())
+            interrupted = False
             try:
-                steps, tokens, stopped = self.train()
-            finally:
-                self.settle()  # Also after an error or an interruption.
-            after = self.measure() if self.best.step else before
+                stopped = self.train()
+            except KeyboardInterrupt:
+                interrupted, stopped = True, "interrupted"
+            except BaseException:
+                self.settle()
+                raise
+            after = self.finish()
             if after.total >= before.total:
                 self.trainable.undo()
-                after, stopped = before, "no gain"
+                after, stopped = before, "interrupted" if interrupted else "no gain"
         finally:
             self.trainable.close()
-        return RecoveryReport(
+        report = RecoveryReport(
             before=before,
             trained=self.best.loss,
             after=after,
-            steps=steps,
+            steps=self.steps,
             best_step=self.best.step,
-            tokens=tokens,
+            tokens=self.tokens,
             held_out_tokens=sum(tokens_of(batch) for batch in self.held_out),
             parameters=sum(slot.parameter.numel() for slot in self.trainable.slots()),
             refitted=self.trainable.refitted,
@@ -153,6 +167,25 @@ class Run:
             stopped=stopped,
             seconds=time.monotonic() - started,
         )
+        if interrupted:
+            raise RecoveryInterrupted(report)
+        return report
+
+    def finish(self) -> Loss:
+        """Settle, and the held-out loss of what is left; an error or another interruption undoes everything."""
+        try:
+            self.settle()
+            if not self.best.step:
+                return self.best.loss
+            after = self.measure()
+            if after.total >= self.before.total and self.trainable.refitted:
+                # At few bits, rounding can cost more than training has gained. What else was trained may still help.
+                self.trainable.restore_codes()
+                after = self.measure()
+            return after
+        except BaseException:
+            self.trainable.undo()
+            raise
 
     def settle(self) -> None:
         """Leave the best state in the model, as it will be stored; or the one it had, if no other was better."""
@@ -166,38 +199,38 @@ class Run:
             self.trainable.undo()
             raise
 
-    def train(self) -> tuple[int, int, str]:
-        """Steps taken, tokens seen, and why it ended; `best` is kept up to date."""
+    def train(self) -> str:
+        """Why it ended; `best`, `steps` and `tokens` are kept up to date."""
         options = self.options
         groups = groups_of(self.trainable, options)
         optimizer = RiemannianAdamW(groups, precond="two_sided", damping=options.damping)
         full = [group["lr"] for group in optimizer.param_groups]
         steps = options.epochs * len(self.batches)
         every = max(1, len(self.batches) // options.evaluations)
-        tokens = done = misses = 0
+        misses = 0
         for _ in range(options.epochs):
             for index in torch.randperm(len(self.batches), generator=self.generator).tolist():
                 batch = self.batches[index]
                 for group, lr in zip(optimizer.param_groups, full, strict=True):
-                    group["lr"] = lr * rate(done, steps, options.warmup)
+                    group["lr"] = lr * rate(self.steps, steps, options.warmup)
                 loss = self.loss(batch)[0]
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
-                done, tokens = done + 1, tokens + tokens_of(batch)
+                self.steps, self.tokens = self.steps + 1, self.tokens + tokens_of(batch)
                 measured = None
-                if done % every == 0 or done == steps:
+                if self.steps % every == 0 or self.steps == steps:
                     measured = self.measure()
                     misses += 1
                     if measured.total < self.best.loss.total * (1 - LEAST_GAIN):
                         misses = 0
-                        self.best = Best(measured, done, self.trainable.state())
+                        self.best = Best(measured, self.steps, self.trainable.state())
                 if self.progress is not None:
                     seen = None if measured is None else measured.total
-                    self.progress(RecoveryStep(done, steps, tokens, loss.item(), seen, self.best.loss.total))
+                    self.progress(RecoveryStep(self.steps, steps, self.tokens, loss.item(), seen, self.best.loss.total))
                 if misses >= options.patience:
-                    return done, tokens, "no improvement"
-        return done, tokens, "all steps"
+                    return "no improvement"
+        return "all steps"
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, int]:
         """Total, divergence, hidden error, and the positions they are means over."""

@@ -51,10 +51,10 @@ class RecoveryReport:
         tokens: trained on; a token that is seen twice counts twice.
         held_out_tokens: that the losses above are means over.
         parameters: numbers that were trained.
-        refitted: matrices whose factors went back to codes.
+        refitted: matrices whose factors went back to codes; 0 also where they kept those they had, see `recover`.
         untouched: modules with factors that cannot be trained.
-        stopped: "all steps", "no improvement", or "no gain": `after` would have been no better than `before`, and the
-            model is as it was.
+        stopped: "all steps", "no improvement", "interrupted", or "no gain": `after` would have been no better than
+            `before`, and the model is as it was. So it is after an interruption that left nothing better.
         seconds: of everything.
     """
 
@@ -70,6 +70,11 @@ class RecoveryReport:
     untouched: tuple[str, ...]
     stopped: str
     seconds: float
+
+    @property
+    def gained(self) -> bool:
+        """Whether the model is another, and better, than before."""
+        return self.after.total < self.before.total
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""

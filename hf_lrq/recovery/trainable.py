@@ -142,6 +142,13 @@ class Trainable:
             store_factors(layer, before, generator)
             self.refitted += before.are_codes
 
+    def restore_codes(self) -> None:
+        """After `store`: give factors that are codes those they had before, beside everything else that was trained."""
+        for layer, before in self.layers.items():
+            if before.are_codes:
+                layer.restore(before)
+        self.refitted = 0
+
     def undo(self) -> None:
         """Give the model back every tensor that it had."""
         for slot in self.slots():

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_lrq.calibration.batches import make_batches
 from hf_lrq.cli.loading import load_tokenizer
-from hf_lrq.recovery import RecoveryOptions, recover
+from hf_lrq.recovery import RecoveryOptions, RecoveryStep, TqdmRecovery, recover
 
 SMALL = ("--nsamples", 20, "--seqlen", 64, "--epochs", 3, "--device", "cpu", "--lr", 2e-4, "--vector-lr", 1e-3)
 
@@ -54,6 +54,36 @@ def test_it_does_what_the_function_does(cli, original: Path, compressed: Path, t
     with torch.no_grad():
         assert torch.equal(loaded(batches[0]).logits, model(batches[0]).logits)
     assert json.loads((out / "quantization_report.json").read_text(encoding="utf-8"))["evaluation"] is None
+
+
+@pytest.mark.parametrize("step", [1, 20])
+def test_an_interruption_saves_the_best_state_if_there_is_one(
+    cli, original: Path, compressed: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """Held-out batches are measured after every fourth step or so."""
+
+    class Interrupting(TqdmRecovery):
+        def __call__(self, state: RecoveryStep) -> None:
+            if state.step == step:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_lrq.cli.recover.TqdmRecovery", Interrupting)
+    before = {path.name: path.read_bytes() for path in compressed.iterdir()}
+    out = tmp_path / "out"
+    arguments = (*SMALL, "--dataset", text, "--eval-text", text)
+    result = cli("recover", compressed, "--teacher", original, "-o", out, *arguments)
+    assert result.exit_code == 130, result.output
+    assert {path.name: path.read_bytes() for path in compressed.iterdir()} == before
+    if step == 1:
+        assert f"Nothing was saved; {compressed} is untouched." in result.stderr.replace("\n", " ")
+        assert not out.exists()
+        return
+    assert "Interrupted after 20 steps; what was saved is the best state, of step" in result.stderr.replace("\n", " ")
+    report = json.loads((out / "quantization_report.json").read_text(encoding="utf-8"))
+    assert report["recovery"]["stopped"] == "interrupted"
+    assert report["recovery"]["after"]["total"] < report["recovery"]["before"]["total"]
+    assert report["evaluation"] is None
+    AutoModelForCausalLM.from_pretrained(out)
 
 
 @pytest.mark.parametrize(

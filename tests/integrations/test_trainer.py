@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, train
 from transformers.training_args import OptimizerNames
 
 import hf_lrq
+from hf_lrq.calibration import input_grams
 from hf_lrq.integrations.trainer import OPTIMIZERS
 from hf_lrq.optim import riemannian_param_groups
 
@@ -158,12 +159,14 @@ def test_a_release_that_looks_elsewhere_is_refused(monkeypatch: pytest.MonkeyPat
     [
         ("riemannian_adamw", "precond=pre"),
         ("riemannian_adamw", "precond=two_sided"),
+        ("riemannian_adamw", "refresh=2"),  # Resumed in between.
         ("riemannian_sgd", "momentum=0.9,nesterov=true"),
     ],
 )
 def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
-    compressed: Path, tmp_path: Path, optim: str, optim_args: str
+    compressed: Path, tmp_path: Path, optim: str, optim_args: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("hf_lrq.optim.paired.FRESH_STEPS", 0)
     options: dict[str, Any] = {
         "optim": optim, "optim_args": optim_args, "max_steps": 6, "gradient_accumulation_steps": 2,
         "per_device_train_batch_size": 2, "lr_scheduler_type": "cosine", "warmup_steps": 2,
@@ -263,6 +266,8 @@ def test_recomputation_and_compilation_change_no_number(compressed: Path, tmp_pa
         ({"optim_args": "dampin=1e-3"}, r"no option 'dampin'\. Did you mean 'damping'\?"),
         ({"optim_args": "damping=small"}, "damping='small', but damping is a number"),
         ({"optim_args": "kahan=perhaps"}, "kahan is true or false"),
+        ({"optim_args": "refresh=1.5"}, "refresh='1.5', but refresh is a whole number"),
+        ({"optim_args": "refresh=0"}, "refresh is 0; it must be an integer, at least 1"),
         ({"optim_args": "trust=much"}, "trust is a number or none"),
         ({"optim_args": "damping=0"}, "damping is 0.0; it must be positive"),
         ({"optim_args": "precond=both"}, "Unknown precond 'both'"),
@@ -284,10 +289,41 @@ def test_an_unknown_optimizer_is_refused(tmp_path: Path) -> None:
         hf_lrq.trainer_optimizer(arguments(tmp_path), "riemannian_adam")
 
 
-def test_deepspeed_is_refused() -> None:
-    args = SimpleNamespace(deepspeed={"zero_optimization": {"stage": 2}}, max_grad_norm=1.0)
-    with pytest.raises(hf_lrq.SpecError, match="DeepSpeed hands it flattened ones"):
+@pytest.mark.parametrize(
+    ("deepspeed", "launched_by"), [({"zero_optimization": {"stage": 2}}, "MULTI_GPU"), (None, "DEEPSPEED")]
+)
+def test_deepspeed_is_refused(deepspeed: Any, launched_by: str) -> None:
+    state = SimpleNamespace(distributed_type=launched_by)
+    args = SimpleNamespace(deepspeed=deepspeed, distributed_state=state, max_grad_norm=1.0)
+    message = r"DeepSpeed hands it flattened ones\. Call hf_lrq\.optim\.precondition_gradients"
+    with pytest.raises(hf_lrq.SpecError, match=message):
         hf_lrq.trainer_optimizer(args)
+
+
+def test_the_first_fsdp_is_refused() -> None:
+    args = SimpleNamespace(
+        deepspeed=None, distributed_state=SimpleNamespace(distributed_type="NO"), max_grad_norm=1.0, fsdp=True,
+        fsdp_config={"version": 1},
+    )  # fmt: skip
+    with pytest.raises(hf_lrq.SpecError, match=r"FSDP1 hands it flattened ones\. Set fsdp_config={'version': 2}"):
+        hf_lrq.trainer_optimizer(args)
+
+
+def test_grams_are_given_in_code(compressed: Path, tmp_path: Path) -> None:
+    """And what they are for trains, resumes as any other, and is refused as text."""
+    start, straight, resumed = (adapted(compressed) for _ in range(3))
+    grams = input_grams(start, [Sequences()[index]["input_ids"] for index in range(4)])
+    args = arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
+    made = hf_lrq.trainer_optimizer(args, precond="h_aware", grams=grams, gram_damping=0.1)
+    for model, half in ((straight, None), (resumed, str(tmp_path / "checkpoint-2"))):
+        Trainer(model=model, args=args, train_dataset=Sequences(), optimizer_cls_and_kwargs=made).train(half)
+    assert largest_difference(start, straight) > 1e-3
+    assert largest_difference(straight, resumed) == 0
+    assert (tmp_path / "checkpoint-2" / "optimizer.pt").stat().st_size < 6 * sum(
+        p.nbytes for p in trained(start).values()
+    )
+    with pytest.raises(ValueError, match="grams is set in code, not as text"):
+        train(start, tmp_path, optim_args="precond=h_aware,grams=all")
 
 
 def test_a_model_without_factors_is_refused(original: Path, tmp_path: Path) -> None:

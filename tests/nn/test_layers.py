@@ -6,8 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from hf_lrq.decomposition import compress_matrix
+from hf_lrq.kernels import linear
 from hf_lrq.nn import LRQExpertStack, LRQLinear
 from hf_lrq.spec import LayerSpec
 
@@ -101,3 +103,32 @@ def test_an_expert_stack_is_its_experts():
     for expert, compressed in enumerate(matrices):
         assert torch.equal(stack(x, expert), LRQLinear.from_matrix(compressed)(x))
     torch.testing.assert_close(stack.dense(), torch.stack([compressed.dense() for compressed in matrices]))
+
+
+@pytest.mark.parametrize("kind", ["layer", "experts"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_in_training_inputs_are_never_rounded(monkeypatch, kind, reentrant):
+    """Checkpointing computes twice: first without gradients, if it is reentrant. Both passes must be the same."""
+    seen = []
+
+    def spy(x, *arguments):
+        seen.append(arguments[-1])
+        return linear(x, *arguments)
+
+    monkeypatch.setattr(f"hf_lrq.nn.{'linear' if kind == 'layer' else 'experts'}.linear", spy)
+    if kind == "layer":
+        layer, arguments = LRQLinear.from_matrix(matrix()), ()
+    else:
+        layer, arguments = LRQExpertStack(1, 24, 16, SPEC.layout), (0,)
+        layer.load_matrix(0, matrix())
+    layer.activation = "int8"
+    x = torch.ones(2, 24, requires_grad=True)
+    with torch.no_grad():
+        layer(x, *arguments)
+    assert seen == ["int8"]
+    layer.train()
+    checkpoint(layer, x, *arguments, use_reentrant=reentrant).sum().backward()
+    assert seen == ["int8", "float", "float"]
+    with torch.no_grad():
+        layer.eval()(x, *arguments)
+    assert seen[-1] == "int8"

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hf_lrq.optim import (
     RiemannianAdamW,
     RiemannianSGD,
+    paired,
     precondition_gradients,
     precondition_in_graph,
     riemannian_param_groups,
@@ -32,6 +33,7 @@ STEPS = 3
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "pre": lambda groups: RiemannianAdamW(groups, lr=0.01, damping=1e-3),
     "two_sided": lambda groups: RiemannianAdamW(groups, lr=0.01, precond="two_sided", clip_projected=0.1, trust=0.05),
+    "kept": lambda groups: RiemannianAdamW(groups, lr=0.01, precond="two_sided", refresh=2),
     "sgd": lambda groups: RiemannianSGD(groups, lr=0.1, momentum=0.9, nesterov=True, clip_projected=0.1),
 }
 
@@ -139,13 +141,13 @@ def check_all(rank: int) -> dict[str, Any]:
 
     # A checkpoint between two halves, through torch.distributed.checkpoint's view of the state.
     model = shard(build())
-    optimizer = OPTIMIZERS["two_sided"](riemannian_param_groups(model))
+    optimizer = OPTIMIZERS["kept"](riemannian_param_groups(model))
     train(model, optimizer, rank)
     saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))  # It shares memory with the state.
     twin = shard(build())
     for p, q in zip(twin.parameters(), model.parameters(), strict=True):
         p.data.copy_(q.data)
-    resumed = OPTIMIZERS["two_sided"](riemannian_param_groups(twin))
+    resumed = OPTIMIZERS["kept"](riemannian_param_groups(twin))
     set_optimizer_state_dict(twin, resumed, saved)
     train(model, optimizer, rank)
     train(twin, resumed, rank)
@@ -169,6 +171,21 @@ def check_all(rank: int) -> dict[str, Any]:
         train(wrapped, plain_adamw(wrapped), rank)
         found[f"hooks {name}"] = distance(wrapped, reference)
 
+    # With Grams, which are for single products.
+    def aware(wrap: Callable[[nn.Module], nn.Module], rank: int | None) -> dict[str, Tensor]:
+        model = nn.Sequential(*(layer for layer in build() if layer.lr_L.ndim == 2))
+        x = torch.cat([x for x, _ in batches(None)])
+        grams = dict.fromkeys(("0", "1", "2"), x.T @ x / len(x))
+        wrapped = wrap(model)
+        groups = riemannian_param_groups(model, grams=grams)
+        train(wrapped, RiemannianAdamW(groups, lr=0.01, precond="h_aware", clip_projected=0.1), rank)
+        return values(model)
+
+    reference = aware(lambda model: model, None)
+    for name, wrap in (("ddp", DistributedDataParallel), ("fsdp2", shard)):
+        own = aware(wrap, rank)
+        found[f"h_aware {name}"] = max((own[key] - reference[key]).abs().max().item() for key in reference)
+
     # A gradient that is broken on one rank alone must stop both, or the other would wait for ever.
     model = shard(build())
     optimizer = OPTIMIZERS["pre"](riemannian_param_groups(model))
@@ -187,6 +204,7 @@ def check_all(rank: int) -> dict[str, Any]:
 
 def main(folder: str, rank: int) -> None:
     torch.set_num_threads(1)
+    paired.FRESH_STEPS = 0
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
     print(json.dumps(check_all(rank)), flush=True)
     dist.barrier()  # Neither goes while the other still needs it.

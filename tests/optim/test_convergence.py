@@ -111,6 +111,13 @@ def test_a_cold_adapter_on_an_ill_conditioned_target_gets_there_only_with_precon
     assert best["none"] >= 1e-4
 
 
+@pytest.mark.parametrize("precond", ["pre", "two_sided"])
+def test_it_gets_there_with_a_preconditioner_that_is_computed_every_tenth_step(generator, precond):
+    U, sigma, V = target(100, generator)
+    errors = errors_after(500, lora_start(generator), U * sigma @ V.T, (3e-2,), precond=precond, refresh=10)
+    assert errors <= [1e-10]
+
+
 def test_the_trust_bound_is_what_lets_two_sided_start_from_tiny_factors(generator):
     U, sigma, V = target(100, generator)
     M, start = U * sigma @ V.T, tiny_start(generator)

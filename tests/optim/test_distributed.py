@@ -44,7 +44,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("name", ["pre", "two_sided", "sgd"])
+@pytest.mark.parametrize("name", ["pre", "two_sided", "kept", "sgd"])
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
 def test_two_processes_train_as_one(ranks, wrapper, name):
     """In two_sided and sgd with clipping, and a trust bound that binds."""
@@ -60,6 +60,7 @@ def test_parameters_that_are_sharded_after_the_optimizer_was_built_are_precondit
 
 
 def test_sharded_training_resumes_from_a_distributed_state_dict(ranks):
+    """With preconditioners that are kept for two steps, between the two."""
     for found in ranks:
         assert found["fsdp2 resumed"] == 0
 
@@ -74,6 +75,12 @@ def test_in_graph_with_torch_adamw_equals_the_optimizer(ranks, wrapper):
 def test_hooks_with_torch_adamw_equal_the_optimizer(ranks, wrapper):
     for found in ranks:
         assert found[f"hooks {wrapper}"] < 1e-12
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_so_they_do_with_grams(ranks, wrapper):
+    for found in ranks:
+        assert found[f"h_aware {wrapper}"] < 1e-12
 
 
 def test_a_gradient_broken_on_one_rank_stops_all_of_them(ranks):

@@ -126,3 +126,7 @@ def test_what_cannot_work_is_refused() -> None:
         precondition_gradients(nn.Linear(3, 3))
     with pytest.raises(ValueError, match="damping is 0"):
         precondition_gradients(nn.Linear(3, 3), 0)
+    model = MODELS["layers"](torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="damping is nan"):
+        precondition_gradients(model, float("nan"))
+    assert not any(module._forward_pre_hooks for module in model.modules())

@@ -153,6 +153,12 @@ def test_in_graph_trains_one_factor_beside_a_frozen_one(generator):
     torch.testing.assert_close(R.grad, precondition(torch.zeros_like(L), product.detach(), L, R.detach())[1])
 
 
+@pytest.mark.parametrize("damping", [0.0, -1e-3, float("nan"), float("inf")])
+def test_damping_is_positive(factors, damping):
+    with pytest.raises(ValueError, match=r"damping is .*; it must be positive, 1e-06 for example"):
+        precondition(*factors, damping=damping)
+
+
 def test_in_graph_needs_damping(generator):
     with pytest.raises(ValueError, match=r"damping is 0; it must be positive"):
         precondition_in_graph(draw(generator, 7, 3), draw(generator, 3, 9), 0)

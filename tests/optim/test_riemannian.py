@@ -8,6 +8,7 @@ from torch.optim import AdamW
 
 from hf_lrq.optim import RiemannianAdamW, RiemannianSGD, precondition
 from hf_lrq.optim import batches as batches_module
+from hf_lrq.optim import paired as paired_module
 
 SHAPES = [(7, 3, 9), (7, 3, 9), (5, 3, 4), (12, 4, 6), (7, 3, 9)]
 
@@ -39,11 +40,15 @@ def share_gradients(source, target):
         q.grad = None if p.grad is None else p.grad.clone()
 
 
-def loop_adam(params, memory, step, lr, precond, damping, betas=(0.9, 0.999), eps=1e-8):
-    """RiemannianAdamW written down pair by pair, with inverses and symmetric formulas spelled out."""
+def loop_adam(params, memory, step, lr, precond, damping, betas=(0.9, 0.999), eps=1e-8, factors=None):
+    """RiemannianAdamW written down pair by pair, with inverses and symmetric formulas spelled out.
+
+    Preconditioned by `factors`; None for the parameters themselves.
+    """
     moves = []
+    factors = params if factors is None else factors
     for k in range(0, len(params), 2):
-        L, R = params[k].detach(), params[k + 1].detach()
+        L, R = factors[k].detach(), factors[k + 1].detach()
         grads = [params[k].grad, params[k + 1].grad]
         r = L.shape[1]
         G_L, G_R = L.T @ L, R @ R.T
@@ -88,6 +93,42 @@ def test_adamw_equals_a_loop_over_the_pairs(
         optimizer.step()
         loop_adam(naive, memory, step, 1e-2, precond, 1e-3)
         torch.testing.assert_close(params, naive, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("precond", ["pre", "two_sided"])
+@pytest.mark.parametrize("stacked_elements", [1, 2**20])
+def test_a_preconditioner_serves_for_as_many_steps_as_it_is_told(generator, precond, stacked_elements, monkeypatch):
+    """After some at the beginning; here the first four."""
+    monkeypatch.setattr(batches_module, "STACKED_ELEMENTS", stacked_elements)
+    monkeypatch.setattr(paired_module, "FRESH_STEPS", 4)
+    params = factor_list(generator)
+    naive, memory = copies(params), {}
+    group = {"params": params, "paired": True}
+    optimizer = RiemannianAdamW([group], lr=1e-2, precond=precond, damping=1e-3, trust=None, refresh=3)
+    for step in range(1, 9):
+        give_gradients(params, generator)
+        share_gradients(params, naive)
+        optimizer.projected_grad_norm()  # Which is no step.
+        optimizer.step()
+        if step <= 4 or step % 3 == 1:
+            factors = copies(naive)
+        loop_adam(naive, memory, step, 1e-2, precond, 1e-3, factors=factors)
+        torch.testing.assert_close(params, naive, rtol=1e-10, atol=1e-12)
+
+
+def test_a_factor_that_had_no_gradient_when_others_were_refreshed_gets_its_own(generator, monkeypatch):
+    monkeypatch.setattr(paired_module, "FRESH_STEPS", 0)
+    params = factor_list(generator)
+    give_gradients(params[:4], generator)
+    optimizer = RiemannianSGD([{"params": params, "paired": True}], lr=0.1, refresh=10)
+    optimizer.step()
+    for p in params:
+        p.grad = None
+    give_gradients(params[4:], generator)
+    expected = precondition(params[4].grad, params[5].grad, params[4].detach(), params[5].detach())
+    before = params[4].detach().clone()
+    optimizer.step()
+    torch.testing.assert_close(params[4].detach(), before - 0.1 * expected[0])
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
@@ -143,11 +184,15 @@ def test_plain_groups_beside_pairs_are_torch_adamw_bit_for_bit(generator):
     assert all(torch.equal(p, q) for p, q in zip(plain, theirs, strict=True))
 
 
-def test_stacks_of_experts_take_the_steps_their_matrices_would_take_alone(generator):
+@pytest.mark.parametrize("stacked_elements", [1, 2**20])
+def test_stacks_of_experts_take_the_steps_their_matrices_would_take_alone(generator, stacked_elements, monkeypatch):
+    """With a trust bound, for each matrix its own, that binds."""
+    monkeypatch.setattr(batches_module, "STACKED_ELEMENTS", stacked_elements)
     L, R = parameters(generator, (5, 7, 3), (5, 3, 9))
     alone = [copies([L[e], R[e]]) for e in range(5)]
     optimizers = [
-        RiemannianAdamW([{"params": pair, "paired": True}], lr=0.1, precond="two_sided") for pair in [[L, R], *alone]
+        RiemannianAdamW([{"params": pair, "paired": True}], lr=0.1, precond="two_sided", trust=0.05)
+        for pair in [[L, R], *alone]
     ]
     for _ in range(3):
         give_gradients([L, R], generator)
@@ -157,6 +202,16 @@ def test_stacks_of_experts_take_the_steps_their_matrices_would_take_alone(genera
             optimizer.step()
     torch.testing.assert_close(L, torch.stack([pair[0] for pair in alone]))
     torch.testing.assert_close(R, torch.stack([pair[1] for pair in alone]))
+
+
+def test_roots_are_the_same_one_by_one_and_together(generator):
+    """Of Grams that differ in rank, leading dimensions and dtype."""
+    factors = [*parameters(generator, (4, 7, 3), (2, 5, 7, 3), (1, 9, 5)), torch.randn(3, 7, 3, generator=generator)]
+    grams = [(L.mT @ L).detach() for L in factors]
+    together = batches_module.roots_together(grams, 1e-3)
+    alone = batches_module.inverse_roots(grams, 1e-3)
+    assert [K.shape for K in together] == [G.shape for G in grams]
+    torch.testing.assert_close(together, alone)
 
 
 def product_step(optimizer_class, L, R, grad_W, scaling=1.0, steps=3, **options):
@@ -432,8 +487,11 @@ def test_parameters_flattened_by_a_wrapper_are_noticed_at_the_step(generator):
     flat = parameters(generator, (21,), (27,))
     give_gradients(flat, generator)
     optimizer.param_groups[0]["params"] = flat
+    before = [p.detach().clone() for p in flat]
     with pytest.raises(ValueError, match="use precondition_gradients with any optimizer instead"):
         optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(flat, before, strict=True))
+    assert not optimizer.state
 
 
 @pytest.mark.parametrize(
@@ -441,6 +499,8 @@ def test_parameters_flattened_by_a_wrapper_are_noticed_at_the_step(generator):
     [
         (RiemannianAdamW, {"damping": 0.0}, r"damping is 0\.0; it must be positive: a fraction of the mean eigenvalue"),
         (RiemannianSGD, {"damping": -1e-6}, r"damping is -1e-06; it must be positive"),
+        (RiemannianSGD, {"refresh": 0}, "refresh is 0; it must be an integer, at least 1"),
+        (RiemannianAdamW, {"refresh": 2.0}, r"refresh is 2\.0; it must be an integer"),
         (RiemannianAdamW, {"lr": -1.0}, r"lr is -1\.0; it must be a number, at least 0"),
         (RiemannianAdamW, {"betas": (0.9, 1.0)}, r"betas is \(0\.9, 1\.0\); it must be two numbers in \[0, 1\)"),
         (RiemannianAdamW, {"eps": -1e-8}, "eps is -1e-08"),
@@ -450,8 +510,12 @@ def test_parameters_flattened_by_a_wrapper_are_noticed_at_the_step(generator):
         (RiemannianSGD, {"clip_projected": 0}, "clip_projected is 0; it must be positive, or None"),
         (RiemannianSGD, {"momentum": 1.0}, r"momentum is 1\.0; it must be in \[0, 1\)"),
         (RiemannianSGD, {"nesterov": True}, "nesterov=True needs a momentum"),
-        (RiemannianAdamW, {"precond": "twosided"}, r"Unknown precond 'twosided'\. Known: pre, two_sided, none\. Did"),
-        (RiemannianSGD, {"precond": "two_sided"}, r"Unknown precond 'two_sided'\. Known: pre, none\."),
+        (
+            RiemannianAdamW,
+            {"precond": "twosided"},
+            r"Unknown precond 'twosided'\. Known: pre, two_sided, h_aware, none\.",
+        ),
+        (RiemannianSGD, {"precond": "two_sided"}, r"Unknown precond 'two_sided'\. Known: pre, h_aware, none\."),
     ],
 )
 def test_impossible_options_are_refused(factory, options, message):

@@ -12,8 +12,15 @@ from hf_lrq.optim import RiemannianAdamW, RiemannianSGD
 FACTORIES = {
     "pre": lambda groups: RiemannianAdamW(groups, lr=1e-2),
     "two_sided": lambda groups: RiemannianAdamW(groups, lr=1e-2, precond="two_sided", clip_projected=1.0),
+    "kept": lambda groups: RiemannianAdamW(groups, lr=1e-2, precond="two_sided", refresh=2),
     "sgd": lambda groups: RiemannianSGD(groups, lr=1e-2, momentum=0.9, nesterov=True),
 }
+
+
+@pytest.fixture(autouse=True)
+def _no_fresh_steps(monkeypatch):
+    """Preconditioners that are kept are kept from the first step on."""
+    monkeypatch.setattr("hf_lrq.optim.paired.FRESH_STEPS", 0)
 
 
 def problem(dtype=torch.float32):

@@ -11,8 +11,18 @@ from transformers import AutoModelForCausalLM
 
 import hf_lrq
 from hf_lrq.nn import LRQExpertStack, LRQLinear
-from hf_lrq.recovery import RecoveryError, RecoveryOptions, RecoveryStep, record_teacher, recover
+from hf_lrq.nn.refit import coded
+from hf_lrq.recovery import (
+    RecoveryError,
+    RecoveryInterrupted,
+    RecoveryOptions,
+    RecoveryStep,
+    record_teacher,
+    recover,
+    trainable,
+)
 from hf_lrq.recovery.options import KINDS
+from hf_lrq.recovery.recover import Run
 
 QUICK = RecoveryOptions(epochs=2, lr=3e-3, vector_lr=1e-2, patience=5)
 
@@ -190,8 +200,10 @@ def test_an_early_interruption_leaves_the_model_as_it_was(
 ) -> None:
     model = compressed(factor_bits=8)
     before = tensors(model)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match=r"Interrupted after 2 steps; the model is as it was\.") as interruption:
         recover(model, original(), batches, QUICK, progress=Stop(2))
+    report = interruption.value.report
+    assert (report.steps, report.best_step, report.stopped, report.gained) == (2, 0, "interrupted", False)
     assert changed(model, before) == set()
     assert not any(p.requires_grad for n, p in model.named_parameters() if "lr_" in n)
 
@@ -206,13 +218,72 @@ def test_a_late_interruption_leaves_the_best_state(original: Any, compressed: An
         if step.step == 5:  # The last evaluation was after step 3.
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(RecoveryInterrupted, match=r"after 5 steps; the best state, of step 3, is kept") as interruption:
         recover(stopped, original(), batches, options, batches, progress=note)
     assert seen[2].held_out == seen[4].best
+    said = interruption.value.report
+    assert (said.steps, said.best_step, said.tokens, said.gained) == (5, 3, seen[4].tokens, True)
+    assert not any(p.grad is not None for p in stopped.parameters())
     report = recover(whole, original(), batches, options, batches)
     after = recover(copy.deepcopy(stopped), original(), batches, options, batches).before
+    assert after.total == said.after.total
     assert after.total == pytest.approx(seen[4].best, rel=1e-3)  # Rounded to float16.
     assert report.after.total < after.total < report.before.total
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_rounding_that_loses_what_training_gained_is_undone(
+    original: Any, compressed: Any, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch, interrupted: bool
+) -> None:
+    model = compressed(factor_bits=4)
+    before = tensors(model)
+    monkeypatch.setattr(trainable, "coded", broken_codes)
+    options = RecoveryOptions(train=("factors",), epochs=1, lr=3e-3, evaluations=3)
+    try:
+        report = recover(model, original(), batches, options, batches, Stop(5) if interrupted else None)
+    except RecoveryInterrupted as interruption:
+        report = interruption.report
+    assert report.trained.total < report.before.total
+    assert (report.stopped, report.gained) == ("interrupted" if interrupted else "no gain", False)
+    assert report.after == report.before
+    assert changed(model, before) == set()
+
+
+def test_then_the_codes_of_before_serve_beside_what_else_was_trained(
+    original: Any, compressed: Any, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = compressed(factor_bits=4)
+    before = tensors(model)
+    monkeypatch.setattr(trainable, "coded", broken_codes)
+    report = recover(model, original(), batches, RecoveryOptions(epochs=1, lr=3e-3, vector_lr=1e-2), batches)
+    assert (report.gained, report.refitted) == (True, 0)
+    assert {name.rpartition(".")[2] for name in changed(model, before)} == {"scales", "weight"}
+    assert not any("proj.weight" in name for name in changed(model, before))
+
+
+def broken_codes(*arguments: Any) -> dict[str, Any]:
+    found = coded(*arguments)
+    found["lr_L_scale"].data *= -1
+    return found
+
+
+def test_a_second_interruption_gives_the_model_back_as_it_was(
+    original: Any, compressed: Any, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = compressed()
+    before = tensors(model)
+    measure = Run.measure
+
+    def impatient(run: Run) -> Any:
+        if run.steps == 5:  # While the rounded state is measured.
+            raise KeyboardInterrupt
+        return measure(run)
+
+    monkeypatch.setattr(Run, "measure", impatient)
+    with pytest.raises(KeyboardInterrupt) as interruption:
+        recover(model, original(), batches, RecoveryOptions(epochs=1, lr=3e-3, evaluations=3), batches, Stop(5))
+    assert type(interruption.value) is KeyboardInterrupt
+    assert changed(model, before) == set()
 
 
 def test_a_loss_that_is_not_finite_is_an_error(original: Any, compressed: Any, batches: list[Tensor]) -> None:

@@ -155,6 +155,13 @@ class LRQAdapterLinear(nn.Module, MergesIntoFactors, LRQAdapterLayer):
         outside = [self.change_of(adapter) for adapter in adapters if self.modes[adapter].outside]
         base.replace_factors(*concatenated([(pair[0].float(), pair[1].float()), *outside]))
 
+    def factor_gram(self, H: Tensor, adapter: str) -> Tensor:
+        """See `LRQLinear.factor_gram`; a pair that stands outside the rotations meets the inputs as they are."""
+        if self.modes[adapter].outside:
+            return H
+        rotated: Tensor = self.get_base_layer().factor_gram(H)
+        return rotated
+
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What an adapter adds to the weight, [out, in] float32."""
         L, R = self.outer_change_of(adapter)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from hf_lrq import LRQLinear
@@ -260,6 +260,18 @@ def test_merging_into_an_offloaded_model_is_refused(bases: dict[int, Path], trai
         model.merge_adapter()
     with pytest.raises(ValueError, match="cannot be merged"):
         model.merge_and_unload()
+    assert same(tensors(model, FACTOR_NAMES)[:10], before)
+
+
+def test_nor_is_a_lora_merged_into_one(bases: dict[int, Path], tmp_path: Path) -> None:
+    device_map = SPLIT | {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    model = AutoModelForCausalLM.from_pretrained(bases[16], device_map=device_map, offload_folder=tmp_path / "disk")
+    config = LoraConfig(r=2, target_modules=["up_proj"], layers_to_transform=[0], init_lora_weights=False)
+    model = get_peft_model(model, config)
+    before = tensors(model, FACTOR_NAMES)[:10]
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=r"cannot be merged: model\.layers\.1\.self_attn\.q_proj is offloaded"):
+            merge()
     assert same(tensors(model, FACTOR_NAMES)[:10], before)
 
 

@@ -124,13 +124,16 @@ def test_an_adapter_for_other_ranks_is_refused(
 
 
 def test_an_adapter_for_other_codes_of_the_same_shape_is_refused(
-    original: Path, base: Any, fast: dict[str, Any], trained: Any, tmp_path: Path
+    original: Path, base: Any, fast: dict[str, Any], logits: Any, trained: Any, tmp_path: Path
 ) -> None:
     """Its rotations differ: in their basis the adapter would be noise."""
     trained(base()).save_pretrained(tmp_path)
     other = LlamaForCausalLM.from_pretrained(original, quantization_config=LRQConfig(**fast, seed=1))
+    expected, names = logits(other), list(other.state_dict())
     with pytest.raises(CheckpointError, match="trained on another base model"):
         PeftModel.from_pretrained(other, tmp_path)
+    assert list(other.state_dict()) == names
+    assert torch.equal(logits(other), expected)
 
 
 def test_an_adapter_for_layers_that_are_not_there_is_refused(

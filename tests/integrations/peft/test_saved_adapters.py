@@ -114,3 +114,24 @@ def test_pipelines_take_an_adapter_or_its_folder(bases: dict[int, Path], trained
         generator = pipeline("text-generation", model=taken, tokenizer=tokenizer, device="cpu")
         [found] = generator("t1 t2 t3", **options)
         assert found["generated_text"].split() == tokenizer.decode(out[0, 3:], skip_special_tokens=True).split()
+
+
+def test_modules_trained_whole_are_saved_loaded_and_merged(
+    base: Any, logits: Any, trained: Any, tmp_path: Path
+) -> None:
+    model = trained(base(), modules_to_save=["lm_head"])
+    head = model.get_base_model().lm_head.modules_to_save["default"].weight
+    assert head.requires_grad
+    head.data *= 1.5
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(base(), tmp_path)
+    assert torch.equal(logits(again), expected)
+    again.load_adapter(str(tmp_path), "second")
+    again.set_adapter("second")
+    assert torch.equal(logits(again), expected)
+    with again.disable_adapter():
+        assert torch.equal(logits(again), logits(base()))
+    merged = model.merge_and_unload()
+    assert torch.equal(merged.lm_head.weight, head)
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-3, atol=1e-3)
