@@ -73,7 +73,9 @@ class Batch:
             torch._foreach_add_(values, unstack(together * bound))
         else:
             for value, step, p in zip(values, unwhitened, self.params, strict=True):
-                value.addcmul_(step, relative_bound(step, p, trust))
+                bound = relative_bound(step, p, trust)
+                # One pass over memory less. Only on a CPU, where nothing waits for a number.
+                value.add_(step, alpha=bound.item()) if bound.numel() == 1 else value.add_(step.mul_(bound))
 
     def squared_norm(self) -> Tensor:
         """Of all whitened gradients together, on all ranks; a scalar."""
