@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hf_lrq.optim.batches import Batch, Memory, batches_of, is_16_bit
+from hf_lrq.optim.batches import Batch, Memory, Scratch, batches_of, is_16_bit
 from hf_lrq.optim.groups import METRICS, Group, check_group, check_same_pairing, parameter_name
 from hf_lrq.optim.precondition import compute_dtype
 from hf_lrq.optim.sharding import local, true_on_any_rank
@@ -119,10 +119,11 @@ class PairedOptimizer(Optimizer):
     def _batches(self) -> list[Batch]:
         """All parameters that have gradients."""
         batches: list[Batch] = []
+        scratch = Scratch()
         for group in self.param_groups:
             refresh, age = group["refresh"], group.get("age", 0)
             memory = Memory(self.state, age >= FRESH_STEPS and age % refresh != 0) if refresh > 1 else None
-            batches += batches_of(group, memory)
+            batches += batches_of(group, scratch, memory)
         return batches
 
     @abstractmethod

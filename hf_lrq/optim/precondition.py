@@ -107,21 +107,22 @@ class Whitening:
         """One for each entry of the first axis."""
         return [Whitening(K, self.left) for K in self.K.unbind(0)]
 
-    def whiten(self, X: Tensor) -> Tensor:
-        """[..., out, r] or [..., r, in], as the factor; sharded as X is."""
-        return self._times(X, self.K.mT if self.left else self.K)
+    def whiten(self, X: Tensor, out: Tensor | None = None) -> Tensor:
+        """[..., out, r] or [..., r, in], as the factor; sharded as X is. Written to `out` if that is given."""
+        return self._times(X, self.K.mT if self.left else self.K, out)
 
-    def unwhiten(self, X: Tensor) -> Tensor:
+    def unwhiten(self, X: Tensor, out: Tensor | None = None) -> Tensor:
         """From whitened coordinates back to those of the factor."""
-        return self._times(X, self.K if self.left else self.K.mT)
+        return self._times(X, self.K if self.left else self.K.mT, out)
 
-    def precondition(self, X: Tensor) -> Tensor:
+    def precondition(self, X: Tensor, out: Tensor | None = None) -> Tensor:
         """Both: X times the damped inverse Gram."""
-        return self._times(X, self.K.mT @ self.K)
+        return self._times(X, self.K.mT @ self.K, out)
 
-    def _times(self, X: Tensor, matrix: Tensor) -> Tensor:
+    def _times(self, X: Tensor, matrix: Tensor, out: Tensor | None) -> Tensor:
         matrix = replicate_beside(matrix, X)
-        return placed_like(X @ matrix if self.left else matrix @ X, X)
+        operands = (X, matrix) if self.left else (matrix, X)
+        return placed_like(torch.matmul(*operands, out=out), X)
 
 
 def whitening_for_L(R: Tensor, damping: float, scaling: float = 1.0) -> Whitening:

@@ -105,7 +105,8 @@ class RiemannianAdamW(PairedOptimizer):
             if group["weight_decay"] != 0:
                 torch._foreach_mul_(values, 1 - lr * group["weight_decay"])
             if two_sided:
-                moves = [torch.zeros_like(x) for x in m]
+                moves = batch.scratch.like(m, "moves")
+                torch._foreach_zero_(moves)
                 adam(moves, grads, average, lr)
                 batch.add_unwhitened(values, moves, group["trust"])
             else:

@@ -21,6 +21,7 @@ SCRIPT = Path(__file__).with_name("distributed_run.py")
 RUN: dict[str, Any] = runpy.run_path(str(SCRIPT))
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(
         not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo"
     ),
