@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from hf_lrq.integrations.saving import save
     from hf_lrq.integrations.trainer import register_optimizers, trainer_optimizer
     from hf_lrq.integrations.transformers import LRQConfig, LRQHfQuantizer, compress_pretrained
-    from hf_lrq.nn import refit_factors
+    from hf_lrq.nn import fuse_layers, refit_factors, unfuse_layers
     from hf_lrq.nn.linear import LRQLinear
     from hf_lrq.optim import RiemannianAdamW, RiemannianSGD, precondition, riemannian_param_groups
     from hf_lrq.recovery import RecoveryOptions, recover
@@ -49,6 +49,7 @@ __all__ = [
     "compress_matrix",
     "compress_pretrained",
     "evaluate",
+    "fuse_layers",
     "precondition",
     "proxy_loss",
     "recover",
@@ -57,6 +58,7 @@ __all__ = [
     "riemannian_param_groups",
     "save",
     "trainer_optimizer",
+    "unfuse_layers",
 ]
 
 _HOME = {
@@ -78,6 +80,7 @@ _HOME = {
     "compress_matrix": "hf_lrq.decomposition.compress_matrix",
     "compress_pretrained": "hf_lrq.integrations.transformers",
     "evaluate": "hf_lrq.evaluation",
+    "fuse_layers": "hf_lrq.nn",
     "precondition": "hf_lrq.optim",
     "proxy_loss": "hf_lrq.decomposition.gram",
     "recover": "hf_lrq.recovery",
@@ -86,6 +89,7 @@ _HOME = {
     "riemannian_param_groups": "hf_lrq.optim",
     "save": "hf_lrq.integrations.saving",
     "trainer_optimizer": "hf_lrq.integrations.trainer",
+    "unfuse_layers": "hf_lrq.nn",
 }
 
 

@@ -33,13 +33,9 @@ ALIASES = {
 }
 _LAYER_FIELDS = tuple(item.name for item in fields(LayerSpec))
 _STORED = ("bits", *LAYOUT_KEYS)
-_NOT_REPORTED = ("dataset", "tokenizer", "backend", "activation")
-_RUN_TIME = (
-    "dequantize",
-    "tokenizer",
-    "backend",
-    "activation",
-)  # Also mean something for a checkpoint that is compressed already.
+_HOW_TO_RUN = ("dequantize", "backend", "activation", "fuse")  # What a user may want of any compressed checkpoint.
+_NOT_REPORTED = ("dataset", "tokenizer", "backend", "activation", "fuse")
+_RUN_TIME = (*_HOW_TO_RUN, "tokenizer")  # Not about how weights are compressed.
 
 
 class LRQConfig(QuantizationConfigMixin):
@@ -68,6 +64,7 @@ class LRQConfig(QuantizationConfigMixin):
             taken for a checkpoint that is compressed already.
         activation: "float", or "int8" to round the inputs of Q to 8 bits where that is faster and nothing is trained.
             Likewise never stored.
+        fuse: compute layers of one input together (q, k, v; gate, up), see `fuse_layers`. Likewise never stored.
         rotation, rotation_block, rounding, init, iters, refinements, sweeps, marginal_damping: see `spec.LayerSpec`.
 
     Raises:
@@ -108,6 +105,7 @@ class LRQConfig(QuantizationConfigMixin):
         tokenizer: Any = None,
         backend: str = "auto",
         activation: str = "float",
+        fuse: bool = False,
         rotation: str = LayerSpec.rotation,
         rotation_block: int = LayerSpec.rotation_block,
         rounding: str = LayerSpec.rounding,
@@ -133,7 +131,7 @@ class LRQConfig(QuantizationConfigMixin):
         self.modules_to_not_convert = modules_to_not_convert
         self.rank_pattern, self.bits_pattern = rank_pattern, bits_pattern
         self.seed, self.dequantize, self.sequential = seed, dequantize, sequential
-        self.backend, self.activation = backend, activation
+        self.backend, self.activation, self.fuse = backend, activation, fuse
         self._take_aliases(others)
         self._check()
 
@@ -159,7 +157,7 @@ class LRQConfig(QuantizationConfigMixin):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise SpecError(f"{name} must be an integer of at least 1, got {value!r}.")
-        for name in ("dequantize", "sequential"):
+        for name in ("dequantize", "sequential", "fuse"):
             if not isinstance(getattr(self, name), bool):
                 raise SpecError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         for name, allowed in (("backend", BACKENDS), ("activation", ACTIVATIONS)):
@@ -251,7 +249,8 @@ class LRQConfig(QuantizationConfigMixin):
         config = copy.copy(self)
         if wish is not None:
             wish.check_against_stored(stored_header(self))
-            config.dequantize, config.backend, config.activation = wish.dequantize, wish.backend, wish.activation
+            for name in _HOW_TO_RUN:
+                setattr(config, name, getattr(wish, name))
         return config
 
     def check_against_stored(self, header: QuantizationHeader) -> None:

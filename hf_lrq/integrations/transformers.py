@@ -5,27 +5,27 @@ import functools
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.logging import is_progress_bar_enabled
 
-from hf_lrq.calibration.batches import Batch, make_batches
+from hf_lrq.calibration.batches import Batch
 from hf_lrq.calibration.compress import compress
 from hf_lrq.calibration.progress import Progress, TqdmProgress
 from hf_lrq.calibration.records import CompressionReport, LayerRecord
 from hf_lrq.calibration.targets import EXPERT_MATRICES, Target, TargetList, find_targets, name_matches
 from hf_lrq.checkpoint import QUANT_METHOD, QuantizationHeader, check_headers, read_headers
 from hf_lrq.codebooks import get_codebook
-from hf_lrq.errors import CalibrationError, CheckpointError, CompressionError, SpecError
+from hf_lrq.errors import CheckpointError, CompressionError, SpecError
+from hf_lrq.integrations.calibration_data import calibration_batches, described
 from hf_lrq.integrations.config import LRQConfig, stored_header
 from hf_lrq.integrations.conversions import names_in_files, names_in_model, spare_on_save, sparing
 from hf_lrq.integrations.experts import owns_stacks, remove_stacks, use_stacks
@@ -47,7 +47,7 @@ from hf_lrq.integrations.layers import (
 from hf_lrq.integrations.saving import bind_saving, unbind_saving
 from hf_lrq.integrations.skip_rules import exactly, is_candidate, skip_reasons
 from hf_lrq.layout import LayerLayout
-from hf_lrq.nn import LRQExpertStack, LRQLinear
+from hf_lrq.nn import LRQExpertStack, LRQLinear, fuse_layers, unfuse_layers
 
 __all__ = ["LRQConfig", "LRQHfQuantizer", "compress_pretrained"]
 
@@ -232,16 +232,19 @@ class LRQHfQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """Called by `save_pretrained` before it writes config.json: bring the config up to date with the modules.
 
-        Tensors that a cast of the whole model has changed are stored in the dtype of the format.
+        Tensors that a cast of the whole model has changed are stored in the dtype of the format; those that layers of a
+        group share, once for each.
         """
         self._describe(model)
-        changed = {
-            f"{name}.{key}": tensor.to(layout.dtype)
-            for name, module in model.named_modules()
-            if isinstance(module, LRQLinear | LRQExpertStack)
-            for key, layout in module.layout.tensors(module.out_features, module.in_features).items()
-            if (tensor := getattr(module, key)).dtype != layout.dtype and tensor.device.type != "meta"
-        }
+        changed = {}
+        for name, module in model.named_modules():
+            if not isinstance(module, LRQLinear | LRQExpertStack):
+                continue
+            shared = ("rot_in",) if isinstance(module, LRQLinear) and module.group is not None else ()
+            for key, layout in module.layout.tensors(module.out_features, module.in_features).items():
+                tensor = getattr(module, key)
+                if (tensor.dtype != layout.dtype or key in shared) and tensor.device.type != "meta":
+                    changed[f"{name}.{key}"] = tensor.to(layout.dtype, copy=True)
         return ({**model.state_dict(), **changed} if changed else None), {}
 
     def remove_quantization_config(self, model: Any) -> None:
@@ -254,6 +257,7 @@ class LRQHfQuantizer(HfQuantizer):
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         known = self.targets.compressed if self.targets is not None else []
         transposed = {target.name for target in known if target.kind == "conv1d"}
+        unfuse_layers(model)
         # All of them before the first is replaced: a model of both kinds must not come about.
         for name, module in model.named_modules():
             if isinstance(module, LRQLinear | LRQExpertStack):
@@ -464,11 +468,14 @@ class LRQHfQuantizer(HfQuantizer):
                 use_stacks(module)
             elif isinstance(module, LRQLinear | LRQExpertStack):
                 module.requires_grad_(False)
+        if config.fuse and not config.dequantize:
+            fused = fuse_layers(model)
+            logger.info("hf_lrq: layers are computed together in %d modules", len(fused))
         compressed_here = not self.pre_quantized
         self.pre_quantized = True
         self._pending = {}
         if compressed_here:
-            self.recipe = {**config.options(), "dataset": _described(config.dataset)}
+            self.recipe = {**config.options(), "dataset": described(config.dataset)}
         config.dataset = config.tokenizer = None  # Neither is needed again, and both can be large.
         self._describe(model)
         spare_on_save(model, self._compressed_keys())
@@ -544,47 +551,6 @@ def compress_pretrained(
     model.quantization_method = QUANT_METHOD
     quantizer.postprocess_model(model)
     return report
-
-
-def calibration_batches(model: Any, config: LRQConfig) -> list[Batch]:
-    """The batches that the config asks for; texts are tokenized with its tokenizer, or with that of the model.
-
-    Raises:
-        CalibrationError: if there is no such data, or no tokenizer.
-    """
-    dataset, tokenizer = config.dataset, config.tokenizer
-    texts = isinstance(dataset, list | tuple) and any(isinstance(item, str) for item in dataset)
-    if texts or isinstance(dataset, str | Path):
-        if tokenizer is None:
-            tokenizer = model.config._name_or_path
-        if isinstance(tokenizer, str | Path):
-            tokenizer = _load_tokenizer(tokenizer)
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return make_batches(
-        dataset,
-        tokenizer,
-        nsamples=config.nsamples,
-        seqlen=min(config.seqlen, longest) if isinstance(longest, int) and longest > 0 else config.seqlen,
-        batch_size=config.batch_size,
-        seed=config.seed,
-    )
-
-
-def _load_tokenizer(name: str | Path) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise CalibrationError(
-            f"calibration texts need a tokenizer, and {str(name)!r} has none that can be loaded "
-            f"({str(error).splitlines()[0]}). Pass tokenizer= to LRQConfig, or give token tensors as dataset."
-        ) from error
-
-
-def _described(dataset: Any) -> str | None:
-    """What a report says about calibration data."""
-    if dataset is None or isinstance(dataset, str | Path):
-        return None if dataset is None else str(dataset)
-    return f"{len(dataset)} items given by the caller" if isinstance(dataset, Sized) else "given by the caller"
 
 
 def _warn_of_idle_patterns(model: Any, config: LRQConfig) -> None:

@@ -1,5 +1,6 @@
 """Which backend computes a compressed layer. Where none fits, the torch reference does; nothing else changes."""
 
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from hf_lrq.codebooks import decoding, viterbi
 from hf_lrq.errors import BackendError
 from hf_lrq.kernels import reference
+from hf_lrq.kernels.operands import Operands
 
 # Backend -> the type of device it runs on. Each is a package of this folder, imported when it is first asked.
 DEVICES = {"cpu": "cpu", "triton": "cuda"}
@@ -52,16 +54,7 @@ def status(device: torch.device | str) -> str:
     return "; ".join(parts) if parts else "torch (reference)"
 
 
-def explain(
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor,
-    L: Tensor | None,
-    R: Tensor | None,
-    codebook: str,
-    backend: str = "auto",
-    activation: str = "float",
-) -> str:
+def explain(x: Tensor, layer: Operands, backend: str = "auto", activation: str = "float") -> str:
     """The backend that takes a call, or "torch" with the reason why it is not another.
 
     Raises:
@@ -71,7 +64,7 @@ def explain(
     if package is None:
         told = "torch" if backend == "torch" else status(x.device)
         return told if told.startswith("torch") else f"torch ({told})"
-    reason = package.declines(x, weight, scales, L, R, codebook, activation)
+    reason = package.declines(x, layer, activation)
     name = package.__name__.rpartition(".")[2]
     return name if reason is None else f"torch ({name}: {reason})"
 
@@ -81,34 +74,35 @@ def has_backend(device: torch.device) -> bool:
     return chosen(device) is not None
 
 
-def lrq_linear(
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor,
-    rot_in: Tensor | None,
-    rot_out: Tensor | None,
-    L: Tensor | None,
-    R: Tensor | None,
-    L_scale: Tensor | None,
-    R_scale: Tensor | None,
-    bias: Tensor | None,
-    codebook: str,
-    group_size: int,
-    block: int,
-    backend: str,
-    activation: str,
-) -> Tensor:
+def lrq_linear(x: Tensor, layer: Operands, backend: str, activation: str) -> Tensor:
     """`reference.lrq_linear`, by the backend that fits.
 
     Raises:
         BackendError: see `chosen`.
     """
-    tensors = (x, weight, scales, rot_in, rot_out, L, R, L_scale, R_scale, bias)
     package = chosen(x.device, backend)
-    if package is not None and package.declines(x, weight, scales, L, R, codebook, activation) is None:
-        result: Tensor = package.lrq_linear(*tensors, codebook, group_size, block, activation)
+    if package is not None and package.declines(x, layer, activation) is None:
+        result: Tensor = package.lrq_linear(x, layer, activation)
         return result
-    return reference.lrq_linear(*tensors, codebook, group_size, block)
+    return reference.lrq_linear(x, layer)
+
+
+def lrq_linear_group(x: Tensor, layers: Sequence[Operands], backend: str, activation: str) -> Tensor:
+    """Outputs of several layers for one x, side by side: [..., sum of out]; see `ops.linear_group`.
+
+    Together, if their rot_in is one piece of memory; one after the other otherwise, as equal values cannot be told
+    without reading them.
+
+    Raises:
+        BackendError: see `chosen`.
+    """
+    package = chosen(x.device, backend)
+    rotations = {None if layer.rot_in is None else layer.rot_in.data_ptr() for layer in layers}
+    can = package is not None and len(rotations) == 1
+    if can and all(package.declines(x, layer, activation) is None for layer in layers):
+        result: Tensor = package.lrq_linear_group(x, layers, activation)
+        return result
+    return torch.cat([lrq_linear(x, layer, backend, activation) for layer in layers], dim=-1)
 
 
 def _byte_path(points: Tensor, half_norms: Tensor, x: Tensor, window: int) -> Tensor:

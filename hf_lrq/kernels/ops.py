@@ -1,54 +1,90 @@
-"""The operator of a compressed layer: schema, shape rule and gradient. Backends only fill in the numbers."""
+"""The operators of compressed layers: schema, shape rule and gradient. Backends only fill in the numbers."""
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_lrq.kernels import dispatch, reference
+from hf_lrq.kernels.operands import TENSORS, Operands, by_field, by_layer
 
-_LAYER = (
-    "Tensor weight, Tensor scales, Tensor? rot_in, Tensor? rot_out, "
-    "Tensor? L, Tensor? R, Tensor? L_scale, Tensor? R_scale, "
-)
+_REQUIRED, _OPTIONAL = ("weight", "scales"), ("rot_in", "rot_out", "L", "R", "L_scale", "R_scale", "bias")
 _FORMAT = "str codebook, int group_size, int block"
 _RUN = "str backend, str activation"
 
-torch.library.define("hf_lrq::linear", f"(Tensor x, {_LAYER}Tensor? bias, {_FORMAT}, {_RUN}) -> Tensor")
-torch.library.define("hf_lrq::linear_backward", f"(Tensor grad, Tensor x, {_LAYER}{_FORMAT}, bool[] needs) -> Tensor[]")
 
-# `None` is "every device".
-torch.library.register_kernel("hf_lrq::linear", None, dispatch.lrq_linear)
-torch.library.register_kernel("hf_lrq::linear_backward", None, reference.lrq_linear_backward)
+def _tensors(suffix: str = "", names: Iterable[str] = (*_REQUIRED, *_OPTIONAL)) -> str:
+    """Declarations of the tensors of a layer."""
+    return ", ".join(f"Tensor{'?' if name in _OPTIONAL else ''}{suffix} {name}" for name in names)
 
 
-@torch.library.register_fake("hf_lrq::linear")
-def _(x: Tensor, weight: Tensor, scales: Tensor, *rest: Any) -> Tensor:
+_WITHOUT_BIAS = _tensors(names=(*_REQUIRED, *_OPTIONAL[:-1]))
+torch.library.define("hf_lrq::linear", f"(Tensor x, {_tensors()}, {_FORMAT}, {_RUN}) -> Tensor")
+# Without gradient: two passes through Python less, which for small layers take as long as the rest.
+torch.library.define("hf_lrq::linear_inference", f"(Tensor x, {_tensors()}, {_FORMAT}, {_RUN}) -> Tensor")
+torch.library.define("hf_lrq::linear_group", f"(Tensor x, {_tensors('[]')}, {_FORMAT}, {_RUN}) -> Tensor")
+torch.library.define(
+    "hf_lrq::linear_backward", f"(Tensor grad, Tensor x, {_WITHOUT_BIAS}, {_FORMAT}, bool[] needs) -> Tensor[]"
+)
+
+
+def _linear(x: Tensor, *arguments: Any) -> Tensor:
+    *layer, backend, activation = arguments
+    return dispatch.lrq_linear(x, Operands(*layer), backend, activation)
+
+
+def _linear_group(x: Tensor, *arguments: Any) -> Tensor:
+    *layers, backend, activation = arguments
+    return dispatch.lrq_linear_group(x, by_layer(layers[:TENSORS], *layers[TENSORS:]), backend, activation)
+
+
+def _linear_backward(grad: Tensor, x: Tensor, *arguments: Any) -> list[Tensor]:
+    *layer, needs = arguments
+    return reference.lrq_linear_backward(grad, x, _without_bias(layer), needs)
+
+
+def _without_bias(layer: Sequence[Any]) -> Operands:
+    return Operands._make((*layer[: TENSORS - 1], None, *layer[TENSORS - 1 :]))
+
+
+# For every device. `torch.library.register_kernel` wraps functions once more, which small layers feel.
+_library = torch.library.Library("hf_lrq", "FRAGMENT")
+for _name, _kernel in (
+    ("linear", _linear),
+    ("linear_inference", _linear),
+    ("linear_group", _linear_group),
+    ("linear_backward", _linear_backward),
+):
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+
+
+def _empty_output(x: Tensor, layers: Sequence[Operands]) -> Tensor:
     # One tensor on meta is enough to come here; what is returned for real inputs would be numbers that nobody computed.
-    devices = {t.device for t in (x, weight, scales, *rest) if isinstance(t, Tensor)}
+    tensors = (x, *(tensor for layer in layers for tensor in layer.tensors))
+    devices = {tensor.device for tensor in tensors if tensor is not None}
     if len(devices) > 1:
         raise RuntimeError(f"the tensors of a compressed layer are on {', '.join(sorted(map(str, devices)))}.")
-    return x.new_empty(*x.shape[:-1], scales.shape[0])
+    return x.new_empty(*x.shape[:-1], sum(layer.out_features for layer in layers))
+
+
+def _fake_linear(x: Tensor, *arguments: Any) -> Tensor:
+    return _empty_output(x, [Operands(*arguments[:-2])])
+
+
+torch.library.register_fake("hf_lrq::linear", _fake_linear)
+torch.library.register_fake("hf_lrq::linear_inference", _fake_linear)
+
+
+@torch.library.register_fake("hf_lrq::linear_group")
+def _(x: Tensor, *arguments: Any) -> Tensor:
+    return _empty_output(x, by_layer(arguments[:TENSORS], *arguments[TENSORS:-2]))
 
 
 @torch.library.register_fake("hf_lrq::linear_backward")
-def _(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor,
-    rot_in: Tensor | None,
-    rot_out: Tensor | None,
-    L: Tensor | None,
-    R: Tensor | None,
-    L_scale: Tensor | None,
-    R_scale: Tensor | None,
-    codebook: str,
-    group_size: int,
-    block: int,
-    needs: list[bool],
-) -> list[Tensor]:
-    inputs = (x, scales, rot_in, rot_out, L, R)
+def _(grad: Tensor, x: Tensor, *arguments: Any) -> list[Tensor]:
+    layer, needs = _without_bias(arguments[:-1]), arguments[-1]
+    inputs = (x, layer.scales, layer.rot_in, layer.rot_out, layer.L, layer.R)
     out = [
         t.new_empty(t.shape) if need and t is not None else grad.new_empty(0)
         for t, need in zip(inputs, needs[:6], strict=True)
@@ -61,52 +97,34 @@ _DIFFERENTIABLE = {"x": 0, "scales": 2, "rot_in": 3, "rot_out": 4, "L": 5, "R": 
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:9])
-    ctx.bias_dtype = None if inputs[9] is None else inputs[9].dtype
-    ctx.format = inputs[10:13]
+    ctx.save_for_backward(*inputs[:TENSORS])
+    ctx.bias_dtype = None if inputs[TENSORS] is None else inputs[TENSORS].dtype
+    ctx.format = inputs[TENSORS + 1 : -2]
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, scales, rot_in, rot_out, L, R, L_scale, R_scale = ctx.saved_tensors
     needs = [ctx.needs_input_grad[position] for position in _DIFFERENTIABLE.values()]
-    found = torch.ops.hf_lrq.linear_backward(
-        grad.contiguous(), x, weight, scales, rot_in, rot_out, L, R, L_scale, R_scale, *ctx.format, needs
-    )
-    out: list[Tensor | None] = [None] * 15
+    found = torch.ops.hf_lrq.linear_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.format, needs)
+    out: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
     for position, need, gradient in zip(_DIFFERENTIABLE.values(), needs, found, strict=True):
         if need:
             out[position] = gradient
-    if out[9] is not None:
-        out[9] = out[9].to(ctx.bias_dtype)
+    if (of_bias := out[TENSORS]) is not None:
+        out[TENSORS] = of_bias.to(ctx.bias_dtype)
     return tuple(out)
 
 
 torch.library.register_autograd("hf_lrq::linear", _backward, setup_context=_setup_context)
 
 
-def linear(
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor,
-    rot_in: Tensor | None,
-    rot_out: Tensor | None,
-    L: Tensor | None,
-    R: Tensor | None,
-    L_scale: Tensor | None,
-    R_scale: Tensor | None,
-    bias: Tensor | None,
-    codebook: str,
-    group_size: int,
-    block: int,
-    backend: str = "auto",
-    activation: str = "float",
-) -> Tensor:
+def linear(x: Tensor, layer: Operands, backend: str = "auto", activation: str = "float") -> Tensor:
     """A compressed linear layer; differentiable in x, scales, rotations, float factors and bias.
 
-    See `reference.lrq_linear` for the computation, and `layout.LayerLayout` for the tensors.
+    See `reference.lrq_linear` for the computation.
 
     Args:
         x: [..., in], float.
+        layer: its tensors.
         backend: see `dispatch.BACKENDS`.
         activation: "float", or "int8": Q meets inputs that are rounded to 8 bits after the rotation, with one scale per
             256 columns, where the backend gains by it. Never where a gradient is wanted.
@@ -114,28 +132,43 @@ def linear(
     Returns:
         [..., out], dtype of x; under autocast, as from nn.Linear, that of autocast.
     """
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        # Here, not in the operator: its products would be cast one by one, and its result not have the dtype of x.
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    if activation != "float" and torch.is_grad_enabled():
-        inputs = (x, scales, rot_in, rot_out, L, R, bias)
-        if any(tensor is not None and tensor.requires_grad for tensor in inputs):
-            activation = "float"
-    result: Tensor = torch.ops.hf_lrq.linear(
-        x,
-        weight,
-        scales,
-        rot_in,
-        rot_out,
-        L,
-        R,
-        L_scale,
-        R_scale,
-        bias,
-        codebook,
-        group_size,
-        block,
-        backend,
-        activation,
-    )
+    if _wants_gradient(x, layer):
+        operator, activation = torch.ops.hf_lrq.linear, "float"
+    else:
+        operator = torch.ops.hf_lrq.linear_inference
+    result: Tensor = operator(_cast(x), *layer, backend, activation)
     return result
+
+
+def linear_group(
+    x: Tensor, layers: Sequence[Operands], backend: str = "auto", activation: str = "float"
+) -> list[Tensor]:
+    """`linear` of one x with several layers, which need the transform of x only once.
+
+    Args:
+        x: [..., in], float.
+        layers: of one codebook, group size and block; together they are computed where their rot_in is the same memory.
+
+    Returns:
+        One tensor [..., out] per layer: parts of one buffer, or tensors of their own where a gradient is wanted.
+    """
+    if any(_wants_gradient(x, layer) for layer in layers):
+        return [linear(x, layer, backend, activation) for layer in layers]
+    codebook, group_size, block = layers[0][TENSORS:]
+    fields = by_field(layers)
+    y: Tensor = torch.ops.hf_lrq.linear_group(_cast(x), *fields, codebook, group_size, block, backend, activation)
+    return list(y.split([layer.out_features for layer in layers], -1))
+
+
+def _cast(x: Tensor) -> Tensor:
+    """Under autocast x in its dtype, unless it is float64: in the operator products would be cast one by one."""
+    kind = x.device.type
+    if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
+
+
+def _wants_gradient(x: Tensor, layer: Operands) -> bool:
+    return torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, *layer.tensors)
+    )

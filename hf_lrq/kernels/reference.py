@@ -8,6 +8,7 @@ from torch import Tensor
 from hf_lrq.codebooks import get_codebook
 from hf_lrq.codebooks.base import cached_table
 from hf_lrq.codebooks.decoding import decode_rows
+from hf_lrq.kernels.operands import Operands
 from hf_lrq.layout import hadamard_block
 from hf_lrq.matrices import dense_factor, expand_scales
 
@@ -37,73 +38,46 @@ def hadamard(x: Tensor, largest: int) -> Tensor:
     return (x.unflatten(-1, (-1, block)) @ _hadamard_matrix(x.device, x.dtype, block)).flatten(-2)
 
 
-def lrq_linear(
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor,
-    rot_in: Tensor | None,
-    rot_out: Tensor | None,
-    L: Tensor | None,
-    R: Tensor | None,
-    L_scale: Tensor | None,
-    R_scale: Tensor | None,
-    bias: Tensor | None,
-    codebook: str,
-    group_size: int,
-    block: int,
-) -> Tensor:
+def lrq_linear(x: Tensor, layer: Operands) -> Tensor:
     """y = rot_out * H_out(Q z + L (R z)) + bias with z = H_in(rot_in * x), in the dtype of x.
 
     Args:
         x: [..., in], any float dtype.
-        weight, scales, ...: as stored, see `layout.LayerLayout`.
+        layer: as stored.
 
     Returns:
         [..., out].
     """
-    z = _rotate_in(x, rot_in, block)
-    tiles = _tiles(weight, scales, codebook, x)
-    y = torch.cat([z @ _scaled(values, scales[part], group_size, x).T for part, values in tiles], dim=-1)
-    if L is not None and R is not None:
-        y = y + (z @ _factor(R, R_scale, 0, x).T) @ _factor(L, L_scale, 1, x).T
-    if rot_out is not None:
-        y = hadamard(y, block) * rot_out.to(x.dtype)
-    return y if bias is None else y + bias.to(x.dtype)
+    z = _rotate_in(x, layer)
+    scales, group_size = layer.scales, layer.group_size
+    y = torch.cat([z @ _scaled(values, scales[part], group_size, x).T for part, values in _tiles(layer, x)], dim=-1)
+    if layer.L is not None and layer.R is not None:
+        y = y + (z @ _factor(layer.R, layer.R_scale, 0, x).T) @ _factor(layer.L, layer.L_scale, 1, x).T
+    if layer.rot_out is not None:
+        y = hadamard(y, layer.block) * layer.rot_out.to(x.dtype)
+    return y if layer.bias is None else y + layer.bias.to(x.dtype)
 
 
-def lrq_linear_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor,
-    rot_in: Tensor | None,
-    rot_out: Tensor | None,
-    L: Tensor | None,
-    R: Tensor | None,
-    L_scale: Tensor | None,
-    R_scale: Tensor | None,
-    codebook: str,
-    group_size: int,
-    block: int,
-    needs: list[bool],
-) -> list[Tensor]:
+def lrq_linear_backward(grad: Tensor, x: Tensor, layer: Operands, needs: list[bool]) -> list[Tensor]:
     """Gradients of `lrq_linear` for (x, scales, rot_in, rot_out, L, R, bias), in that order.
 
     An input that does not need its gradient gets an empty tensor. Q is decoded again, tile by tile, rather than saved:
     keeping it would cost as much memory as the uncompressed layer.
     """
     need_x, need_scales, need_rot_in, need_rot_out, need_L, need_R, need_bias = needs
+    scales, rot_in, rot_out, L, R = layer.scales, layer.rot_in, layer.rot_out, layer.L, layer.R
+    block, group_size = layer.block, layer.group_size
     out: list[Tensor] = [grad.new_empty(0) for _ in needs]
     rows, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])  # [tokens, out], [tokens, in]
     g = rows if rot_out is None else hadamard(rows * rot_out.to(grad.dtype), block)
     has_factors = L is not None and R is not None
     if L is not None and R is not None:
-        dense_L, dense_R = _factor(L, L_scale, 1, grad), _factor(R, R_scale, 0, grad)
-    z = _rotate_in(inputs, rot_in, block) if need_scales or need_rot_out or need_L or need_R else None
+        dense_L, dense_R = _factor(L, layer.L_scale, 1, grad), _factor(R, layer.R_scale, 0, grad)
+    z = _rotate_in(inputs, layer) if need_scales or need_rot_out or need_L or need_R else None
     gz = torch.zeros_like(inputs) if need_x or need_rot_in else None
     outputs, scale_gradients = [], []
     if gz is not None or need_scales or need_rot_out:
-        for part, values in _tiles(weight, scales, codebook, x):
+        for part, values in _tiles(layer, x):
             Q = _scaled(values, scales[part], group_size, x)
             if gz is not None:
                 gz = gz.addmm_(g[:, part], Q)
@@ -134,17 +108,17 @@ def lrq_linear_backward(
     return out
 
 
-def _rotate_in(x: Tensor, rot_in: Tensor | None, block: int) -> Tensor:
-    return x if rot_in is None else hadamard(x * rot_in.to(x.dtype), block)
+def _rotate_in(x: Tensor, layer: Operands) -> Tensor:
+    return x if layer.rot_in is None else hadamard(x * layer.rot_in.to(x.dtype), layer.block)
 
 
-def _tiles(weight: Tensor, scales: Tensor, codebook: str, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def _tiles(layer: Operands, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Rows of Q without scales, so many at a time that they take little memory: (which rows, [rows, in] float32)."""
-    block = get_codebook(codebook).row_block
+    block = get_codebook(layer.codebook).row_block
     step = max(TILE_WEIGHTS // max(x.shape[-1], 1) // block, 1) * block
-    for start in range(0, len(scales), step):
-        stop = min(start + step, len(scales))
-        yield slice(start, stop), decode_rows(weight, codebook, x.shape[-1], start, stop)
+    for start in range(0, layer.out_features, step):
+        stop = min(start + step, layer.out_features)
+        yield slice(start, stop), decode_rows(layer.weight, layer.codebook, x.shape[-1], start, stop)
 
 
 def _scaled(values: Tensor, scales: Tensor, group_size: int, x: Tensor) -> Tensor:

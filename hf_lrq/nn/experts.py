@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_lrq.decomposition.compress_matrix import CompressedMatrix
-from hf_lrq.kernels import linear
+from hf_lrq.kernels import Operands, linear
 from hf_lrq.layout import LayerLayout
 from hf_lrq.nn.linear import TENSOR_NAMES, LRQLinear, check_same_layout, dense_pair
 
@@ -64,23 +64,9 @@ class LRQExpertStack(nn.Module):
         if one["ft_L"] is not None:
             L, R = dense_pair(one, self.out_features, self.in_features, self.scales)
             L_scale = R_scale = None
-        return linear(
-            x,
-            self.weight[expert],
-            self.scales[expert],
-            one["rot_in"],
-            one["rot_out"],
-            L,
-            R,
-            L_scale,
-            R_scale,
-            None,
-            layout.codebook,
-            layout.group_size,
-            layout.rotation_block,
-            self.backend,
-            self.activation,
-        )
+        own = (self.weight[expert], self.scales[expert], one["rot_in"], one["rot_out"])
+        form = (layout.codebook, layout.group_size, layout.rotation_block)
+        return linear(x, Operands(*own, L, R, L_scale, R_scale, None, *form), self.backend, self.activation)
 
     def runs_on(self, dtype: torch.dtype = torch.float32) -> str:
         """See `LRQLinear.runs_on`; what holds for one expert holds for all."""

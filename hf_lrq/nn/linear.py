@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from hf_lrq.decomposition.compress_matrix import CompressedMatrix
-from hf_lrq.kernels import explain, hadamard, linear
+from hf_lrq.kernels import Operands, explain, hadamard, linear
 from hf_lrq.layout import LayerLayout
 from hf_lrq.matrices import QuantizedMatrix, dense_factor
 
@@ -15,6 +16,16 @@ FACTOR_NAMES = ("lr_L", "lr_R", "lr_L_scale", "lr_R_scale", "ft_L", "ft_R")
 TENSOR_NAMES = ("weight", "scales", "rot_in", "rot_out", *FACTOR_NAMES)
 
 Pair = tuple[Tensor, Tensor]  # L [out, r], R [r, in].
+
+
+class Group(Protocol):
+    """Layers that are computed together, as one of them knows them; see `groups.LinearGroup`."""
+
+    def output(self, member: "LRQLinear", x: Tensor, adapted: bool) -> Tensor | None:
+        """What the member gives for x; None if it has to compute alone."""
+
+    def dissolve(self) -> None:
+        """Each on its own again."""
 
 
 class LRQLinear(nn.Linear):
@@ -35,10 +46,12 @@ class LRQLinear(nn.Linear):
         scales, rot_in, rot_out, lr_L, lr_R, lr_L_scale, lr_R_scale, ft_L, ft_R: see `layout.LayerLayout.tensors`; None
             where the layout has no such tensor.
         backend, activation: how it is computed, see `kernels.linear`; no part of what is stored.
+        group: layers it is computed with, see `groups.fuse_layers`.
     """
 
     backend = "auto"
     activation = "float"
+    group: "Group | None" = None
 
     scales: nn.Parameter
     rot_in: nn.Parameter | None
@@ -105,6 +118,8 @@ class LRQLinear(nn.Linear):
     ) -> "LRQLinear":
         """A layer of random codes, scales and factors, with outputs about as large as the inputs: for benchmarks.
 
+        As in compressed models, layers of one input width share rot_in (those of one seed here).
+
         Args:
             in_features, out_features, bias, layout, dtype: see the class.
             seed: of everything; the global random state is not touched.
@@ -114,7 +129,8 @@ class LRQLinear(nn.Linear):
         for name, parameter in layer.named_parameters():
             data = parameter.data
             if name in ("rot_in", "rot_out"):
-                data.copy_(torch.randint(0, 2, data.shape, generator=generator) * 2 - 1)
+                own = torch.Generator().manual_seed(seed) if name == "rot_in" else generator
+                data.copy_(torch.randint(0, 2, data.shape, generator=own) * 2 - 1)
             elif name.endswith("_scale"):  # A product of codes up to 127 in both factors.
                 data.fill_((127 * in_features) ** -0.5 / 8)
             elif not data.is_floating_point():
@@ -169,6 +185,15 @@ class LRQLinear(nn.Linear):
                 f"LRQLinear({self.in_features}, {self.out_features}) is on {self.weight.device}, the input on "
                 f"{x.device}. Move one of them with .to()."
             )
+        if self.group is not None:
+            if self.rot_in is not None and self.rot_in.requires_grad:
+                self.group.dissolve()  # It shares this tensor, and would train one that belongs to others.
+            elif (y := self.group.output(self, x, adapt is not None)) is not None:
+                return y
+        return linear(x, self.operands(adapt), self.backend, self.activation)
+
+    def operands(self, adapt: Callable[[Tensor, Tensor], Pair] | None = None) -> Operands:
+        """What the layer is computed from; for `adapt` see `forward`."""
         L: Tensor | None = self.lr_L
         R: Tensor | None = self.lr_R
         L_scale, R_scale = self.lr_L_scale, self.lr_R_scale
@@ -176,29 +201,14 @@ class LRQLinear(nn.Linear):
             # One product with all ranks, as floats, needs the rotations only once.
             L, R = self.low_rank() if adapt is None else adapt(*self.low_rank())
             L_scale = R_scale = None
-        return linear(
-            x,
-            self.weight,
-            self.scales,
-            self.rot_in,
-            self.rot_out,
-            L,
-            R,
-            L_scale,
-            R_scale,
-            self.bias,
-            self.layout.codebook,
-            self.layout.group_size,
-            self.layout.rotation_block,
-            self.backend,
-            self.activation,
-        )
+        tensors = (self.weight, self.scales, self.rot_in, self.rot_out, L, R, L_scale, R_scale, self.bias)
+        layout = self.layout
+        return Operands(*tensors, layout.codebook, layout.group_size, layout.rotation_block)
 
     def runs_on(self, dtype: torch.dtype = torch.float32) -> str:
         """The backend that computes this layer for inputs of `dtype`, or "torch" and why it is not a faster one."""
         x = torch.empty(1, self.in_features, dtype=dtype, device=self.weight.device)
-        L, R = (self.lr_L, self.lr_R) if self.ft_L is None else self.low_rank()
-        return explain(x, self.weight, self.scales, L, R, self.layout.codebook, self.backend, self.activation)
+        return explain(x, self.operands(), self.backend, self.activation)
 
     @torch.no_grad()
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:

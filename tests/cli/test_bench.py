@@ -65,7 +65,7 @@ def test_a_random_model_is_whole(rng_untouched: None) -> None:
         assert torch.isfinite(model(torch.arange(4).unsqueeze(0)).logits).all()
 
 
-@pytest.mark.parametrize(("name", "activation"), [("compressed", "float"), ("compressed, int8 inputs", "int8")])
+@pytest.mark.parametrize(("name", "activation"), [("compressed", "float"), ("compressed, fused, int8 inputs", "int8")])
 def test_a_compressed_model_writes(name: str, activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = set()
     forward = LRQLinear.forward

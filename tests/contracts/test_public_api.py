@@ -29,6 +29,7 @@ PUBLIC = [
     "compress_matrix",
     "compress_pretrained",
     "evaluate",
+    "fuse_layers",
     "precondition",
     "proxy_loss",
     "recover",
@@ -37,6 +38,7 @@ PUBLIC = [
     "riemannian_param_groups",
     "save",
     "trainer_optimizer",
+    "unfuse_layers",
 ]
 
 

@@ -50,7 +50,7 @@ def run_block(block: Block, folder: Path) -> subprocess.CompletedProcess[str]:
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        command_for(block), cwd=folder, env=env, capture_output=True, text=True, timeout=600, check=False
+        command_for(block), cwd=folder, env=env, capture_output=True, text=True, timeout=1200, check=False
     )
 
 

@@ -23,16 +23,16 @@ class Fake:
     def status(self):
         return "fake"
 
-    def declines(self, x, weight, scales, L, R, codebook, activation):
+    def declines(self, x, layer, activation):
         return self.reason
 
     def decode_rows(self, *arguments):
         return None
 
-    def lrq_linear(self, x, weight, scales, *rest):
+    def lrq_linear(self, x, layer, activation):
         self.calls += 1
-        self.activation = rest[-1]
-        return x.new_ones(*x.shape[:-1], scales.shape[0])
+        self.activation = activation
+        return x.new_ones(*x.shape[:-1], layer.out_features)
 
 
 @pytest.fixture

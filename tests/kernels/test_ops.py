@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_lrq.decomposition import compress_matrix
-from hf_lrq.kernels import hadamard, linear
+from hf_lrq.kernels import Operands, hadamard, linear
 from hf_lrq.layout import LayerLayout
 from hf_lrq.nn import LRQLinear
 from hf_lrq.spec import LayerSpec
@@ -79,6 +79,10 @@ def test_under_autocast_it_is_a_linear_layer_like_others(variant):
     assert torch.equal(y, layer(x.bfloat16()))
     y.sum().backward()
     assert x.grad.dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        exact = x.detach().double()
+        assert torch.equal(layer(exact), layer.double()(exact))
+        assert torch.nn.Linear(40, 24).double()(exact).dtype == torch.float64
 
 
 def test_a_transform_outlives_the_mode_it_was_first_used_in():
@@ -198,7 +202,7 @@ def test_codes_of_another_codebook_are_refused(backend):
     layer, generator = make({"codebook": "bt"})
     x = torch.randn(2, 40, generator=generator)
     with pytest.raises(ValueError, match="'bt4'"):
-        linear(x, layer.weight, layer.scales, *[None] * 7, "bt4", 128, 256, backend)
+        linear(x, Operands(layer.weight, layer.scales, *[None] * 7, "bt4", 128, 256), backend)
 
 
 @pytest.mark.parametrize("tokens", [4, 600])

@@ -21,7 +21,7 @@ from hf_lrq.codebooks import get_codebook
 from hf_lrq.errors import LRQError, SpecError
 from hf_lrq.kernels import status
 from hf_lrq.layout import LayerLayout
-from hf_lrq.nn import LRQLinear
+from hf_lrq.nn import LRQLinear, fuse_layers
 
 # Models people know, by their widths: (layers, hidden, intermediate, heads, key-value heads, vocabulary, tied head).
 SHAPES = {
@@ -78,7 +78,7 @@ def run(options: GenerateOptions) -> None:
     get_codebook(options.codebook)
     device = chosen_device(options.device)
     say(f"{options.shape}: random weights, bfloat16, {device}: {status(device)}; torch {torch.__version__}")
-    names = ["bf16", "compressed", "compressed, int8 inputs", *(["bitsandbytes NF4"] if options.with_peers else [])]
+    names = [name for name, kind in _kinds(options).items() if options.with_peers or not kind.peer]
     runs = [_in_own_process(name, options) for name in names]
     if options.as_json:
         print_json({"options": asdict(options), "runs": [asdict(each) for each in runs]})
@@ -135,7 +135,10 @@ def _work(name: str, options: GenerateOptions, sender: Any) -> None:
 
 def measure(name: str, options: GenerateOptions, device: torch.device) -> Run:
     """Build a model and let it write."""
-    model = random_model(options.shape, _makers(options)[name], device)
+    kind = _kinds(options)[name]
+    model = random_model(options.shape, kind.make, device)
+    if kind.fused:
+        fuse_layers(model)
     if options.compiled:
         model.forward = torch.compile(model.forward, mode="reduce-overhead" if device.type == "cuda" else None)
     vocabulary = model.config.vocab_size
@@ -177,8 +180,23 @@ class _Clock(BaseStreamer):
         """Nothing is left to do."""
 
 
-def _makers(options: GenerateOptions) -> dict[str, Callable[[nn.Linear], nn.Module]]:
-    """Name of a model -> what takes the place of each linear layer, which is on the meta device."""
+@dataclass(frozen=True)
+class _Kind:
+    """A kind of model.
+
+    Attributes:
+        make: what takes the place of a linear layer, which is on the meta device.
+        fused: whether layers of one input are computed together.
+        peer: whether somebody else computes it.
+    """
+
+    make: Callable[[nn.Linear], nn.Module]
+    fused: bool = False
+    peer: bool = False
+
+
+def _kinds(options: GenerateOptions) -> dict[str, _Kind]:
+    """Name of a model -> how it is made."""
     layout = LayerLayout(codebook=options.codebook, rank=options.rank, factor_bits=options.factor_bits)
 
     def compressed(activation: str) -> Callable[[nn.Linear], nn.Module]:
@@ -196,10 +214,11 @@ def _makers(options: GenerateOptions) -> dict[str, Callable[[nn.Linear], nn.Modu
         return found[0]()
 
     return {
-        "bf16": _random_linear,
-        "compressed": compressed("float"),
-        "compressed, int8 inputs": compressed("int8"),
-        "bitsandbytes NF4": nf4,
+        "bf16": _Kind(_random_linear),
+        "compressed": _Kind(compressed("float")),
+        "compressed, fused": _Kind(compressed("float"), fused=True),
+        "compressed, fused, int8 inputs": _Kind(compressed("int8"), fused=True),
+        "bitsandbytes NF4": _Kind(nf4, peer=True),
     }
 
 

@@ -5,11 +5,14 @@ tier; CC names the compiler and HF_LRQ_CACHE the directory of the compiled libra
 ~/.cache/hf_lrq). Where they cannot run, a warning says why, once, and torch computes the layers.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from hf_lrq.kernels.cpu import linear, paths, selfcheck
 from hf_lrq.kernels.cpu.library import Library, Loader
+from hf_lrq.kernels.operands import Operands
 
 _loader = Loader(selfcheck.fault)
 
@@ -26,11 +29,9 @@ def status() -> str:
     return f"torch (CPU kernels are off: {found})" if isinstance(found, str) else f"C kernels ({found.tier_name})"
 
 
-def declines(
-    x: Tensor, weight: Tensor, scales: Tensor, L: Tensor | None, R: Tensor | None, codebook: str, activation: str
-) -> str | None:
+def declines(x: Tensor, layer: Operands, activation: str) -> str | None:
     """Why the kernels do not take this call, None if they do."""
-    return linear.declines(x, weight, scales, L, R, codebook, activation)
+    return linear.declines(x, layer, activation)
 
 
 def _library() -> Library:
@@ -40,25 +41,14 @@ def _library() -> Library:
     return found
 
 
-def lrq_linear(
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor,
-    rot_in: Tensor | None,
-    rot_out: Tensor | None,
-    L: Tensor | None,
-    R: Tensor | None,
-    L_scale: Tensor | None,
-    R_scale: Tensor | None,
-    bias: Tensor | None,
-    codebook: str,
-    group_size: int,
-    block: int,
-    activation: str,
-) -> Tensor:
+def lrq_linear(x: Tensor, layer: Operands, activation: str) -> Tensor:
     """`reference.lrq_linear`; for calls that `declines` has nothing against."""
-    tensors = (x, weight, scales, rot_in, rot_out, L, R, L_scale, R_scale, bias)
-    return linear.lrq_linear(_library(), *tensors, codebook, group_size, block, activation)
+    return linear.lrq_linear_group(_library(), x, [layer], activation)
+
+
+def lrq_linear_group(x: Tensor, layers: Sequence[Operands], activation: str) -> Tensor:
+    """`dispatch.lrq_linear_group`; for layers that `declines` has nothing against."""
+    return linear.lrq_linear_group(_library(), x, layers, activation)
 
 
 def decode_rows(

@@ -23,7 +23,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "hf_lrq_limit_isa": (ctypes.c_int32, (ctypes.c_int32,)),
     "hf_lrq_tier": (ctypes.c_int32, ()),
     "hf_lrq_call_size": (ctypes.c_int64, ()),
-    "hf_lrq_linear": (ctypes.c_int32, (ctypes.c_char_p,)),
+    "hf_lrq_linear": (ctypes.c_int32, (ctypes.c_char_p, ctypes.c_int64)),
     "hf_lrq_decode": (None, (*[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 8, ctypes.c_double)),
     "hf_lrq_decode_uniform": (None, (*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 8, ctypes.c_double)),
     "hf_lrq_viterbi_table_words": (ctypes.c_int64, (ctypes.c_int32,)),

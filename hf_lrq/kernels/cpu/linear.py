@@ -1,7 +1,9 @@
-"""A compressed layer as one call of the compiled library."""
+"""Compressed layers as one call of the compiled library."""
 
 import struct
-from functools import cache
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from hf_lrq.codebooks import get_codebook
 from hf_lrq.codebooks.scalar import Uniform
 from hf_lrq.kernels.cpu import uniform
 from hf_lrq.kernels.cpu.library import KINDS, Library
+from hf_lrq.kernels.operands import Operands
 from hf_lrq.kernels.reference import hadamard
 from hf_lrq.layout import hadamard_block
 from hf_lrq.matrices import dense_factor
@@ -34,7 +37,8 @@ TILE_ROWS = 1024
 SURELY_FEW = 8
 ONE_GROUP = 1 << 30  # columns; a multiple of whatever a kernel takes at a time
 
-_RECORD = struct.Struct("=34qd")  # `Call` of layer.c
+# The two halves of `Call` of layer.c.
+_RUN, _LAYER = struct.Struct("=10q"), struct.Struct("=25qd")
 
 
 @cache
@@ -47,92 +51,143 @@ def _format(codebook: str) -> tuple[int, int, int, int, float]:
     return FAMILIES[book.family], book.bits, first, rest[0] if rest else 0, book.gain  # type: ignore[attr-defined]
 
 
-def declines(
-    x: Tensor, weight: Tensor, scales: Tensor, L: Tensor | None, R: Tensor | None, codebook: str, activation: str
-) -> str | None:
+def declines(x: Tensor, layer: Operands, activation: str) -> str | None:
     """Why the library does not take this call, None if it does."""
+    weight, scales = layer.weight, layer.scales
+    if not (x.is_cpu and weight.is_cpu):
+        return f"x is on {x.device} and weight on {weight.device}, the kernels are for the CPU"
+    factors = tuple(factor.dtype for factor in (layer.L, layer.R) if factor is not None)
+    return _declines(
+        layer.codebook, x.dtype, x.shape[-1], weight.dtype, weight.shape, scales.dtype, scales.shape, factors
+    )
+
+
+@lru_cache(maxsize=1024)
+def _declines(
+    codebook: str,
+    dtype: torch.dtype,
+    columns: int,
+    weight_dtype: torch.dtype,
+    weight_shape: torch.Size,
+    scales_dtype: torch.dtype,
+    scales_shape: torch.Size,
+    factor_dtypes: tuple[torch.dtype, ...],
+) -> str | None:
     if codebook not in CODEBOOKS:
         return f"no CPU kernel for codebook {codebook!r}"
-    if x.device.type != "cpu" or weight.device.type != "cpu":
-        return f"x is on {x.device} and weight on {weight.device}, the kernels are for the CPU"
-    if x.dtype not in DIGITS:
-        return f"no CPU kernel for x of {x.dtype}"
-    columns, rows = x.shape[-1], scales.shape[0]
+    if dtype not in DIGITS:
+        return f"no CPU kernel for x of {dtype}"
     if columns > MOST_COLUMNS.get(codebook, columns):
         return f"{columns} columns are more than the {MOST_COLUMNS[codebook]} whose sums fit into 32 bits"
-    if scales.ndim > 1 + get_codebook(codebook).grouped or scales.dtype not in DIGITS or weight.dtype != torch.uint8:
-        return f"codes of {weight.dtype} with scales of {scales.dtype} {list(scales.shape)}"
-    if weight.shape != get_codebook(codebook).packed_shape(rows, columns):
-        return f"codes of shape {list(weight.shape)} do not belong to a [{rows}, {columns}] matrix"
-    for factor in (L, R):
-        if factor is not None and factor.dtype not in KINDS:
-            return f"no CPU kernel for factors of {factor.dtype}"
+    grouped = get_codebook(codebook).grouped
+    if len(scales_shape) > 1 + grouped or scales_dtype not in DIGITS or weight_dtype != torch.uint8:
+        return f"codes of {weight_dtype} with scales of {scales_dtype} {list(scales_shape)}"
+    rows = scales_shape[0]
+    if weight_shape != get_codebook(codebook).packed_shape(rows, columns):
+        return f"codes of shape {list(weight_shape)} do not belong to a [{rows}, {columns}] matrix"
+    for factor_dtype in factor_dtypes:
+        if factor_dtype not in KINDS:
+            return f"no CPU kernel for factors of {factor_dtype}"
     return None
 
 
-def lrq_linear(
-    library: Library,
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor,
-    rot_in: Tensor | None,
-    rot_out: Tensor | None,
-    L: Tensor | None,
-    R: Tensor | None,
-    L_scale: Tensor | None,
-    R_scale: Tensor | None,
-    bias: Tensor | None,
-    codebook: str,
-    group_size: int,
-    block: int,
-    activation: str,
-) -> Tensor:
-    """`reference.lrq_linear` by the library, for a call that `declines` has nothing against."""
-    columns, rows = x.shape[-1], scales.shape[0]
+def lrq_linear_group(library: Library, x: Tensor, layers: Sequence[Operands], activation: str) -> Tensor:
+    """`dispatch.lrq_linear_group` by the library, for layers that `declines` has nothing against."""
+    columns, dtype, codebook = x.shape[-1], x.dtype, layers[0].codebook
     tokens = x.reshape(-1, columns)
+    count = tokens.shape[0]
     if tokens.stride(1) != 1:
         tokens = tokens.contiguous()
+    prepared = [_prepared(layer, columns) for layer in layers]
+    rows = sum(each.rows for each in prepared)
     y = new_output(x, rows)
     if y.numel() == 0:
         return y
-    rank = 0
-    if L is not None and R is not None:
-        rank = L.shape[1] if L_scale is None else L_scale.shape[0]
-        _expect(L, rows, (rank + 1) // 2 if L.dtype == torch.uint8 else rank)
-        _expect(R, (rank + 1) // 2 if R.dtype == torch.uint8 else rank, columns)
-    groups = 1 if scales.ndim == 1 else -(-columns // group_size)
-    _expect(scales, *(rows, groups)[: scales.ndim])
-    many = tokens.shape[0] >= SURELY_FEW and tokens.shape[0] >= many_tokens(library, codebook, x.dtype)
-    if many:
-        factors = (L, R, L_scale, R_scale)
-        return by_matrix_products(
-            library, tokens, weight, scales, rot_in, rot_out, factors, bias, codebook, group_size, block
-        ).view(y.shape)
-    # Copies of what is not contiguous have to live until the call returns.
-    held = [_readable(t) for t in (weight, scales, rot_in, rot_out, L, L_scale, R, R_scale, bias)]
-    weight_at, scales_at, rot_in_at, rot_out_at, L_at, L_scale_at, R_at, R_scale_at, bias_at = map(_place, held)
-    for vector, size in ((rot_in, columns), (rot_out, rows), (bias, rows), (L_scale, rank), (R_scale, rank)):
-        if vector is not None:
-            _expect(vector, size)
-    family, bits, first, second, gain = _format(codebook)
-    if codebook in UNIFORM:
-        first, second = group_size if groups > 1 else ONE_GROUP, groups
+    if count >= SURELY_FEW and count >= many_tokens(library, codebook, dtype):
+        z = _rotated(tokens, layers[0].rot_in, layers[0].block)
+        parts = [by_matrix_products(library, z, layer) for layer in layers]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).view(y.shape)
     blocked = activation == "int8"
-    record = _RECORD.pack(
-        *(tokens.data_ptr(), tokens.stride(0), KINDS[x.dtype], y.data_ptr()),
-        *(tokens.shape[0], columns, rows),
-        *(weight_at[0], family, bits, first, second),
-        *scales_at,
-        *(*rot_in_at, hadamard_block(columns, block), *rot_out_at, hadamard_block(rows, block)),
-        *(*L_at, *L_scale_at, *R_at, *R_scale_at, rank),
-        *bias_at,
-        *(1 if blocked else DIGITS[x.dtype], blocked),
-        _useful_threads(tokens.shape[0] * columns * rows),
+    digits = 1 if blocked else DIGITS[dtype]
+    given = (tokens.data_ptr(), tokens.stride(0), KINDS[dtype])
+    how = (count, columns, digits, blocked, _useful_threads(count * columns * rows))
+    records, y_at = [], y.data_ptr()
+    for each in prepared:
+        records.append(_RUN.pack(*given, y_at, rows, *how) + each.record)
+        y_at += each.rows * y.element_size()
+    if library.linear(b"".join(records), len(records)):
+        raise MemoryError(f"no memory for a compressed layer of [{rows}, {columns}] and {count} tokens.")
+    return y
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    """A layer as the library takes it.
+
+    Attributes:
+        record: the part of `Call` that is the layer's.
+        rows: of the layer.
+        copies: tensors that the record points to and nobody else holds.
+    """
+
+    record: bytes
+    rows: int
+    copies: tuple[Tensor, ...] = ()
+
+
+# What was prepared earlier, by all that it depends on. Small layers take longer to describe than to compute.
+_known: dict[Hashable, _Prepared] = {}
+_MOST_KNOWN = 1 << 16
+
+
+def _prepared(layer: Operands, columns: int) -> _Prepared:
+    tensors = layer.tensors
+    key = (
+        layer.codebook,
+        layer.group_size,
+        layer.block,
+        columns,
+        *[None if t is None else (t.data_ptr(), t.dtype, t.shape, t.is_cpu and t.is_contiguous()) for t in tensors],
+    )
+    found = _known.get(key)
+    if found is not None:
+        return found
+    prepared = _prepare(layer, columns)
+    if not prepared.copies:
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        _known[key] = prepared
+    return prepared
+
+
+def _prepare(layer: Operands, columns: int) -> _Prepared:
+    """Checks all that the library believes."""
+    rows, rank = layer.out_features, 0
+    if layer.L is not None and layer.R is not None:
+        rank = layer.rank
+        _expect(layer.L, rows, (rank + 1) // 2 if layer.L.dtype == torch.uint8 else rank)
+        _expect(layer.R, (rank + 1) // 2 if layer.R.dtype == torch.uint8 else rank, columns)
+    groups = 1 if layer.scales.ndim == 1 else -(-columns // layer.group_size)
+    _expect(layer.scales, *(rows, groups)[: layer.scales.ndim])
+    sizes = {"rot_in": columns, "rot_out": rows, "bias": rows, "L_scale": rank, "R_scale": rank}
+    for name, size in sizes.items():
+        if (vector := getattr(layer, name)) is not None:
+            _expect(vector, size)
+    readable = [_readable(tensor) for tensor in layer.tensors]
+    weight, scales, rot_in, rot_out, L, R, L_scale, R_scale, bias = map(_place, readable)
+    family, bits, first, second, gain = _format(layer.codebook)
+    if layer.codebook in UNIFORM:
+        first, second = layer.group_size if groups > 1 else ONE_GROUP, groups
+    record = _LAYER.pack(
+        *(rows, weight[0], family, bits, first, second),
+        *scales,
+        *(*rot_in, hadamard_block(columns, layer.block), *rot_out, hadamard_block(rows, layer.block)),
+        *(*L, *L_scale, *R, *R_scale, rank),
+        *bias,
         gain,
     )
-    if library.linear(record):
-        raise MemoryError(f"no memory for a compressed layer of [{rows}, {columns}] and {tokens.shape[0]} tokens.")
-    return y
+    copies = [own for own, given in zip(readable, layer.tensors, strict=True) if own is not None and own is not given]
+    return _Prepared(record, rows, tuple(copies))
 
 
 def many_tokens(library: Library, codebook: str, dtype: torch.dtype) -> int:
@@ -141,46 +196,39 @@ def many_tokens(library: Library, codebook: str, dtype: torch.dtype) -> int:
     return min(found, MANY_TOKENS_TCQ) if codebook.startswith("tcq") else found
 
 
+def _rotated(x: Tensor, rot_in: Tensor | None, block: int) -> Tensor:
+    return x if rot_in is None else hadamard(x * rot_in.to(x.dtype), block)
+
+
 @torch.no_grad()
-def by_matrix_products(
-    library: Library,
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor,
-    rot_in: Tensor | None,
-    rot_out: Tensor | None,
-    factors: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
-    bias: Tensor | None,
-    codebook: str,
-    group_size: int,
-    block: int,
-) -> Tensor:
-    """The layer for many tokens [n, in]: rows of Q, some at a time, are decoded to the dtype of x and multiplied."""
-    dtype, columns, rows = x.dtype, x.shape[1], scales.shape[0]
-    z = x if rot_in is None else hadamard(x * rot_in.to(dtype), block)
-    y = x.new_empty(x.shape[0], rows)
+def by_matrix_products(library: Library, z: Tensor, layer: Operands) -> Tensor:
+    """The layer for many transformed tokens [n, in]: rows of Q, some at a time, are decoded to their dtype."""
+    dtype, columns, rows, scales = z.dtype, z.shape[1], layer.out_features, layer.scales
+    y = z.new_empty(z.shape[0], rows)
     tile = torch.empty(min(TILE_ROWS, rows), columns, dtype=dtype)
-    gain = _format(codebook)[4]
+    gain = _format(layer.codebook)[4]
     # In bfloat16 the integers of bt2 are exact, their multiples are not; in float16 sums without scales may overflow.
     after = dtype == torch.bfloat16
     for start in range(0, rows, TILE_ROWS):
         stop = min(start + TILE_ROWS, rows)
-        if codebook in UNIFORM:
+        if layer.codebook in UNIFORM:
             threads = _useful_threads(16 * columns * (stop - start))
-            parts = (weight, codebook, columns, start, stop, dtype, threads, scales, group_size, tile)
-            y[:, start:stop] = z @ uniform.decode(library, *parts).T
+            scaled = (scales, layer.group_size, tile)
+            Q = uniform.decode(library, layer.weight, layer.codebook, columns, start, stop, dtype, threads, *scaled)
+            y[:, start:stop] = z @ Q.T
             continue
-        Q = decode(library, weight, codebook, columns, start, stop, dtype, 1.0 if after else gain, tile)
+        factor = 1.0 if after else gain
+        Q = decode(library, layer.weight, layer.codebook, columns, start, stop, dtype, factor, tile)
         if after:
             y[:, start:stop] = (z @ Q.T) * (scales[start:stop].float() * gain).to(dtype)
         else:
             y[:, start:stop] = z @ Q.mul_(scales[start:stop, None]).T
-    L, R, L_scale, R_scale = factors
-    if L is not None and R is not None:
-        y += (z @ dense_factor(R, R_scale, 0).to(dtype).T) @ dense_factor(L, L_scale, 1).to(dtype).T
-    if rot_out is not None:
-        y = hadamard(y, block) * rot_out.to(dtype)
-    return y if bias is None else y + bias.to(dtype)
+    if layer.L is not None and layer.R is not None:
+        right, left = dense_factor(layer.R, layer.R_scale, 0), dense_factor(layer.L, layer.L_scale, 1)
+        y += (z @ right.to(dtype).T) @ left.to(dtype).T
+    if layer.rot_out is not None:
+        y = hadamard(y, layer.block) * layer.rot_out.to(dtype)
+    return y if layer.bias is None else y + layer.bias.to(dtype)
 
 
 def decode_rows(

@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from hf_lrq.codebooks import Codebook, get_codebook
 from hf_lrq.kernels.cpu.library import Library
-from hf_lrq.kernels.cpu.linear import CODEBOOKS, decode_rows, lrq_linear
+from hf_lrq.kernels.cpu.linear import CODEBOOKS, decode_rows, lrq_linear_group
+from hf_lrq.kernels.operands import Operands
 from hf_lrq.matrices import expand_scales
 
 ROWS, RANK = 136, 3  # a block and a bit; whole blocks of 8 for the transforms
@@ -56,8 +57,8 @@ def _is_right(library: Library, book: Codebook, generator: torch.Generator) -> b
     H = _hadamard(8)
     for tokens in TOKENS:
         x = torch.randn(tokens, columns, **numbers)
-        factors = (L, R, None, None)
-        y = lrq_linear(library, x, weight, scales, rot_in, rot_out, *factors, None, book.name, GROUP_SIZE, 8, "float")
+        layer = Operands(weight, scales, rot_in, rot_out, L, R, None, None, None, book.name, GROUP_SIZE, 8)
+        y = lrq_linear_group(library, x, [layer], "float")
         z = ((x * rot_in).unflatten(1, (-1, 8)) @ H).flatten(1)
         expected = z @ (Q + L @ R).T
         expected = (expected.unflatten(1, (-1, 8)) @ H).flatten(1) * rot_out

@@ -6,7 +6,16 @@ from importlib.util import find_spec
 
 import torch
 
-__all__ = ["bit_viterbi", "declines", "decode_rows", "lrq_linear", "status", "unavailable", "viterbi"]
+__all__ = [
+    "bit_viterbi",
+    "declines",
+    "decode_rows",
+    "lrq_linear",
+    "lrq_linear_group",
+    "status",
+    "unavailable",
+    "viterbi",
+]
 
 OLDEST = (3, 6)  # Earlier compilers are not tested.
 OLDEST_DEVICE = (8, 0)  # The first with int8 tensor cores that Triton compiles for.
@@ -24,7 +33,7 @@ def _installed() -> str | None:
 
 if _installed() is None:
     from hf_lrq.kernels.triton.bit_viterbi import bit_viterbi
-    from hf_lrq.kernels.triton.linear import declines, decode_rows, lrq_linear
+    from hf_lrq.kernels.triton.linear import declines, decode_rows, lrq_linear, lrq_linear_group
     from hf_lrq.kernels.triton.viterbi import viterbi
 
 

@@ -19,6 +19,8 @@ from hf_lrq.kernels.triton.launches import DotLaunch, GemvLaunch
 from hf_lrq.kernels.triton.reduce import reduce_kernel
 
 GROUP = 256  # columns that share a scale of the activations
+REDUCED_ROWS = 128  # that a program of `reduce` computes at least
+MOST_LAYERS = 4  # in a group
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,16 +251,25 @@ def reduce(
     out: Tensor,
     *,
     assembly: bool,
+    ends: tuple[int, ...] = (),
 ) -> None:
-    """Fill out [tokens, rows] from partial sums; block: of the output transform, at most 256."""
+    """Fill out [tokens, rows] from partial sums.
+
+    Args:
+        block: of the output transform, at most 256.
+        ends: rows at which each layer of a group but the last ends, multiples of what a program computes. R and its
+            scales then have the ranks of all of them, L those of one.
+    """
     grouped = codes.scales.ndim == 2
-    rows = max(128, block)
+    rows = max(REDUCED_ROWS, block)
     splits = partials.codes.shape[0]
+    ranks = 0 if factors is None else factors.rank
+    first, second, third = (*ends, *[codes.rows] * (MOST_LAYERS - 1 - len(ends)))
     reduce_kernel[(-(-codes.rows // rows), len(out))](
         partials.codes, partials.factors, None if grouped else codes.scales, None if factors is None else factors.L,
         None if factors is None else factors.L_scale, None if factors is None else factors.R_scale, rot_out, bias, out,
         splits, splits, partials.vectors_per_token, len(out), codes.rows, codes.rows,
-        0 if factors is None else factors.rank, 0 if factors is None else factors.L.shape[1],
+        ranks, ranks // (len(ends) + 1), 0 if factors is None else factors.L.shape[1], first, second, third,
         codes.decoder.gain, LOG_BLOCK=_log_block(block), NIBBLES=factors is not None and _nibbles(factors.L),
         ROWS=rows, RANKS=32, ASM=assembly, num_warps=4,
     )  # fmt: skip

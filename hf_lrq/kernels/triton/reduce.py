@@ -22,12 +22,14 @@ def _load_left(left_ptr, row, rank_index, mask, stride, NIBBLES: tl.constexpr):
 @triton.jit
 def reduce_kernel(
     partial_ptr, factor_partial_ptr, scales_ptr, left_ptr, left_scale_ptr, right_scale_ptr, rot_ptr, bias_ptr, y_ptr,
-    splits, factor_splits, vectors_per_token, tokens, partial_rows, rows, rank, left_stride, gain,
+    splits, factor_splits, vectors_per_token, tokens, partial_rows, rows, ranks, rank, left_stride,
+    end_0, end_1, end_2, gain,
     LOG_BLOCK: tl.constexpr, NIBBLES: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of ROWS rows, tokens).
 
-    partial: [splits, tokens * vectors_per_token, partial_rows]; factor_partial: [factor_splits, tokens, rank].
+    partial: [splits, tokens * vectors_per_token, partial_rows]; factor_partial: [factor_splits, tokens, ranks], in
+    which each of up to four layers, which end at rows end_0, end_1, end_2 and `rows`, has `rank` of its own.
     """
     token = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -41,17 +43,20 @@ def reduce_kernel(
         y *= tl.load(scales_ptr + row, mask=inside, other=0.0).to(tl.float32)
     y *= gain
     if left_ptr is not None:
+        start_row = tl.program_id(0) * ROWS
+        layer = (start_row >= end_0).to(tl.int32) + (start_row >= end_1).to(tl.int32)
+        own = (layer + (start_row >= end_2).to(tl.int32)) * rank  # its first rank
         for start in range(0, rank, RANKS):
             index = start + tl.arange(0, RANKS)
             known = index < rank
             t = tl.zeros((RANKS,), tl.float32)
             for split in range(factor_splits):
-                place = factor_partial_ptr + (split * tokens + token) * rank + index
+                place = factor_partial_ptr + (split * tokens + token) * ranks + own + index
                 t += tl.load(place, mask=known, other=0.0)
             if left_scale_ptr is not None:
-                t *= tl.load(left_scale_ptr + index, mask=known, other=0.0).to(tl.float32)
+                t *= tl.load(left_scale_ptr + own + index, mask=known, other=0.0).to(tl.float32)
             if right_scale_ptr is not None:
-                t *= tl.load(right_scale_ptr + index, mask=known, other=0.0).to(tl.float32)
+                t *= tl.load(right_scale_ptr + own + index, mask=known, other=0.0).to(tl.float32)
             mask = inside[:, None] & known[None, :]
             left = _load_left(left_ptr, row[:, None], index[None, :], mask, left_stride, NIBBLES)
             y += tl.sum(left * t[None, :], axis=1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_lrq.codebooks import get_codebook
-from hf_lrq.kernels import cpu
+from hf_lrq.kernels import Operands, cpu
 from hf_lrq.kernels.cpu import build, library, linear, selfcheck
 
 Factors = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
@@ -121,10 +121,14 @@ class Layer:
 
     def __call__(self, x: torch.Tensor, activation: str = "float") -> torch.Tensor:
         """By the kernels."""
-        L, R, _, _ = self.factors
-        assert cpu.declines(x, self.weight, self.scales, L, R, self.codebook, activation) is None
+        assert cpu.declines(x, self.operands, activation) is None
+        return cpu.lrq_linear(x, self.operands, activation)
+
+    @property
+    def operands(self) -> Operands:
+        """As the kernels take them."""
         tensors = (self.weight, self.scales, self.rot_in, self.rot_out, *self.factors, self.bias)
-        return cpu.lrq_linear(x, *tensors, self.codebook, self.group_size, self.block, activation)
+        return Operands(*tensors, self.codebook, self.group_size, self.block)
 
     def plain(self, x: torch.Tensor, dtype: torch.dtype, columns: int) -> torch.Tensor:
         """By torch, all in `dtype`."""

@@ -177,16 +177,15 @@ def test_results_repeat_bit_by_bit_whatever_the_threads(tier, make_layer, genera
 
 def test_declines_says_why(kernels, make_layer):
     layer = make_layer(130, 48, form="float32")
-    L, R, _, _ = layer.factors
     x = torch.zeros(1, 48)
 
-    def reason(x=x, weight=layer.weight, scales=layer.scales, L=L, codebook="bt2"):
-        return cpu.declines(x, weight, scales, L, R, codebook, "float")
+    def reason(x=x, **other):
+        return cpu.declines(x, layer.operands._replace(**other), "float")
 
     assert reason() is None
     assert "codebook 'e8p2'" in reason(codebook="e8p2")
     assert "torch.float64" in reason(x=x.double())
-    assert "torch.float64" in reason(L=L.double())
+    assert "torch.float64" in reason(L=layer.operands.L.double())
     assert "do not belong to a [130, 80] matrix" in reason(x=torch.zeros(1, 80))
     assert "do not belong to a [300, 48] matrix" in reason(scales=torch.ones(300))
     assert "65537 columns" in reason(x=torch.zeros(1, 65537))
@@ -198,3 +197,17 @@ def test_a_vector_of_the_wrong_length_is_refused(kernels, make_layer):
     wrong = layer.__class__(**{**layer.__dict__, "bias": torch.zeros(129)})
     with pytest.raises(ValueError, match=r"shape \[129\] stands where the layer needs \[130\]"):
         wrong(torch.zeros(1, 48))
+
+
+def test_a_layer_whose_tensors_were_replaced_is_described_anew(kernels, make_layer):
+    layer = make_layer(130, 48, form="float32")
+    x = torch.randn(3, 48, generator=torch.Generator().manual_seed(0))
+    first = layer(x)
+    scales = layer.scales.clone()
+    layer.scales.data = 2 * scales.float()  # Elsewhere in memory, and of another dtype.
+    changed = layer(x)
+    assert not torch.equal(changed, first)
+    layer.scales.data = scales
+    assert torch.equal(layer(x), first)
+    layer.scales.mul_(2)  # In place.
+    torch.testing.assert_close(layer(x), changed)

@@ -104,9 +104,11 @@ class Layer:
         return self.values * self.gain * scales
 
 
-def random_layer(codebook: str, rows: int, columns: int, device: str, *, group_size: int = 128, ones: bool = False):
+def random_layer(
+    codebook: str, rows: int, columns: int, device: str, *, group_size: int = 128, ones: bool = False, seed: int = 0
+):
     """A layer of random codes; with scales 1 if `ones`."""
-    generator = torch.Generator().manual_seed(rows * 1000 + columns)
+    generator = torch.Generator().manual_seed(rows * 1000 + columns + seed)
     book: Any = codebooks.get_codebook(codebook)
     if book.family == "int":
         shape: tuple[int, ...] = (rows, -(-columns // 8), book.bits)

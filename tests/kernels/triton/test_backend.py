@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hf_lrq.kernels import Operands
 from hf_lrq.kernels import triton as backend
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -52,8 +53,12 @@ def test_importing_it_is_silent_and_touches_no_device():
 
 def declined(x=None, codebook="int4", activation="float"):
     x = torch.zeros(1, 16) if x is None else x
+    return backend.declines(x, zeros(codebook), activation)
+
+
+def zeros(codebook, device="cpu"):
     weight, scales = torch.zeros(4, 2, 4, dtype=torch.uint8), torch.ones(4, 1).half()
-    return backend.declines(x, weight, scales, None, None, codebook, activation)
+    return Operands(weight.to(device), scales.to(device), *[None] * 7, codebook, 128, 256)
 
 
 @pytest.mark.parametrize(
@@ -72,5 +77,4 @@ def test_calls_it_does_not_take(call, reason):
 @pytest.mark.gpu
 def test_on_a_gpu_it_takes_calls():
     assert backend.unavailable() is None
-    weight, scales = torch.zeros(4, 2, 4, dtype=torch.uint8).cuda(), torch.ones(4, 1).half().cuda()
-    assert backend.declines(torch.zeros(1, 16).cuda(), weight, scales, None, None, "int4", "float") is None
+    assert backend.declines(torch.zeros(1, 16).cuda(), zeros("int4", "cuda"), "float") is None

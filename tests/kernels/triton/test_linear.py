@@ -1,5 +1,6 @@
 """The operator against float64, and its integers exactly."""
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_lrq.errors import BackendError
+from hf_lrq.kernels import Operands
 from hf_lrq.kernels.reference import hadamard
-from hf_lrq.kernels.triton import decode_rows, layer, lrq_linear
+from hf_lrq.kernels.stacks import side_by_side
+from hf_lrq.kernels.triton import decode_rows, layer, lrq_linear, lrq_linear_group
 from hf_lrq.kernels.triton import linear as operator
 from hf_lrq.kernels.triton.decoders import decoder_for
 from hf_lrq.kernels.triton.gemv import gemv_kernel
@@ -120,10 +123,63 @@ def operands(made, rows, columns, tokens, dtype, device, *, rank=0, bits=16, rot
 
 
 def run(x, made, rot_in, rot_out, factors, bias, block, activation="float"):
+    return lrq_linear(x, layer_of(made, rot_in, rot_out, factors, bias, block), activation)
+
+
+def layer_of(made, rot_in, rot_out, factors, bias, block):
     factors = factors or (None,) * 4
-    return lrq_linear(
-        x, made.weight, made.scales, rot_in, rot_out, *factors, bias, made.codebook, made.group_size, block, activation
-    )
+    tensors = (made.weight, made.scales, rot_in, rot_out, *factors, bias)
+    return Operands(*tensors, made.codebook, made.group_size, block)
+
+
+GROUPS = [
+    # codebook, rows of each layer, columns, tokens, rank, factor bits, block
+    ("bt2", (256, 128, 128), 264, 1, 5, 16, 128),
+    ("int4", (512, 256), 40, 2, 6, 4, 256),
+    ("bt4", (128, 128, 128, 128), 40, 5, 3, 8, 128),
+    ("bt2", (512, 512), 40, 1, 0, 16, 512),
+]
+
+
+def joined(layers):
+    """The layers with their tensors one after the other, as `nn.fuse_layers` leaves them on a GPU."""
+    names = ("weight", "scales", "rot_out", "L", "R", "L_scale", "R_scale", "bias")
+    views = {
+        name: side_by_side([getattr(each, name) for each in layers])
+        for name in names
+        if getattr(layers[0], name) is not None
+    }
+    return [each._replace(**{name: views[name][i] for name in views}) for i, each in enumerate(layers)]
+
+
+@pytest.mark.parametrize("case", GROUPS, ids=str)
+def test_a_group_is_one_launch_and_as_exact_as_its_layers(case, device, make_layer, monkeypatch):
+    codebook, rows, columns, tokens, rank, bits, block = case
+    layers, expected = [], []
+    for i, count in enumerate(rows):
+        made = make_layer(codebook, count, columns, device, seed=i)
+        given = operands(made, count, columns, tokens, torch.float32, device, rank=rank, bits=bits)
+        x, rot_in, rot_out, factors, bias = given
+        rot_in = layers[0].rot_in if i else rot_in
+        # Every layer has other values than the ones before.
+        rot_out, bias = rot_out.roll(i), bias.roll(i)
+        factors = factors and tuple(None if t is None else t.roll(i, 0) for t in factors)
+        layers.append(layer_of(made, rot_in, rot_out, factors, bias, block))
+        expected.append(definition(x, made, rot_in, rot_out, factors, bias, block))
+    launches = []
+    for name in ("gemv", "dot", "reduce"):
+        original = getattr(layer, name)
+        counted = functools.partial(lambda name, f, *a, **k: launches.append(name) or f(*a, **k), name, original)
+        monkeypatch.setattr(layer, name, counted)
+    y = lrq_linear_group(x, joined(layers), "float")
+    assert launches == ["gemv" if tokens == 1 else "dot", "reduce"]
+    for part, one in zip(y.split(rows, -1), expected, strict=True):
+        assert relative(part, one) < 1e-6  # Three digits and sums in float32.
+    # Tensors that lie anywhere are computed one after the other.
+    launches.clear()
+    again = lrq_linear_group(x, layers, "float")
+    assert launches.count("reduce") == len(rows)
+    torch.testing.assert_close(again, y, rtol=0, atol=1e-5 * y.abs().max().item())
 
 
 CASES = [
@@ -271,7 +327,7 @@ def test_launches_depend_on_no_value(tokens, monkeypatch, make_layer):
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # the cached transform is no fake
         fake = [mode.from_tensor(t) for t in (x, made.weight, made.scales, rot_in, rot_out, *factors, bias)]
         for block in (256, 512):
-            y = lrq_linear(*fake, "bt2", 128, block, "float")
+            y = lrq_linear(fake[0], Operands(*fake[1:], "bt2", 128, block), "float")
             assert (y.shape, y.dtype) == ((tokens, 512), torch.float16)
 
 

@@ -1,4 +1,5 @@
-/* One compressed linear layer in one call: y = rot_out * H_out(scales * (Q z) + L (R z)) + bias, z = H_in(rot_in * x). */
+/* Compressed linear layers of one input in one call: y = rot_out * H_out(scales * (Q z) + L (R z)) + bias of each, with
+   z = H_in(rot_in * x) of all. */
 
 #include <math.h>
 #include <pthread.h>
@@ -13,15 +14,16 @@
 /* As Python packs it: 64-bit integers, then a double. Kinds are those of `floats.h`; pointers may be 0 where a tensor may
    be absent. */
 typedef struct {
-    int64_t x, x_stride, x_kind, y; /* x: [tokens] rows x_stride values apart; y: [tokens][out], of the same kind */
-    int64_t tokens, in_features, out_features;
+    int64_t x, x_stride, x_kind, y, y_stride; /* x, y: [tokens] rows so many values apart, of one kind */
+    int64_t tokens, in_features;
+    int64_t digits, blocks; /* of the activations, see `Planes` */
+    int64_t threads;
+    int64_t out_features; /* from here on what is the layer's own */
     int64_t codes, family, bits, multipliers[2]; /* of `int`, in their place: columns of a group, groups */
     int64_t scales, scales_kind;
     int64_t rot_in, rot_in_kind, block_in, rot_out, rot_out_kind, block_out;
     int64_t L, L_kind, L_scale, L_scale_kind, R, R_kind, R_scale, R_scale_kind, rank;
     int64_t bias, bias_kind;
-    int64_t digits, blocks; /* of the activations, see `Planes` */
-    int64_t threads;
     double gain;
 } Call;
 
@@ -33,15 +35,23 @@ enum { TOKENS_AT_A_TIME = 32, RANKS_OF_A_PART = 8, STRIP = 1024, ROWS_AT_A_TIME 
    Each stage needs the one before whole. */
 enum { PREPARE, LOW_RANK, ROWS, STAGES };
 
+/* One of the layers. */
 typedef struct {
     const Call *call;
+    int64_t padded_rank;
+    int64_t rows_of_part;        /* of y: whole Hadamard blocks and whole tiles */
+    int64_t parts[STAGES];       /* none of PREPARE */
+    float *t;                    /* R z, times both scales; see `place_of_t` */
+} Member;
+
+typedef struct {
+    const Call *call; /* what holds for all: the input, the codebook and how to run */
+    Member *members;
     Kernel kernel;
     uint32_t multipliers[2];
-    int64_t first_token, tokens, padded_in, padded_rank, padded_tokens;
-    int64_t rows_of_part; /* of y: whole Hadamard blocks and whole tiles */
+    int64_t first_token, tokens, padded_in, padded_tokens;
     Planes planes;
     float *z; /* [tokens][padded_in] */
-    float *t; /* R z, times both scales; see `place_of_t` */
     int64_t parts[STAGES];
     atomic_int_least64_t next, done[STAGES];
     atomic_int failed;
@@ -73,8 +83,9 @@ static void multiply_stored(float *v, int64_t vector, int64_t first, int64_t n, 
     multiply(v, scratch, n);
 }
 
-static int prepare(Run *run, int64_t token) {
+static int prepare(Run *run, const Member *member, int64_t token) {
     const Call *call = run->call;
+    (void)member;
     int64_t in = call->in_features;
     float *z = run->z + token * run->padded_in;
     int64_t scratch_size = larger(4 * run->planes.columns, in);
@@ -98,12 +109,13 @@ static float scalar(int64_t vector, int64_t at, int64_t kind) {
 }
 
 /* Few tokens: t[token][padded_rank], for sums along the ranks. More: t[rank][tokens, padded]. */
-static float *place_of_t(const Run *run, int64_t token, int64_t rank) {
-    return run->t + (run->tokens <= FEW_TOKENS ? token * run->padded_rank + rank : rank * run->padded_tokens + token);
+static float *place_of_t(const Run *run, const Member *member, int64_t token, int64_t rank) {
+    return member->t +
+           (run->tokens <= FEW_TOKENS ? token * member->padded_rank + rank : rank * run->padded_tokens + token);
 }
 
-static int low_rank(Run *run, int64_t part) {
-    const Call *call = run->call;
+static int low_rank(Run *run, const Member *member, int64_t part) {
+    const Call *call = member->call;
     int64_t in = call->in_features, first = part * RANKS_OF_A_PART, ranks = smaller(RANKS_OF_A_PART, call->rank - first);
     float *R = allocate((size_t)(ranks * STRIP + run->tokens * ranks) * sizeof *R), *sums = R + ranks * STRIP;
     if (!R) return -1;
@@ -122,18 +134,18 @@ static int low_rank(Run *run, int64_t part) {
         int64_t k = first + i;
         float scale = scalar(call->R_scale, k, call->R_scale_kind) * scalar(call->L_scale, k, call->L_scale_kind);
         for (int64_t token = 0; token < run->tokens; token++)
-            *place_of_t(run, token, k) = scale * sums[token * ranks + i];
+            *place_of_t(run, member, token, k) = scale * sums[token * ranks + i];
     }
     free(R);
     return 0;
 }
 
 /* y[token * stride + row] += (L t) for `count` rows from `start` on. */
-static int add_low_rank(const Run *run, float *y, int64_t stride, int64_t start, int64_t count) {
-    const Call *call = run->call;
+static int add_low_rank(const Run *run, const Member *member, float *y, int64_t stride, int64_t start, int64_t count) {
+    const Call *call = member->call;
     int64_t rank = call->rank, stored = call->L_kind == FOUR_BITS ? (rank + 1) / 2 * 2 : rank;
     int few = run->tokens <= FEW_TOKENS;
-    int64_t width = few ? run->padded_rank : rank;
+    int64_t width = few ? member->padded_rank : rank;
     float *L = allocate((size_t)(ROWS_AT_A_TIME * width) * sizeof *L);
     if (!L) return -1;
     for (int64_t first = 0; first < count; first += ROWS_AT_A_TIME) {
@@ -146,9 +158,9 @@ static int add_low_rank(const Run *run, float *y, int64_t stride, int64_t start,
                 hf_lrq_to_float(L + i * width, POINTER(call->L), (start + first + i) * stored, rank, (int)call->L_kind);
         }
         if (few)
-            hf_lrq_products(y + first, stride, L, width, rows, run->t, width, run->tokens, width);
+            hf_lrq_products(y + first, stride, L, width, rows, member->t, width, run->tokens, width);
         else
-            hf_lrq_expand(y + first, stride, L, rows, rank, run->t, run->padded_tokens, run->tokens);
+            hf_lrq_expand(y + first, stride, L, rows, rank, member->t, run->padded_tokens, run->tokens);
     }
     free(L);
     return 0;
@@ -176,8 +188,8 @@ static void quantized_rows(const Run *run, const uint8_t *codes, float *to, int6
     }
 }
 
-static int uniform_rows(const Run *run, float *y, int64_t stride, int64_t start, int64_t count) {
-    const Call *call = run->call;
+static int uniform_rows(const Run *run, const Member *member, float *y, int64_t stride, int64_t start, int64_t count) {
+    const Call *call = member->call;
     UniformMatrix matrix = {.codes = POINTER(call->codes),
                             .scales = POINTER(call->scales),
                             .scales_kind = (int)call->scales_kind,
@@ -188,9 +200,9 @@ static int uniform_rows(const Run *run, float *y, int64_t stride, int64_t start,
     return run->kernel.uniform(&run->planes, &matrix, y, stride, start, count);
 }
 
-static int rows(Run *run, int64_t part) {
-    const Call *call = run->call;
-    int64_t size = run->rows_of_part, start = part * size, count = smaller(size, call->out_features - start);
+static int rows(Run *run, const Member *member, int64_t part) {
+    const Call *call = member->call;
+    int64_t size = member->rows_of_part, start = part * size, count = smaller(size, call->out_features - start);
     float *y = allocate((size_t)(run->tokens * size + 3 * size) * sizeof *y);
     int32_t *acc = allocate((size_t)run->planes.padded_planes * TILE_ROWS * sizeof *acc);
     if (!y || !acc) {
@@ -200,7 +212,7 @@ static int rows(Run *run, int64_t part) {
     }
     float *scales = y + run->tokens * size, *rot = scales + size, *bias = rot + size;
     if (run->kernel.uniform) {
-        if (uniform_rows(run, y, size, start, count)) {
+        if (uniform_rows(run, member, y, size, start, count)) {
             free(y);
             free(acc);
             return -1;
@@ -221,7 +233,7 @@ static int rows(Run *run, int64_t part) {
         multiply(to, scales, count);
         for (int64_t i = 0; i < count; i++) to[i] *= scale;
     }
-    if (call->rank && add_low_rank(run, y, size, start, count)) {
+    if (call->rank && add_low_rank(run, member, y, size, start, count)) {
         free(y);
         free(acc);
         return -1;
@@ -235,7 +247,7 @@ static int rows(Run *run, int64_t part) {
             multiply(to, rot, count);
         }
         if (call->bias) add(to, bias, count);
-        hf_lrq_from_float((void *)(intptr_t)call->y, (run->first_token + token) * call->out_features + start, to, count,
+        hf_lrq_from_float((void *)(intptr_t)call->y, (run->first_token + token) * call->y_stride + start, to, count,
                           (int)call->x_kind);
     }
     free(y);
@@ -260,7 +272,7 @@ static void finish(Run *run, int stage) {
 }
 
 static void work(void *context) {
-    static int (*const STAGE[STAGES])(Run *, int64_t) = {prepare, low_rank, rows};
+    static int (*const STAGE[STAGES])(Run *, const Member *, int64_t) = {prepare, low_rank, rows};
     Run *run = context;
     for (;;) {
         int64_t part = atomic_fetch_add(&run->next, 1);
@@ -268,48 +280,67 @@ static void work(void *context) {
         while (stage < STAGES && part >= run->parts[stage]) part -= run->parts[stage++];
         if (stage == STAGES) return;
         for (int before = 0; before < stage; before++) await(run, before);
-        if (!atomic_load(&run->failed) && STAGE[stage](run, part)) atomic_store(&run->failed, 1);
+        const Member *member = run->members;
+        if (stage != PREPARE)
+            while (part >= member->parts[stage]) part -= member++->parts[stage];
+        if (!atomic_load(&run->failed) && STAGE[stage](run, member, part)) atomic_store(&run->failed, 1);
         finish(run, stage);
     }
 }
 
-static int run_tokens(const Call *call, int64_t first, int64_t tokens) {
-    Run run = {.call = call, .first_token = first, .tokens = tokens};
+static int init_member(Run *run, Member *member, const Call *call) {
+    member->call = call;
+    member->padded_rank = ceil_div(call->rank, RANK_PAD) * RANK_PAD;
+    member->rows_of_part = larger(TILE_ROWS, call->rot_out ? call->block_out : 1);
+    member->parts[LOW_RANK] = ceil_div(call->rank, RANKS_OF_A_PART);
+    member->parts[ROWS] = ceil_div(call->out_features, member->rows_of_part);
+    for (int stage = LOW_RANK; stage < STAGES; stage++) run->parts[stage] += member->parts[stage];
+    size_t size = (size_t)(run->padded_tokens * member->padded_rank) * sizeof *member->t;
+    member->t = allocate(size);
+    if (!member->t) return -1;
+    memset(member->t, 0, size);
+    return 0;
+}
+
+/* members: room for `count` of them. */
+static int run_tokens(const Call *calls, Member *members, int64_t count, int64_t first, int64_t tokens) {
+    const Call *call = calls;
+    Run run = {.call = call, .members = members, .first_token = first, .tokens = tokens};
     hf_lrq_kernel(&run.kernel, (int)call->family, (int)call->bits, call->multipliers[0], tokens * call->digits);
     run.multipliers[0] = (uint32_t)call->multipliers[0];
     run.multipliers[1] = (uint32_t)call->multipliers[1];
     int64_t tiles = ceil_div(call->in_features, TILE_COLUMNS);
     run.padded_in = tiles * TILE_COLUMNS;
-    run.padded_rank = ceil_div(call->rank, RANK_PAD) * RANK_PAD;
     run.padded_tokens = ceil_div(tokens, TOKEN_PAD) * TOKEN_PAD;
-    run.rows_of_part = larger(TILE_ROWS, call->rot_out ? call->block_out : 1);
+    run.parts[PREPARE] = tokens;
     if (hf_lrq_planes_init(&run.planes, &run.kernel, tokens, tiles, (int)call->digits, (int)call->blocks)) return -1;
     run.z = allocate((size_t)(tokens * run.padded_in) * sizeof *run.z);
-    run.t = allocate((size_t)(run.padded_tokens * run.padded_rank) * sizeof *run.t);
-    if (run.z && run.t) {
-        memset(run.t, 0, (size_t)(run.padded_tokens * run.padded_rank) * sizeof *run.t);
-        run.parts[PREPARE] = tokens;
-        run.parts[LOW_RANK] = ceil_div(call->rank, RANKS_OF_A_PART);
-        run.parts[ROWS] = ceil_div(call->out_features, run.rows_of_part);
+    int failed = !run.z;
+    for (int64_t i = 0; i < count; i++) failed |= init_member(&run, members + i, calls + i);
+    if (!failed) {
         pthread_mutex_init(&run.lock, NULL);
         pthread_cond_init(&run.whole, NULL);
         hf_lrq_run(work, &run, (int)smaller(call->threads, run.parts[ROWS]));
         pthread_cond_destroy(&run.whole);
         pthread_mutex_destroy(&run.lock);
-    } else {
-        run.failed = 1;
+        failed = atomic_load(&run.failed);
     }
+    for (int64_t i = 0; i < count; i++) free(members[i].t);
     free(run.z);
-    free(run.t);
     hf_lrq_planes_free(&run.planes);
-    return run.failed ? -1 : 0;
+    return failed ? -1 : 0;
 }
 
-/* record: a `Call`, not necessarily aligned. Returns 0, or -1 if memory ran out. */
-HF_LRQ_EXPORT int32_t hf_lrq_linear(const void *record) {
-    Call call;
-    memcpy(&call, record, sizeof call);
-    for (int64_t first = 0; first < call.tokens; first += TOKENS_AT_A_TIME)
-        if (run_tokens(&call, first, smaller(TOKENS_AT_A_TIME, call.tokens - first))) return -1;
-    return 0;
+/* records: `count` structures `Call` of layers with the same x, one after the other, not necessarily aligned. Returns 0,
+   or -1 if memory ran out. */
+HF_LRQ_EXPORT int32_t hf_lrq_linear(const void *records, int64_t count) {
+    Call *calls = malloc((size_t)count * (sizeof(Call) + sizeof(Member)));
+    if (!calls) return -1;
+    memcpy(calls, records, (size_t)count * sizeof *calls);
+    Member *members = (Member *)(calls + count);
+    int failed = 0;
+    for (int64_t first = 0; first < calls->tokens && !failed; first += TOKENS_AT_A_TIME)
+        failed = run_tokens(calls, members, count, first, smaller(TOKENS_AT_A_TIME, calls->tokens - first));
+    free(calls);
+    return failed ? -1 : 0;
 }

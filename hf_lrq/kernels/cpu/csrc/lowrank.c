@@ -3,7 +3,9 @@
 #include "lowrank.h"
 
 typedef float Vector __attribute__((vector_size(64), aligned(4)));
+typedef int32_t Words __attribute__((vector_size(64), aligned(4)));
 
+/* Adds in the same order as `add_sums_of_16`. */
 ALWAYS_INLINE float sum_of(const Vector *v) {
     float sum[16];
     memcpy(sum, v, sizeof sum);
@@ -12,19 +14,54 @@ ALWAYS_INLINE float sum_of(const Vector *v) {
     return sum[0];
 }
 
+#if defined(__clang__)
+#define PICK(A, B, ...) __builtin_shufflevector(A, B, __VA_ARGS__)
+#else
+#define PICK(A, B, ...) __builtin_shuffle(A, B, (Words){__VA_ARGS__})
+#endif
+/* A and B hold sums of parts, so many for a row; the halves of each row are added. */
+#define HALVES_OF_16(A, B)                                                                                             \
+    (PICK(A, B, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +                                              \
+     PICK(A, B, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
+#define HALVES_OF_8(A, B)                                                                                              \
+    (PICK(A, B, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +                                            \
+     PICK(A, B, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31))
+#define HALVES_OF_4(A, B)                                                                                              \
+    (PICK(A, B, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +                                            \
+     PICK(A, B, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31))
+#define HALVES_OF_2(A, B)                                                                                              \
+    (PICK(A, B, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +                                           \
+     PICK(A, B, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31))
+
+/* Adds the sum of each of 16 vectors, which are overwritten, to 16 numbers. */
+ALWAYS_INLINE void add_sums_of_16(float *to, Vector *v) {
+    UNROLL for (int i = 0; i < 8; i++) v[i] = HALVES_OF_16(v[2 * i], v[2 * i + 1]);
+    UNROLL for (int i = 0; i < 4; i++) v[i] = HALVES_OF_8(v[2 * i], v[2 * i + 1]);
+    UNROLL for (int i = 0; i < 2; i++) v[i] = HALVES_OF_4(v[2 * i], v[2 * i + 1]);
+    *(Vector *)to += HALVES_OF_2(v[0], v[1]);
+}
+
 /* A block of `rows` x `tokens` sums, constants to the compiler, that stay in registers. */
 ALWAYS_INLINE void block_of_products(float *out, int64_t out_stride, const float *a, int64_t a_stride, const float *b,
                                      int64_t b_stride, int64_t n, const int rows, const int tokens) {
-    Vector sum[4][4];
+    Vector sum[16][4];
     UNROLL for (int i = 0; i < rows; i++)
         UNROLL for (int j = 0; j < tokens; j++) sum[i][j] = (Vector){0};
     for (int64_t c = 0; c < n; c += 16) {
-        Vector left[4];
-        UNROLL for (int i = 0; i < rows; i++) left[i] = *(const Vector *)(a + i * a_stride + c);
-        UNROLL for (int j = 0; j < tokens; j++) {
-            Vector right = *(const Vector *)(b + j * b_stride + c);
-            UNROLL for (int i = 0; i < rows; i++) sum[i][j] += left[i] * right;
+        Vector right[4];
+        UNROLL for (int j = 0; j < tokens; j++) right[j] = *(const Vector *)(b + j * b_stride + c);
+        UNROLL for (int i = 0; i < rows; i++) {
+            Vector left = *(const Vector *)(a + i * a_stride + c);
+            UNROLL for (int j = 0; j < tokens; j++) sum[i][j] += left * right[j];
         }
+    }
+    if (rows == 16) {
+        UNROLL for (int j = 0; j < tokens; j++) {
+            Vector of_rows[16];
+            UNROLL for (int i = 0; i < 16; i++) of_rows[i] = sum[i][j];
+            add_sums_of_16(out + j * out_stride, of_rows);
+        }
+        return;
     }
     UNROLL for (int i = 0; i < rows; i++)
         UNROLL for (int j = 0; j < tokens; j++) out[j * out_stride + i] += sum_of(&sum[i][j]);
@@ -32,21 +69,26 @@ ALWAYS_INLINE void block_of_products(float *out, int64_t out_stride, const float
 
 ALWAYS_INLINE void hf_lrq_products_body(float *out, int64_t out_stride, const float *a, int64_t a_stride, int64_t rows,
                                         const float *b, int64_t b_stride, int64_t tokens, int64_t n) {
-    for (int64_t i = 0; i < rows; i += 4)
-        for (int64_t j = 0; j < tokens; j += 4) {
-            float *to = out + j * out_stride + i;
-            const float *left = a + i * a_stride, *right = b + j * b_stride;
-            if (rows - i >= 4 && tokens - j >= 4)
-                block_of_products(to, out_stride, left, a_stride, right, b_stride, n, 4, 4);
+#define BLOCK(ROWS, TOKENS)                                                                                            \
+    (block_of_products(out + j * out_stride + i, out_stride, a + i * a_stride, a_stride, b + j * b_stride, b_stride, n, \
+                       ROWS, TOKENS),                                                                                  \
+     i += ROWS)
+    for (int64_t j = 0, many; j < tokens; j += many) {
+        many = tokens - j >= 4 ? 4 : 1;
+        for (int64_t i = 0; i < rows;) {
+            if (many == 4 && rows - i >= 4)
+                BLOCK(4, 4);
+            else if (many == 4)
+                BLOCK(1, 4);
+            else if (rows - i >= 16)
+                BLOCK(16, 1);
             else if (rows - i >= 4)
-                for (int64_t k = 0; k < tokens - j; k++)
-                    block_of_products(to + k * out_stride, out_stride, left, a_stride, right + k * b_stride, b_stride, n, 4, 1);
+                BLOCK(4, 1);
             else
-                for (int64_t m = 0; m < rows - i; m++)
-                    for (int64_t k = 0; k < smaller(4, tokens - j); k++)
-                        block_of_products(to + k * out_stride + m, out_stride, left + m * a_stride, a_stride,
-                                          right + k * b_stride, b_stride, n, 1, 1);
+                BLOCK(1, 1);
         }
+    }
+#undef BLOCK
 }
 HF_LRQ_CLONES(, hf_lrq_products,
               (float *out, int64_t out_stride, const float *a, int64_t a_stride, int64_t rows, const float *b,

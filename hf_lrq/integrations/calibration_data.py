@@ -1,0 +1,52 @@
+"""The calibration data that a config asks for, tokenized for a model."""
+
+from collections.abc import Sized
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from hf_lrq.calibration.batches import Batch, make_batches
+from hf_lrq.errors import CalibrationError
+from hf_lrq.integrations.config import LRQConfig
+
+
+def calibration_batches(model: Any, config: LRQConfig) -> list[Batch]:
+    """The batches that the config asks for; texts are tokenized with its tokenizer, or with that of the model.
+
+    Raises:
+        CalibrationError: if there is no such data, or no tokenizer.
+    """
+    dataset, tokenizer = config.dataset, config.tokenizer
+    texts = isinstance(dataset, list | tuple) and any(isinstance(item, str) for item in dataset)
+    if texts or isinstance(dataset, str | Path):
+        if tokenizer is None:
+            tokenizer = model.config._name_or_path
+        if isinstance(tokenizer, str | Path):
+            tokenizer = _load_tokenizer(tokenizer)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return make_batches(
+        dataset,
+        tokenizer,
+        nsamples=config.nsamples,
+        seqlen=min(config.seqlen, longest) if isinstance(longest, int) and longest > 0 else config.seqlen,
+        batch_size=config.batch_size,
+        seed=config.seed,
+    )
+
+
+def _load_tokenizer(name: str | Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise CalibrationError(
+            f"calibration texts need a tokenizer, and {str(name)!r} has none that can be loaded "
+            f"({str(error).splitlines()[0]}). Pass tokenizer= to LRQConfig, or give token tensors as dataset."
+        ) from error
+
+
+def described(dataset: Any) -> str | None:
+    """What a report says about calibration data."""
+    if dataset is None or isinstance(dataset, str | Path):
+        return None if dataset is None else str(dataset)
+    return f"{len(dataset)} items given by the caller" if isinstance(dataset, Sized) else "given by the caller"

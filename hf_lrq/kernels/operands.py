@@ -1,0 +1,57 @@
+"""What a compressed layer is computed from, as one value."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Operands(NamedTuple):
+    """Stored tensors of one layer and how to read them, in the order of the operator's arguments.
+
+    See `layout.LayerLayout` for shapes and dtypes. L and R may also be floats of any dtype without scales.
+    """
+
+    weight: Tensor
+    scales: Tensor
+    rot_in: Tensor | None
+    rot_out: Tensor | None
+    L: Tensor | None
+    R: Tensor | None
+    L_scale: Tensor | None
+    R_scale: Tensor | None
+    bias: Tensor | None
+    codebook: str
+    group_size: int
+    block: int
+
+    @property
+    def out_features(self) -> int:
+        """Rows without padding."""
+        return self.scales.shape[0]
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All tensors, in order."""
+        tensors: tuple[Any, ...] = self[:TENSORS]
+        return tensors
+
+    @property
+    def rank(self) -> int:
+        """Ranks of L R."""
+        if self.R is None:
+            return 0
+        return self.R.shape[0] if self.R_scale is None else self.R_scale.shape[0]
+
+
+TENSORS = 9  # Fields that are tensors.
+
+
+def by_field(layers: Sequence[Operands]) -> tuple[list[Tensor | None], ...]:
+    """Fields of several layers of one format as the grouped operator takes them: a list for each that is a tensor."""
+    return tuple(list(field) for field in zip(*(layer.tensors for layer in layers), strict=True))
+
+
+def by_layer(fields: Sequence[Sequence[Tensor | None]], codebook: str, group_size: int, block: int) -> list[Operands]:
+    """Inverse of `by_field`."""
+    return [Operands._make((*tensors, codebook, group_size, block)) for tensors in zip(*fields, strict=True)]
