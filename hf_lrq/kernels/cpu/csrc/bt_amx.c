@@ -11,8 +11,8 @@
 #define SHUFFLES(table, j) _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table[j]))
 
 /* A block is 64 columns: a tile of P and one of Q, which meet the same integers. All rows are taken of a chunk of blocks
-   before the next one, so that its integers stay in the first cache. */
-enum { UNIT_ROWS = 16, UNIT_BYTES = 1024, CHUNK = 16, SLOT_BYTES = 3 * UNIT_BYTES };
+   before the next one, so that its codes and integers stay in the second cache. */
+enum { UNIT_ROWS = 16, UNIT_BYTES = 1024, CHUNK = 64, SLOT_BYTES = 3 * UNIT_BYTES };
 
 typedef struct {
     __m512i new_first[4], old_first[4], m1, m2;
@@ -54,7 +54,7 @@ typedef struct {
     int now;                    /* place in the ring of what comes next */
     Constants c;
     uint8_t *ring;
-    int32_t *sums; /* [row of the lanes][unit][plane][lane] */
+    int32_t *acc;
 } Job;
 
 /* P and Q of row `row` of the lanes and block k. Blocks beyond the end of the chunk are those of the rows to come, `rows`
@@ -83,9 +83,9 @@ AMX_TARGET ALWAYS_INLINE void build(uint8_t *to, const Job *job, int64_t k, int 
         _tile_loadd(REGISTER, SLOT(I) + (WHICH) * UNIT_BYTES, 64);                                                     \
     } while (0)
 #define INTEGERS(REGISTER, UNIT) _tile_loadd(REGISTER, job->x + ((UNIT) * job->blocks + k) * job->rows * 64, 64)
-#define SUMS(UNIT, ROW) (job->sums + ((ROW) * job->units + (UNIT)) * UNIT_ROWS * LANES)
-#define LOAD_SUMS(REGISTER, UNIT, ROW) _tile_loadd(REGISTER, SUMS(UNIT, ROW), LANES * sizeof(int32_t))
-#define STORE_SUMS(REGISTER, UNIT, ROW) _tile_stored(REGISTER, SUMS(UNIT, ROW), LANES * sizeof(int32_t))
+#define SUMS(UNIT, ROW) (job->acc + (UNIT) * job->rows * TILE_ROWS + (ROW) * LANES)
+#define LOAD_SUMS(REGISTER, UNIT, ROW) _tile_loadd(REGISTER, SUMS(UNIT, ROW), TILE_ROWS * sizeof(int32_t))
+#define STORE_SUMS(REGISTER, UNIT, ROW) _tile_stored(REGISTER, SUMS(UNIT, ROW), TILE_ROWS * sizeof(int32_t))
 
 /* Four rows of the lanes at a time. */
 AMX_TARGET ALWAYS_INLINE void one_unit(const Job *job, const int words) {
@@ -204,7 +204,6 @@ AMX_TARGET ALWAYS_INLINE void more_units(Job *job, const int words) {
 
 AMX_TARGET ALWAYS_INLINE void dot(DOT_PARAMETERS, const int words) {
     _Alignas(4096) uint8_t ring[4 * SLOT_BYTES];
-    _Alignas(64) int32_t sums[8 * 4 * UNIT_ROWS * LANES];
     int per_block = 4 / words, units = (planes + UNIT_ROWS - 1) / UNIT_ROWS;
     Job job = {.codes = codes - first_tile * 512 * words,
                .x = x_planes,
@@ -213,23 +212,24 @@ AMX_TARGET ALWAYS_INLINE void dot(DOT_PARAMETERS, const int words) {
                .units = units,
                .rows = planes / units,
                .ring = ring,
-               .sums = sums};
+               .acc = acc};
     job.c.m1 = _mm512_set1_epi32((int)multipliers[0]);
     job.c.m2 = _mm512_set1_epi32((int)multipliers[1]);
     UNROLL for (int j = 0; j < 4; j++) {
         job.c.new_first[j] = SHUFFLES(NEW_FIRST, j);
         job.c.old_first[j] = SHUFFLES(OLD_FIRST, j);
     }
-    memset(sums, 0, (size_t)(8 * units * UNIT_ROWS * LANES) * sizeof *sums);
     configure(job.rows);
     __asm__ volatile("" ::: "memory");
+    const int64_t start = first_tile / per_block;
+    const int rows = units == 1 ? 4 : units == 2 ? 2 : 1;
     job.end = ceil_div(first_tile + tiles, per_block);
-    for (job.to = first_tile / per_block; job.to < job.end;) {
-        int first = job.to == first_tile / per_block, rows = units == 1 ? 4 : units == 2 ? 2 : 1;
+    for (job.to = start; job.to < job.end;) {
         job.from = job.to;
         /* No chunk after another one is a single block, or two ahead could be two rows ahead. */
         job.to = job.end - job.from < CHUNK + 2 ? job.end : job.from + CHUNK;
-        for (int i = 0; first && i < 2; i++) build(ring + i * SLOT_BYTES, &job, job.from + i / smaller(rows, 2), i % rows, rows, words);
+        for (int i = 0; i < 2 && job.from == start; i++)
+            build(ring + i * SLOT_BYTES, &job, start + i / smaller(rows, 2), i % rows, rows, words);
         if (units == 1)
             one_unit(&job, words);
         else if (units == 2)
@@ -239,12 +239,6 @@ AMX_TARGET ALWAYS_INLINE void dot(DOT_PARAMETERS, const int words) {
     }
     __asm__ volatile("" ::: "memory");
     _tile_release();
-    for (int row = 0; row < 8; row++)
-        for (int plane = 0; plane < planes; plane++) {
-            const int32_t *from = sums + ((row * units + plane / job.rows) * UNIT_ROWS + plane % job.rows) * LANES;
-            int32_t *to = acc + plane * TILE_ROWS + row * LANES;
-            _mm512_storeu_si512(to, _mm512_add_epi32(_mm512_loadu_si512(to), _mm512_loadu_si512(from)));
-        }
 }
 
 AMX_TARGET void hf_lrq_bt1_amx(DOT_PARAMETERS) {
