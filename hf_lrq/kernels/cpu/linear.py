@@ -26,15 +26,21 @@ DIGITS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 2}
 # Columns for which sums of products fit into 32 bits: 2**31 / (128 * the largest y), by codebook.
 MOST_COLUMNS = {"bt2": 65536, "bt4": 32768, "tcq2": 32768, "tcq3": 32768, "tcq4": 32768}
 
-# Tokens from which matrix products of decoded rows are faster than integer sums, by tier, for bfloat16 and for others
-# (4096 x 4096, bt2, one thread). avx512 is measured. amx is measured up to 512 tokens, where integer sums still win in
-# every dtype; 768 is extrapolated. avx2, scalar and the number for tcq are estimates.
-MANY_TOKENS = {"scalar": (8, 8), "avx2": (24, 32), "avx512": (64, 128), "amx": (768, 1 << 62)}
-MANY_TOKENS_TCQ = 32  # at any tier above scalar
+# Tokens from which matrix products of decoded rows are faster than integer sums, by tier and family, for inputs of
+# bfloat16, float16 and float32. Measured on 4096 x 4096 (bt2, tcq3, int4 and int8; one thread), torch held to the same
+# instructions as the library; at scalar, float16 is a guess for processors whose torch has kernels for it.
+NEVER = 1 << 62
+MANY_TOKENS = {
+    "scalar": {"bt": (12, 12, 4), "tcq": (16, 16, 4), "int": (32, 32, 8)},
+    "avx2": {"bt": (NEVER, NEVER, 44), "tcq": (NEVER, NEVER, 64), "int": (NEVER, NEVER, 12)},
+    "avx512": {"bt": (NEVER, NEVER, 144), "tcq": (64, NEVER, 38), "int": (192, NEVER, 48)},
+    "amx": {"bt": (768, NEVER, NEVER), "tcq": (34, 48, 34), "int": (384, NEVER, NEVER)},
+}
+ORDER = (torch.bfloat16, torch.float16, torch.float32)
 
 # Rows decoded at a time.
 TILE_ROWS = 1024
-SURELY_FEW = 8
+SURELY_FEW = 4
 ONE_GROUP = 1 << 30  # columns; a multiple of whatever a kernel takes at a time
 
 # The two halves of `Call` of layer.c.
@@ -192,8 +198,7 @@ def _prepare(layer: Operands, columns: int) -> _Prepared:
 
 def many_tokens(library: Library, codebook: str, dtype: torch.dtype) -> int:
     """Tokens from which `by_matrix_products` is faster."""
-    found = MANY_TOKENS[library.tier_name][dtype != torch.bfloat16]
-    return min(found, MANY_TOKENS_TCQ) if codebook.startswith("tcq") else found
+    return MANY_TOKENS[library.tier_name][get_codebook(codebook).family][ORDER.index(dtype)]
 
 
 def _rotated(x: Tensor, rot_in: Tensor | None, block: int) -> Tensor:

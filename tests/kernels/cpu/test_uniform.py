@@ -56,12 +56,9 @@ def test_scales_that_do_not_fit_are_refused(kernels, make_layer):
     wrong = layer.__class__(**{**layer.__dict__, "scales": layer.scales[:, :2]})
     with pytest.raises(ValueError, match=r"shape \[10, 2\] stands where the layer needs \[10, 3\]"):
         wrong(torch.zeros(1, 300))
-    assert "[10, 3, 1]" in cpu.declines(
-        torch.zeros(1, 300), layer.weight, layer.scales.unsqueeze(2), None, None, "int4", "float"
-    )
-    assert "do not belong to a [10, 310] matrix" in cpu.declines(
-        torch.zeros(1, 310), layer.weight, layer.scales, None, None, "int4", "float"
-    )
+    x = torch.zeros(1, 300)
+    assert "[10, 3, 1]" in cpu.declines(x, layer.operands._replace(scales=layer.scales.unsqueeze(2)), "float")
+    assert "do not belong to a [10, 310] matrix" in cpu.declines(torch.zeros(1, 310), layer.operands, "float")
 
 
 def test_decoding_refuses_what_it_would_misread(kernels):

@@ -30,7 +30,7 @@ int hf_lrq_planes_init(Planes *planes, const Kernel *kernel, int64_t tokens, int
         case SPLAT: planes->plane_bytes = 4 * planes->columns; break;
         case PAIRS:
         case NEIGHBOURS: planes->plane_bytes = 2 * planes->columns; break;
-        case TILES: planes->plane_bytes = 64 * ceil_div(planes->columns, 32); break;
+        case TILES: planes->plane_bytes = 64 * ceil_div(planes->columns, 64); break;
         default: break; /* planes lie together */
     }
     size_t bytes = kernel->uniform ? (size_t)hf_lrq_uniform_bytes(planes)
@@ -122,15 +122,10 @@ static void place_bytes(const Planes *planes, uint8_t *group, int plane, const i
         default: { /* TILES */
             int64_t blocks = planes->plane_bytes / 64, units = ceil_div(width, 16), rows = width / units;
             uint8_t *at = group + (plane / rows * blocks * rows + plane % rows) * 64;
-            for (int64_t k = 0; k < blocks; k++, at += rows * 64, digits += 32) {
-                if (32 * k + 32 > n) { /* half a block */
-                    memset(at, 0, 64);
-                    memcpy(at, digits, 16);
-                    memcpy(at + 32, digits, 16);
-                } else {
-                    memcpy(at, digits, 32);
-                    memcpy(at + 32, digits, 32);
-                }
+            for (int64_t k = 0; k < blocks; k++, at += rows * 64, digits += 64) {
+                int64_t count = smaller(64, n - 64 * k);
+                memcpy(at, digits, (size_t)count);
+                memset(at + count, 0, (size_t)(64 - count));
             }
         }
     }

@@ -147,13 +147,18 @@ AVX512_TARGET ALWAYS_INLINE void step_of(FastSearch *f, const int16_t *x, int t,
     const __m512i choice = _mm512_set1_epi32(branches - 1);
     __m512i by[TOGETHER];
     UNROLL for (int s = 0; s < TOGETHER; s++) by[s] = _mm512_set1_epi32((uint16_t)-x[s]);
-    for (int first = 0; first < STATES; first += 16 * branches)
-        for (int s = 0; s < TOGETHER; s++) {
+    for (int first = 0; first < STATES; first += 16 * branches) {
+        __m512i norms[16], pairs[16]; /* once for all sequences */
+        UNROLL for (int i = 0; i < branches; i++) {
+            norms[i] = _mm512_load_si512(f->norms + first + 16 * i);
+            pairs[i] = _mm512_load_si512(f->pairs + first + 16 * i);
+        }
+        UNROLL for (int s = 0; s < TOGETHER; s++) {
             const int32_t *best = f->best[s] + (first & (groups - 1));
             __m512i v[16];
             UNROLL for (int i = 0; i < branches; i++) {
-                v[i] = _mm512_add_epi32(_mm512_load_si512(best + 16 * i), _mm512_load_si512(f->norms + first + 16 * i));
-                v[i] = _mm512_dpwssd_epi32(v[i], _mm512_load_si512(f->pairs + first + 16 * i), by[s]);
+                v[i] = _mm512_add_epi32(_mm512_load_si512(best + 16 * i), norms[i]);
+                v[i] = _mm512_dpwssd_epi32(v[i], pairs[i], by[s]);
             }
             __m512i least = minima(v, bits);
             int group = first >> bits;
@@ -161,6 +166,7 @@ AVX512_TARGET ALWAYS_INLINE void step_of(FastSearch *f, const int16_t *x, int t,
             __m128i chosen = _mm512_cvtepi32_epi8(_mm512_and_si512(choice, least));
             _mm_storeu_si128((__m128i *)(f->back[s] + (size_t)t * groups + group), chosen);
         }
+    }
     for (int s = 0; s < TOGETHER; s++) {
         int32_t *swap = f->best[s];
         f->best[s] = f->next[s];

@@ -24,7 +24,7 @@ enum { TILE_ROWS = 128, TILE_COLUMNS = 16, LANES = 16 };
    SPLAT      int8 four times, [column][plane][4]
    PAIRS      int16, [pair][plane][2], pairs (0, 2), (1, 3), (4, 6), (5, 7), ...
    NEIGHBOURS int16, [pair][plane][2], pairs (0, 1), (2, 3), ...
-   TILES      int8, [plane / 16][v / 32][plane % 16][64], the 32 bytes twice: the matrix unit's tiles
+   TILES      int8, [plane / 16][v / 64][plane % 16][64]: the matrix unit's tiles
    UNIFORM_*  see `uniform.h` */
 typedef enum { BYTES, SPLAT, PAIRS, NEIGHBOURS, TILES, UNIFORM_BYTES, UNIFORM_WORDS, UNIFORM_TILES } Arrangement;
 
