@@ -232,19 +232,17 @@ class LRQHfQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """Called by `save_pretrained` before it writes config.json: bring the config up to date with the modules.
 
-        Tensors that a cast of the whole model has changed are stored in the dtype of the format; those that layers of a
-        group share, once for each.
+        Tensors that a cast of the whole model has changed are stored in the dtype of the format.
         """
         self._describe(model)
         changed = {}
         for name, module in model.named_modules():
             if not isinstance(module, LRQLinear | LRQExpertStack):
                 continue
-            shared = ("rot_in",) if isinstance(module, LRQLinear) and module.group is not None else ()
             for key, layout in module.layout.tensors(module.out_features, module.in_features).items():
                 tensor = getattr(module, key)
-                if (tensor.dtype != layout.dtype or key in shared) and tensor.device.type != "meta":
-                    changed[f"{name}.{key}"] = tensor.to(layout.dtype, copy=True)
+                if tensor.dtype != layout.dtype and tensor.device.type != "meta":
+                    changed[f"{name}.{key}"] = tensor.to(layout.dtype)
         return ({**model.state_dict(), **changed} if changed else None), {}
 
     def remove_quantization_config(self, model: Any) -> None:

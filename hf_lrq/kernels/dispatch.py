@@ -87,22 +87,27 @@ def lrq_linear(x: Tensor, layer: Operands, backend: str, activation: str) -> Ten
     return reference.lrq_linear(x, layer)
 
 
-def lrq_linear_group(x: Tensor, layers: Sequence[Operands], backend: str, activation: str) -> Tensor:
-    """Outputs of several layers for one x, side by side: [..., sum of out]; see `ops.linear_group`.
-
-    Together, if their rot_in is one piece of memory; one after the other otherwise, as equal values cannot be told
-    without reading them.
+def lrq_linear_group(x: Tensor, layers: Sequence[Operands], backend: str, activation: str) -> list[Tensor]:
+    """Outputs of several layers for one x, see `ops.linear_group`; together where one transform of x serves all.
 
     Raises:
         BackendError: see `chosen`.
     """
     package = chosen(x.device, backend)
-    rotations = {None if layer.rot_in is None else layer.rot_in.data_ptr() for layer in layers}
-    can = package is not None and len(rotations) == 1
+    can = package is not None and all(_same_rotation(layers[0].rot_in, layer.rot_in) for layer in layers[1:])
     if can and all(package.declines(x, layer, activation) is None for layer in layers):
-        result: Tensor = package.lrq_linear_group(x, layers, activation)
-        return result
-    return torch.cat([lrq_linear(x, layer, backend, activation) for layer in layers], dim=-1)
+        found: list[Tensor] = package.lrq_linear_group(x, layers, activation)
+        return found
+    return [lrq_linear(x, layer, backend, activation) for layer in layers]
+
+
+def _same_rotation(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    if one.data_ptr() == other.data_ptr():
+        return True
+    # Read anew in every call: whoever holds one of the layers may have changed it. On a GPU that would wait.
+    return one.is_cpu and other.is_cpu and one.dtype == other.dtype and torch.equal(one, other)
 
 
 def _byte_path(points: Tensor, half_norms: Tensor, x: Tensor, window: int) -> Tensor:

@@ -23,7 +23,7 @@ _WITHOUT_BIAS = _tensors(names=(*_REQUIRED, *_OPTIONAL[:-1]))
 torch.library.define("hf_lrq::linear", f"(Tensor x, {_tensors()}, {_FORMAT}, {_RUN}) -> Tensor")
 # Without gradient: two passes through Python less, which for small layers take as long as the rest.
 torch.library.define("hf_lrq::linear_inference", f"(Tensor x, {_tensors()}, {_FORMAT}, {_RUN}) -> Tensor")
-torch.library.define("hf_lrq::linear_group", f"(Tensor x, {_tensors('[]')}, {_FORMAT}, {_RUN}) -> Tensor")
+torch.library.define("hf_lrq::linear_group", f"(Tensor x, {_tensors('[]')}, {_FORMAT}, {_RUN}) -> Tensor[]")
 torch.library.define(
     "hf_lrq::linear_backward", f"(Tensor grad, Tensor x, {_WITHOUT_BIAS}, {_FORMAT}, bool[] needs) -> Tensor[]"
 )
@@ -34,9 +34,25 @@ def _linear(x: Tensor, *arguments: Any) -> Tensor:
     return dispatch.lrq_linear(x, Operands(*layer), backend, activation)
 
 
-def _linear_group(x: Tensor, *arguments: Any) -> Tensor:
-    *layers, backend, activation = arguments
-    return dispatch.lrq_linear_group(x, by_layer(layers[:TENSORS], *layers[TENSORS:]), backend, activation)
+def _linear_inference(x: Tensor, *arguments: Any) -> Tensor:
+    _refuse_gradients(x, [Operands(*arguments[:-2])])
+    return _linear(x, *arguments)
+
+
+def _linear_group(x: Tensor, *arguments: Any) -> list[Tensor]:
+    *fields, backend, activation = arguments
+    layers = by_layer(fields[:TENSORS], *fields[TENSORS:])
+    _refuse_gradients(x, layers)
+    return dispatch.lrq_linear_group(x, layers, backend, activation)
+
+
+def _refuse_gradients(x: Tensor, layers: Sequence[Operands]) -> None:
+    """A graph that was captured without gradients can come here with them, and they would be lost."""
+    if any(_wants_gradient(x, layer) for layer in layers):
+        raise RuntimeError(
+            "this graph of compressed layers was captured without gradients and has none. Capture it with an input or "
+            "a factor that requires its gradient, or run it under torch.no_grad()."
+        )
 
 
 def _linear_backward(grad: Tensor, x: Tensor, *arguments: Any) -> list[Tensor]:
@@ -52,24 +68,24 @@ def _without_bias(layer: Sequence[Any]) -> Operands:
 _library = torch.library.Library("hf_lrq", "FRAGMENT")
 for _name, _kernel in (
     ("linear", _linear),
-    ("linear_inference", _linear),
+    ("linear_inference", _linear_inference),
     ("linear_group", _linear_group),
     ("linear_backward", _linear_backward),
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
 
 
-def _empty_output(x: Tensor, layers: Sequence[Operands]) -> Tensor:
+def _empty_outputs(x: Tensor, layers: Sequence[Operands]) -> list[Tensor]:
     # One tensor on meta is enough to come here; what is returned for real inputs would be numbers that nobody computed.
     tensors = (x, *(tensor for layer in layers for tensor in layer.tensors))
     devices = {tensor.device for tensor in tensors if tensor is not None}
     if len(devices) > 1:
         raise RuntimeError(f"the tensors of a compressed layer are on {', '.join(sorted(map(str, devices)))}.")
-    return x.new_empty(*x.shape[:-1], sum(layer.out_features for layer in layers))
+    return [x.new_empty(*x.shape[:-1], layer.out_features) for layer in layers]
 
 
 def _fake_linear(x: Tensor, *arguments: Any) -> Tensor:
-    return _empty_output(x, [Operands(*arguments[:-2])])
+    return _empty_outputs(x, [Operands(*arguments[:-2])])[0]
 
 
 torch.library.register_fake("hf_lrq::linear", _fake_linear)
@@ -77,8 +93,8 @@ torch.library.register_fake("hf_lrq::linear_inference", _fake_linear)
 
 
 @torch.library.register_fake("hf_lrq::linear_group")
-def _(x: Tensor, *arguments: Any) -> Tensor:
-    return _empty_output(x, by_layer(arguments[:TENSORS], *arguments[TENSORS:-2]))
+def _(x: Tensor, *arguments: Any) -> list[Tensor]:
+    return _empty_outputs(x, by_layer(arguments[:TENSORS], *arguments[TENSORS:-2]))
 
 
 @torch.library.register_fake("hf_lrq::linear_backward")
@@ -132,10 +148,11 @@ def linear(x: Tensor, layer: Operands, backend: str = "auto", activation: str = 
     Returns:
         [..., out], dtype of x; under autocast, as from nn.Linear, that of autocast.
     """
+    operator = torch.ops.hf_lrq.linear_inference
     if _wants_gradient(x, layer):
         operator, activation = torch.ops.hf_lrq.linear, "float"
-    else:
-        operator = torch.ops.hf_lrq.linear_inference
+    elif torch.compiler.is_compiling() or torch.jit.is_tracing():
+        operator = torch.ops.hf_lrq.linear  # Who runs the graph may want gradients.
     result: Tensor = operator(_cast(x), *layer, backend, activation)
     return result
 
@@ -147,17 +164,26 @@ def linear_group(
 
     Args:
         x: [..., in], float.
-        layers: of one codebook, group size and block; together they are computed where their rot_in is the same memory.
+        layers: of one codebook, group size and block; together they are computed where their rot_in are equal (on GPUs:
+            one tensor, as values cannot be read without waiting).
 
     Returns:
-        One tensor [..., out] per layer: parts of one buffer, or tensors of their own where a gradient is wanted.
+        One tensor [..., out] per layer.
+
+    Raises:
+        ValueError: if codebook, group size or block differ.
     """
+    forms = {layer[TENSORS:] for layer in layers}
+    if len(forms) > 1:
+        told = " and ".join(map(str, sorted(forms)))
+        raise ValueError(f"layers of a group have one (codebook, group size, block), got {told}.")
     if any(_wants_gradient(x, layer) for layer in layers):
         return [linear(x, layer, backend, activation) for layer in layers]
-    codebook, group_size, block = layers[0][TENSORS:]
-    fields = by_field(layers)
-    y: Tensor = torch.ops.hf_lrq.linear_group(_cast(x), *fields, codebook, group_size, block, backend, activation)
-    return list(y.split([layer.out_features for layer in layers], -1))
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return [linear(x, layer, backend, activation) for layer in layers]
+    form = layers[0][TENSORS:]
+    found: list[Tensor] = torch.ops.hf_lrq.linear_group(_cast(x), *by_field(layers), *form, backend, activation)
+    return found
 
 
 def _cast(x: Tensor) -> Tensor:

@@ -15,6 +15,12 @@ def side_by_side(tensors: Sequence[Tensor]) -> list[Tensor]:
     return list(torch.cat([tensor.detach() for tensor in tensors]).split([len(tensor) for tensor in tensors]))
 
 
+def can_stand_side_by_side(tensors: Sequence[Tensor]) -> bool:
+    """Whether kernels can read them there: one dtype, equal but for the first axis, whole units of 16 bytes."""
+    alike = len({(tensor.dtype, tensor.shape[1:]) for tensor in tensors}) == 1
+    return alike and all(tensor.nbytes % 16 == 0 for tensor in tensors)
+
+
 def joined(tensors: Sequence[Tensor]) -> Tensor | None:
     """All of them as one tensor along the first axis, without a copy; None where they do not lie like that."""
     first, end = tensors[0], tensors[0].data_ptr()

@@ -1,9 +1,9 @@
 """Layers of one input, computed together: q, k and v of an attention, gate and up of an MLP.
 
 They need the transform of their input once and, on a GPU, one launch for all. The model's own code stays as it is: it
-calls one layer after the other, the first call computes all of them, the others find their outputs ready. Nothing is
-held beyond the forward of the module they belong to, and what they are computed from is read at each call, so that
-adapters, merged weights and moves to other devices are seen.
+calls one layer after the other, the first call computes all of them, the others find their outputs ready. No output is
+held beyond the forward of the module they belong to, and what they are computed from is read when the first of them is
+called, so that adapters, merged weights and moves to other devices are seen.
 """
 
 import logging
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_lrq.kernels import linear_group
-from hf_lrq.kernels.stacks import side_by_side
+from hf_lrq.kernels.stacks import can_stand_side_by_side, side_by_side
 from hf_lrq.nn.linear import TENSOR_NAMES, LRQLinear
 
 logger = logging.getLogger(__name__)
@@ -37,10 +37,10 @@ PATIENCE = 2  # Forwards in a row in which nobody asked for an output before it 
 
 @dataclass(eq=False)
 class _Held:
-    """Outputs for x that have not been asked for yet, by position of the layer."""
+    """Outputs for x, computed in some way, that have not been asked for yet, by position of the layer."""
 
     x: Tensor
-    version: int | None
+    way: Hashable
     ready: dict[int, Tensor]
 
 
@@ -51,6 +51,8 @@ class LinearGroup:
         names: of the members in `owner`, for messages.
         members: of one input width, codebook and device, and with equal rot_in.
         owner: the module that calls them.
+
+    Copies of a member that are not part of a copy of the whole do not belong to the group.
     """
 
     def __init__(self, names: Sequence[str], members: Sequence[LRQLinear], owner: nn.Module):
@@ -59,7 +61,8 @@ class LinearGroup:
         self._held: _Held | None = None
         self._adapted: set[int] = set()
         self._ignored = [0] * len(members)
-        _share_memory(members)
+        _put_side_by_side(members)
+        self._rotations = self._written()
         for member in members:
             member.group = self
         self._hooks = (
@@ -73,24 +76,31 @@ class LinearGroup:
         Args:
             adapted: its factors are replaced for this call, so that it computes alone whatever happens.
         """
-        own = next(i for i, each in enumerate(self.members) if each is member)
+        own = next((i for i, each in enumerate(self.members) if each is member), None)
+        if own is None:
+            return None
         if adapted:
             self._adapted.add(own)
             return None
         self._adapted.discard(own)
-        held = self._held
-        if held is not None and held.x is x and held.version == _version(x) and own in held.ready:
-            self._ignored[own] = 0
-            return held.ready.pop(own)
         if not self._running or not self._alike(x):
             return None
+        held, way = self._held, _way(member, x)
+        if held is not None and held.x is x and held.way == way:
+            ready = held.ready.pop(own, None)
+            if ready is not None:
+                self._ignored[own] = 0
+                return ready
         together = [i for i, _ in enumerate(self.members) if i not in self._adapted and self._ignored[i] < PATIENCE]
         if own not in together or len(together) < 2:
             return None
         layers = [self.members[i].operands() for i in together]
+        if x.is_cuda and (torch.compiler.is_compiling() or self._rotations == self._written()):
+            # Equal when the group was made, and nobody has written to them since.
+            layers = [layer._replace(rot_in=layers[0].rot_in) for layer in layers]
         outputs = dict(zip(together, linear_group(x, layers, *member.way), strict=True))
         y = outputs.pop(own)
-        self._held = _Held(x, _version(x), outputs)
+        self._held = _Held(x, way, outputs)
         return y
 
     def dissolve(self) -> None:
@@ -101,6 +111,11 @@ class LinearGroup:
         for member in self.members:
             member.group = None
         _own_memory(self.members)
+
+    def _written(self) -> list[Hashable]:
+        """Changes when a rotation is replaced or written to, other than through `.data`."""
+        rotations = [member.rot_in for member in self.members]
+        return [None if t is None or t.is_inference() else (t.data_ptr(), t._version) for t in rotations]
 
     def _alike(self, x: Tensor) -> bool:
         """Whether one call can compute all members, and nobody wants a gradient."""
@@ -130,13 +145,16 @@ class LinearGroup:
 
 
 def fuse_layers(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Let compressed layers of one input be computed together, see `SAME_INPUT`; outputs stay bit for bit the same.
+    """Let compressed layers of one input be computed together, see `SAME_INPUT`.
+
+    Outputs stay the same: bit for bit on CPUs, up to the order of sums on GPUs.
 
     Layers are found by name, also inside adapters. Those of one group have equal rotations of the input, and the same
     codebook and device; others stay alone. While gradients are wanted each computes alone. On GPUs, layers are copied
     one after the other in memory, where that lets one launch compute them. To be called again after the model was moved
-    to another device. In compiled code and in inference mode a module must not write to the input between two layers of
-    a group (none in transformers does); elsewhere that is noticed.
+    to another device or, on a GPU, its rotations were changed through `.data` or after it was compiled. In compiled
+    code and in inference mode a module must not write to the input between two layers of a group (none in transformers
+    does); elsewhere that is noticed.
 
     Returns:
         Name of the module -> names of the layers in it that are computed together; with two groups in one module, the
@@ -184,30 +202,27 @@ def _key(layer: LRQLinear) -> Hashable:
 
 
 @torch.no_grad()
-def _share_memory(members: Sequence[LRQLinear]) -> None:
-    """What kernels need to know that one transform serves all and, on GPUs, that one launch does."""
-    for name in TENSOR_NAMES if members[0].weight.is_cuda else ():
+def _put_side_by_side(members: Sequence[LRQLinear]) -> None:
+    """On GPUs, as a kernel takes several layers for one; see `kernels.stacks`."""
+    for name in (*TENSOR_NAMES, "bias") if members[0].weight.is_cuda else ():
         tensors = [tensor for member in members if (tensor := getattr(member, name)) is not None]
-        alike = len(tensors) == len(members) and len({(t.dtype, t.shape[1:]) for t in tensors}) == 1
-        # Kernels load 16 bytes at a time.
-        if name != "rot_in" and alike and all(tensor.nbytes % 16 == 0 for tensor in tensors):
+        if name != "rot_in" and len(tensors) == len(members) and can_stand_side_by_side(tensors):
             for tensor, view in zip(tensors, side_by_side(tensors), strict=True):
                 tensor.data = view
-    first = members[0].rot_in
-    for member in members:
-        if first is not None and member.rot_in is not None:
-            member.rot_in.data = first.data
 
 
 @torch.no_grad()
 def _own_memory(members: Sequence[LRQLinear]) -> None:
-    tensors = [tensor for member in members for name in TENSOR_NAMES if (tensor := getattr(member, name)) is not None]
+    tensors = [parameter for member in members for parameter in member.parameters()]
     places = [tensor.untyped_storage().data_ptr() for tensor in tensors]
     for tensor, place in zip(tensors, places, strict=True):
         if places.count(place) > 1:
             tensor.data = tensor.data.clone()
 
 
-def _version(x: Tensor) -> int | None:
-    """Changes when x is written to; not known in compiled code and of inference tensors."""
-    return None if torch.compiler.is_compiling() or x.is_inference() else x._version
+def _way(member: LRQLinear, x: Tensor) -> Hashable:
+    """All that an output depends on beside the layer; not whether x was written to meanwhile, in compiled code."""
+    kind = x.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    version = None if torch.compiler.is_compiling() or x.is_inference() else x._version
+    return member.way, autocast, version

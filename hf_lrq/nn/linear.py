@@ -188,11 +188,8 @@ class LRQLinear(nn.Linear):
                 f"LRQLinear({self.in_features}, {self.out_features}) is on {self.weight.device}, the input on "
                 f"{x.device}. Move one of them with .to()."
             )
-        if self.group is not None:
-            if self.rot_in is not None and self.rot_in.requires_grad:
-                self.group.dissolve()  # It shares this tensor, and would train one that belongs to others.
-            elif (y := self.group.output(self, x, adapt is not None)) is not None:
-                return y
+        if self.group is not None and (y := self.group.output(self, x, adapt is not None)) is not None:
+            return y
         return linear(x, self.operands(adapt), *self.way)
 
     @property

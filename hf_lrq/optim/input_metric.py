@@ -51,7 +51,8 @@ class InputMetric:
             name: for messages.
 
         Raises:
-            ValueError: if the Gram has another shape, is not finite, symmetric or positive semi-definite, or is zero.
+            ValueError: if the Gram has another shape, is not finite, symmetric or positive semi-definite, is zero, or
+                the damping is too small for it.
         """
         if not 0 < damping <= 1:
             raise ValueError(
@@ -69,7 +70,13 @@ class InputMetric:
         else:
             H = (1 - damping) / 2 * (H + H.T)
             H.diagonal().add_(damping * mean)
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky(H))
+            root, failed = torch.linalg.cholesky_ex(H)
+            if failed:
+                raise ValueError(
+                    f"The Gram for {name} has directions without inputs, and gram_damping={damping:g} is too small to "
+                    f"make up for rounding there; take {GRAM_DAMPING:g}, for example."
+                )
+            inverse = torch.cholesky_inverse(root)
         dtype = torch.promote_types(gram.dtype, torch.float32)
         return cls(H.to(dtype), inverse.to(dtype))
 
@@ -107,8 +114,7 @@ def what_is_wrong(H: Tensor) -> str | None:
     """Why H, [n, n] or the diagonal [n], is no Gram; None if it is one, up to rounding."""
     if not H.isfinite().all():
         return "is not finite"
-    diagonal = H if H.ndim == 1 else H.diagonal()
-    if not (diagonal > 0).any() and not (H != 0).any():
+    if not (H != 0).any():
         return "is zero"
     if H.ndim == 1:
         return f"is not positive semi-definite: it has {H.min().item():.3g} on its diagonal" if H.min() < 0 else None

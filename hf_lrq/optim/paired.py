@@ -106,6 +106,8 @@ class PairedOptimizer(Optimizer):
         metrics = [group.get(METRICS) for group in self.param_groups]
         super().load_state_dict(dict(state_dict))
         for group, own in zip(self.param_groups, metrics, strict=True):
+            for name, value in self.defaults.items():  # Options that are newer than the state.
+                group.setdefault(name, value)
             if own is not None:
                 group[METRICS] = own
         # torch casts state to the dtype of its parameter; beside 16-bit parameters, ours is float32 and int16. The

@@ -138,7 +138,11 @@ class Run:
         self.before = before = self.measure()
         self.trainable.open()
         try:
-            self.best = Best(before, 0, self.trainable.state())
+            try:
+                self.best = Best(before, 0, self.trainable.state())
+            except BaseException:
+                self.trainable.undo()
+                raise
             interrupted = False
             try:
                 stopped = self.train()

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from hf_lrq.decomposition import compress_matrix
-from hf_lrq.kernels import Operands, hadamard, linear
+from hf_lrq.kernels import Operands, hadamard, linear, linear_group
 from hf_lrq.layout import LayerLayout
 from hf_lrq.nn import LRQLinear
 from hf_lrq.spec import LayerSpec
@@ -216,3 +217,32 @@ def test_sums_in_float16_do_not_overflow_before_their_scales(tokens):
     layer.scales.data.fill_(0.002)
     x = torch.randn(tokens, 512, generator=torch.Generator().manual_seed(0)).half() * 2000
     assert torch.isfinite(layer(x)).all()
+
+
+def test_layers_of_one_group_have_one_format():
+    layer, generator = make({"codebook": "bt"})
+    x = torch.randn(2, 40, generator=generator)
+    operands = layer.operands()
+    with pytest.raises(ValueError, match=r"one \(codebook, group size, block\), got .*'bt2'.* and .*'tcq2'"):
+        linear_group(x, [operands, operands._replace(codebook="tcq2")])
+
+
+def test_an_exported_layer_has_its_gradient():
+    layer, generator = make({"codebook": "bt"})
+    x = torch.randn(2, 40, generator=generator)
+    exported = torch.export.export(layer, (x,)).module()
+    x.requires_grad_()
+    exported(x).square().sum().backward()
+    expected = x.grad.clone()
+    x.grad = None
+    layer(x).square().sum().backward()
+    assert torch.equal(x.grad, expected)
+
+
+def test_a_graph_without_gradients_refuses_to_lose_them():
+    layer, generator = make({"codebook": "bt"})
+    x = torch.randn(2, 40, generator=generator)
+    graph = make_fx(layer)(x)
+    assert torch.equal(graph(x), layer(x))
+    with pytest.raises(RuntimeError, match="was captured without gradients and has none"):
+        graph(x.requires_grad_())

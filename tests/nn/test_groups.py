@@ -167,14 +167,69 @@ def test_gradients_are_those_of_the_layers_alone(calls):
     assert calls == [3]
 
 
-def test_rotations_to_be_trained_end_a_group():
-    model = Attention()
+@pytest.mark.parametrize("change", [lambda t: t.data.neg_(), lambda t: t.requires_grad_(False).mul_(0.5)])
+def test_rotations_that_change_are_seen_and_change_no_other_layer(change):
+    model, x = Attention(), inputs(3)
     fuse_layers(model)
-    assert model.q_proj.rot_in.data_ptr() == model.k_proj.rot_in.data_ptr()
-    model.k_proj.rot_in.requires_grad_()
-    model(inputs(3))
-    assert model.q_proj.group is model.k_proj.group is None
-    assert model.q_proj.rot_in.data_ptr() != model.k_proj.rot_in.data_ptr()
+    model(x)
+    change(model.k_proj.rot_in)
+    y = model(x)
+    places = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    assert len(places) == len(list(model.parameters()))
+    unfuse_layers(model)
+    assert torch.equal(y, model(x))
+
+
+def test_another_state_can_be_loaded():
+    model, other, x = Attention(), Attention([replace(LAYOUT, rank=4)] * 3), inputs(3)
+    other.k_proj.rot_in.data.neg_()
+    fuse_layers(model)
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(model(x), other(x))
+
+
+def test_what_was_computed_without_gradients_or_in_another_dtype_is_not_given_out():
+    model, x = Attention(), inputs(3)
+    model.k_proj.lr_L.requires_grad_()
+    seen = []
+
+    class Owner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj, self.k_proj, self.v_proj = model.q_proj, model.k_proj, model.v_proj
+
+        def forward(self, x):
+            with torch.no_grad():
+                self.q_proj(x)
+            seen.append(self.k_proj(x))
+            with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+                self.q_proj(x)
+            with torch.no_grad():
+                seen.append(self.v_proj(x))
+
+    owner = Owner()
+    fuse_layers(owner)
+    owner(x)
+    assert seen[0].requires_grad
+    assert seen[1].dtype == torch.float32
+
+
+def test_copies_of_a_member_compute_alone():
+    model, x = Attention(), inputs(3)
+    expected = model.k_proj(x)
+    fuse_layers(model)
+    assert torch.equal(copy.copy(model.k_proj)(x), expected)
+    assert torch.equal(copy.deepcopy(model.k_proj)(x), expected)
+
+
+def test_outputs_are_tensors_of_their_own():
+    model, kept = Attention(), []
+    model.between = lambda x: kept.append(model.q_proj(x)) or x
+    fuse_layers(model)
+    with torch.no_grad():
+        model(inputs(3))
+    assert kept[0].is_contiguous()
+    assert kept[0].untyped_storage().nbytes() == 3 * 256 * 4
 
 
 def test_a_group_can_be_undone_copied_and_moved():

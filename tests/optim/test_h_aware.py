@@ -273,6 +273,13 @@ def test_damping_of_grams_is_a_fraction(damping: float) -> None:
         )
 
 
+def test_a_damping_below_the_rounding_of_a_gram_is_refused() -> None:
+    H = torch.eye(64)
+    H[5, 5] = -5e-7
+    with pytest.raises(ValueError, match=r"gram_damping=1e-09 is too small to make up for rounding there; take 0\.01"):
+        InputMetric.of(H, 64, 1e-9)
+
+
 def test_the_flag_and_the_grams_come_together() -> None:
     model = Product(torch.ones(7, 3), torch.ones(3, 9))
     with pytest.raises(ValueError, match=r"needs the Gram of the inputs of each of 1 pairs, got none\. Pass `grams`"):

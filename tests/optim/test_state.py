@@ -83,6 +83,17 @@ def test_options_travel_with_the_state():
     assert (group["paired"], group["scaling"], group["names"]) == (True, 2.0, ["a.q_proj", "a.experts"])
 
 
+def test_a_state_from_before_an_option_was_there_gets_its_default():
+    L, R = (torch.nn.Parameter(torch.ones(shape)) for shape in ((3, 2), (2, 4)))
+    optimizer = RiemannianAdamW([{"params": [L, R], "paired": True}], lr=0.1)
+    state = optimizer.state_dict()
+    del state["param_groups"][0]["refresh"]
+    optimizer.load_state_dict(state)
+    L.grad, R.grad = torch.ones_like(L), torch.ones_like(R)
+    optimizer.step()
+    assert optimizer.param_groups[0]["refresh"] == 1
+
+
 def test_a_state_of_other_pairs_is_refused():
     params, groups = problem()
     state = RiemannianAdamW(groups).state_dict()

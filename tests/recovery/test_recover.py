@@ -23,6 +23,7 @@ from hf_lrq.recovery import (
 )
 from hf_lrq.recovery.options import KINDS
 from hf_lrq.recovery.recover import Run
+from hf_lrq.recovery.trainable import Trainable
 
 QUICK = RecoveryOptions(epochs=2, lr=3e-3, vector_lr=1e-2, patience=5)
 
@@ -265,6 +266,21 @@ def broken_codes(*arguments: Any) -> dict[str, Any]:
     found = coded(*arguments)
     found["lr_L_scale"].data *= -1
     return found
+
+
+def test_an_interruption_before_the_first_step_leaves_the_model_as_it_was(
+    original: Any, compressed: Any, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = compressed(factor_bits=8)
+    before = tensors(model)
+
+    def impatient(trainable: Trainable) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainable, "state", impatient)
+    with pytest.raises(KeyboardInterrupt):
+        recover(model, original(), batches, RecoveryOptions(epochs=1), batches)
+    assert changed(model, before) == set()
 
 
 def test_a_second_interruption_gives_the_model_back_as_it_was(

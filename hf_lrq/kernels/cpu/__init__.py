@@ -43,10 +43,10 @@ def _library() -> Library:
 
 def lrq_linear(x: Tensor, layer: Operands, activation: str) -> Tensor:
     """`reference.lrq_linear`; for calls that `declines` has nothing against."""
-    return linear.lrq_linear_group(_library(), x, [layer], activation)
+    return linear.lrq_linear_group(_library(), x, [layer], activation)[0]
 
 
-def lrq_linear_group(x: Tensor, layers: Sequence[Operands], activation: str) -> Tensor:
+def lrq_linear_group(x: Tensor, layers: Sequence[Operands], activation: str) -> list[Tensor]:
     """`dispatch.lrq_linear_group`; for layers that `declines` has nothing against."""
     return linear.lrq_linear_group(_library(), x, layers, activation)
 

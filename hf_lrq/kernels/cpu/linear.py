@@ -44,7 +44,7 @@ SURELY_FEW = 4
 ONE_GROUP = 1 << 30  # columns; a multiple of whatever a kernel takes at a time
 
 # The two halves of `Call` of layer.c.
-_RUN, _LAYER = struct.Struct("=10q"), struct.Struct("=25qd")
+_RUN, _LAYER = struct.Struct("=9q"), struct.Struct("=25qd")
 
 
 @cache
@@ -97,7 +97,7 @@ def _declines(
     return None
 
 
-def lrq_linear_group(library: Library, x: Tensor, layers: Sequence[Operands], activation: str) -> Tensor:
+def lrq_linear_group(library: Library, x: Tensor, layers: Sequence[Operands], activation: str) -> list[Tensor]:
     """`dispatch.lrq_linear_group` by the library, for layers that `declines` has nothing against."""
     columns, dtype, codebook = x.shape[-1], x.dtype, layers[0].codebook
     tokens = x.reshape(-1, columns)
@@ -105,25 +105,21 @@ def lrq_linear_group(library: Library, x: Tensor, layers: Sequence[Operands], ac
     if tokens.stride(1) != 1:
         tokens = tokens.contiguous()
     prepared = [_prepared(layer, columns) for layer in layers]
+    outputs = [new_output(x, each.rows) for each in prepared]
     rows = sum(each.rows for each in prepared)
-    y = new_output(x, rows)
-    if y.numel() == 0:
-        return y
+    if count * rows == 0:
+        return outputs
     if count >= SURELY_FEW and count >= many_tokens(library, codebook, dtype):
         z = _rotated(tokens, layers[0].rot_in, layers[0].block)
-        parts = [by_matrix_products(library, z, layer) for layer in layers]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).view(y.shape)
+        return [by_matrix_products(library, z, layer).view(*x.shape[:-1], -1) for layer in layers]
     blocked = activation == "int8"
     digits = 1 if blocked else DIGITS[dtype]
     given = (tokens.data_ptr(), tokens.stride(0), KINDS[dtype])
     how = (count, columns, digits, blocked, _useful_threads(count * columns * rows))
-    records, y_at = [], y.data_ptr()
-    for each in prepared:
-        records.append(_RUN.pack(*given, y_at, rows, *how) + each.record)
-        y_at += each.rows * y.element_size()
+    records = [_RUN.pack(*given, y.data_ptr(), *how) + each.record for y, each in zip(outputs, prepared, strict=True)]
     if library.linear(b"".join(records), len(records)):
         raise MemoryError(f"no memory for a compressed layer of [{rows}, {columns}] and {count} tokens.")
-    return y
+    return outputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,28 +137,27 @@ class _Prepared:
     copies: tuple[Tensor, ...] = ()
 
 
-# What was prepared earlier, by all that it depends on. Small layers take longer to describe than to compute.
-_known: dict[Hashable, _Prepared] = {}
-_MOST_KNOWN = 1 << 16
+# Codes and columns -> all that a record depends on, and the record. To describe a small layer takes longer than to
+# compute it.
+_known: dict[tuple[int, int], tuple[Hashable, _Prepared]] = {}
+_MOST_KNOWN = 1 << 14
 
 
 def _prepared(layer: Operands, columns: int) -> _Prepared:
     tensors = layer.tensors
     key = (
-        layer.codebook,
-        layer.group_size,
-        layer.block,
-        columns,
+        *(layer.codebook, layer.group_size, layer.block),
         *[None if t is None else (t.data_ptr(), t.dtype, t.shape, t.is_cpu and t.is_contiguous()) for t in tensors],
     )
-    found = _known.get(key)
-    if found is not None:
-        return found
+    place = layer.weight.data_ptr(), columns
+    found = _known.get(place)
+    if found is not None and found[0] == key:
+        return found[1]
     prepared = _prepare(layer, columns)
     if not prepared.copies:
         if len(_known) >= _MOST_KNOWN:
             _known.clear()
-        _known[key] = prepared
+        _known[place] = key, prepared
     return prepared
 
 

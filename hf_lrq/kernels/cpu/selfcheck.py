@@ -58,7 +58,7 @@ def _is_right(library: Library, book: Codebook, generator: torch.Generator) -> b
     for tokens in TOKENS:
         x = torch.randn(tokens, columns, **numbers)
         layer = Operands(weight, scales, rot_in, rot_out, L, R, None, None, None, book.name, GROUP_SIZE, 8)
-        y = lrq_linear_group(library, x, [layer], "float")
+        y = lrq_linear_group(library, x, [layer], "float")[0]
         z = ((x * rot_in).unflatten(1, (-1, 8)) @ H).flatten(1)
         expected = z @ (Q + L @ R).T
         expected = (expected.unflatten(1, (-1, 8)) @ H).flatten(1) * rot_out

@@ -98,7 +98,7 @@ def lrq_linear(x: Tensor, operands: Operands, activation: str) -> Tensor:
     return out.reshape(*x.shape[:-1], codes.rows)
 
 
-def lrq_linear_group(x: Tensor, layers: Sequence[Operands], activation: str) -> Tensor:
+def lrq_linear_group(x: Tensor, layers: Sequence[Operands], activation: str) -> list[Tensor]:
     """`dispatch.lrq_linear_group`: by the launches of one layer, where tensors lie one after the other in memory.
 
     Such are those of a group that `nn.fuse_layers` made on this device, of equal ranks.
@@ -107,14 +107,15 @@ def lrq_linear_group(x: Tensor, layers: Sequence[Operands], activation: str) -> 
     tokens = x.reshape(-1, columns)
     whole = stacked(layers)
     if whole is None or x.numel() == 0 or not _in_registers(len(tokens), _codes(whole, columns)):
-        return torch.cat([lrq_linear(x, layer, activation) for layer in layers], dim=-1)
+        return [lrq_linear(x, layer, activation) for layer in layers]
     if tokens.stride(1) != 1:
         tokens = tokens.contiguous()
     out = x.new_empty(len(tokens), whole.out_features)
-    ends = tuple(itertools.accumulate(layer.out_features for layer in layers[:-1]))
+    rows = [layer.out_features for layer in layers]
+    ends = tuple(itertools.accumulate(rows[:-1]))
     with torch.cuda.device_of(x):
         _from_codes(tokens, _codes(whole, columns), whole, ends, activation, out)
-    return out.reshape(*x.shape[:-1], whole.out_features)
+    return [part.reshape(*x.shape[:-1], -1) for part in (each.contiguous() for each in out.split(rows, -1))]
 
 
 def stacked(layers: Sequence[Operands]) -> Operands | None:

@@ -14,7 +14,7 @@
 /* As Python packs it: 64-bit integers, then a double. Kinds are those of `floats.h`; pointers may be 0 where a tensor may
    be absent. */
 typedef struct {
-    int64_t x, x_stride, x_kind, y, y_stride; /* x, y: [tokens] rows so many values apart, of one kind */
+    int64_t x, x_stride, x_kind, y; /* x: [tokens] rows x_stride values apart; y: [tokens][out], of the same kind */
     int64_t tokens, in_features;
     int64_t digits, blocks; /* of the activations, see `Planes` */
     int64_t threads;
@@ -247,7 +247,7 @@ static int rows(Run *run, const Member *member, int64_t part) {
             multiply(to, rot, count);
         }
         if (call->bias) add(to, bias, count);
-        hf_lrq_from_float((void *)(intptr_t)call->y, (run->first_token + token) * call->y_stride + start, to, count,
+        hf_lrq_from_float((void *)(intptr_t)call->y, (run->first_token + token) * call->out_features + start, to, count,
                           (int)call->x_kind);
     }
     free(y);
