@@ -5,11 +5,18 @@ import os
 # Before transformers or huggingface_hub is imported: both read it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from collections.abc import Iterator
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
+
+ROOT = Path(__file__).resolve().parents[1]
 
 torch.set_num_threads(1)
 
@@ -29,6 +36,36 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def run_ranks() -> Callable[..., list[dict[str, Any]]]:
+    """Runs two processes at a time; each gets `arguments` and variables of its own, and prints JSON at last."""
+
+    def run(arguments: Callable[[int], list[str]], variables: Callable[[int], dict[str, str]]) -> list[dict[str, Any]]:
+        common = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        processes = [
+            subprocess.Popen(
+                [sys.executable, *arguments(rank)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**common, **variables(rank)},
+            )
+            for rank in range(2)
+        ]
+        found = []
+        try:
+            for process in processes:
+                output, errors = process.communicate(timeout=300)
+                assert process.returncode == 0, errors[-3000:]
+                found.append(json.loads(output.splitlines()[-1]))
+        finally:
+            for process in processes:
+                process.kill()
+        return found
+
+    return run
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ def _tensors(suffix: str = "", names: Iterable[str] = (*_REQUIRED, *_OPTIONAL)) 
 
 _WITHOUT_BIAS = _tensors(names=(*_REQUIRED, *_OPTIONAL[:-1]))
 torch.library.define("hf_lrq::linear", f"(Tensor x, {_tensors()}, {_FORMAT}, {_RUN}) -> Tensor")
-# Without gradient: two passes through Python less, which for small layers take as long as the rest.
+# Without gradient: two passes through Python less, which small layers feel.
 torch.library.define("hf_lrq::linear_inference", f"(Tensor x, {_tensors()}, {_FORMAT}, {_RUN}) -> Tensor")
 torch.library.define("hf_lrq::linear_group", f"(Tensor x, {_tensors('[]')}, {_FORMAT}, {_RUN}) -> Tensor[]")
 torch.library.define(
@@ -177,9 +177,8 @@ def linear_group(
     if len(forms) > 1:
         told = " and ".join(map(str, sorted(forms)))
         raise ValueError(f"layers of a group have one (codebook, group size, block), got {told}.")
-    if any(_wants_gradient(x, layer) for layer in layers):
-        return [linear(x, layer, backend, activation) for layer in layers]
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    captured = torch.compiler.is_exporting() or torch.jit.is_tracing()  # Who runs the graph may want gradients.
+    if captured or any(_wants_gradient(x, layer) for layer in layers):
         return [linear(x, layer, backend, activation) for layer in layers]
     form = layers[0][TENSORS:]
     found: list[Tensor] = torch.ops.hf_lrq.linear_group(_cast(x), *by_field(layers), *form, backend, activation)

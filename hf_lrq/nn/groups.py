@@ -47,12 +47,12 @@ class _Held:
 class LinearGroup:
     """Layers that are computed together while `owner` runs.
 
+    Copies of a member that are not part of a copy of the whole do not belong to the group.
+
     Args:
         names: of the members in `owner`, for messages.
         members: of one input width, codebook and device, and with equal rot_in.
         owner: the module that calls them.
-
-    Copies of a member that are not part of a copy of the whole do not belong to the group.
     """
 
     def __init__(self, names: Sequence[str], members: Sequence[LRQLinear], owner: nn.Module):

@@ -1,7 +1,7 @@
 """One tiny model on disk, uncompressed and compressed, for all tests of this folder."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from hf_lrq import LRQConfig
+from hf_lrq import LRQConfig, compress_pretrained
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +29,32 @@ def tiny_llama(**options: Any) -> transformers.LlamaForCausalLM:
     return transformers.LlamaForCausalLM(
         transformers.LlamaConfig(**shape, num_key_value_heads=2, vocab_size=128, **options)
     ).eval()
+
+
+@pytest.fixture(scope="session")
+def trellis_llama() -> Callable[[], transformers.LlamaForCausalLM]:
+    """Makes a compressed Llama wide enough for trellis codes; k and v have fewer rows than one of their blocks."""
+
+    def make() -> transformers.LlamaForCausalLM:
+        config = transformers.LlamaConfig(
+            vocab_size=96,
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            initializer_range=0.1,
+            bos_token_id=1,
+            eos_token_id=None,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = transformers.LlamaForCausalLM(config).eval()
+        compress_pretrained(model, None, LRQConfig(bits=2, rank=4, iters=1, refinements=0, sweeps=0))
+        return model
+
+    return make
 
 
 @pytest.fixture(scope="session")

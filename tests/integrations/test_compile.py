@@ -2,31 +2,14 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-from hf_lrq import LRQConfig, compress_pretrained
+from hf_lrq import LRQConfig
 
 
 @pytest.fixture(scope="module")
-def model():
-    """Wide enough for trellis codes; grouped queries, so that k and v have fewer rows than a block."""
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.1,
-        bos_token_id=1,
-        eos_token_id=None,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config).eval()
-    compress_pretrained(model, None, LRQConfig(bits=2, rank=4, iters=1, refinements=0, sweeps=0))
-    return model
+def model(trellis_llama):
+    return trellis_llama()
 
 
 IDS = torch.arange(1, 13).unsqueeze(0)

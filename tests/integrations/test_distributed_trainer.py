@@ -1,11 +1,8 @@
 """Two processes under the Trainer, with DDP and with FSDP2, end where one process does; see distributed_run.py."""
 
-import json
-import os
 import runpy
 import socket
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,32 +35,16 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ranks(_compressed: Path, out: Path) -> Found:
+def ranks(_compressed: Path, out: Path, run_ranks: Callable[..., Found]) -> Found:
     """What each of the two processes says about its runs."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(_compressed), str(out)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **common, "PYTHONPATH": str(ROOT), "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
-    found = []
-    try:
-        for process in processes:
-            output, errors = process.communicate(timeout=300)
-            assert process.returncode == 0, errors[-3000:]
-            found.append(json.loads(output.splitlines()[-1]))
-    finally:
-        for process in processes:
-            process.kill()
-    return found
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return run_ranks(
+        lambda rank: [str(SCRIPT), str(_compressed), str(out)],
+        lambda rank: {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+    )
 
 
 @pytest.fixture(scope="module")

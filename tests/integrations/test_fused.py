@@ -3,9 +3,9 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-from hf_lrq import LRQAdapterConfig, LRQConfig, SpecError, compress_pretrained, fuse_layers, unfuse_layers
+from hf_lrq import LRQAdapterConfig, LRQConfig, SpecError, fuse_layers, unfuse_layers
 from hf_lrq.kernels import dispatch
 from hf_lrq.nn import LRQLinear
 
@@ -13,26 +13,10 @@ IDS = torch.arange(1, 13).unsqueeze(0)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, trellis_llama):
     """A compressed model with q, k, v in two codebooks and gate and up in one."""
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.1,
-        bos_token_id=1,
-        eos_token_id=None,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
-    compress_pretrained(model, None, LRQConfig(bits=2, rank=4, iters=1, refinements=0, sweeps=0))
     path = tmp_path_factory.mktemp("compressed")
-    model.save_pretrained(path)
+    trellis_llama().save_pretrained(path)
     return path
 
 
