@@ -8,21 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from hf_lrq.calibration.batches import Batch
-from hf_lrq.calibration.blocks import find_stacks, is_stateful
-from hf_lrq.calibration.capture import InputRecorder, ModelRunner, StopPass, as_for_inference
-from hf_lrq.calibration.grams import GramStore, Rows
+from hf_lrq.calibration.blocks import find_stacks
+from hf_lrq.calibration.calibrate import Calibration
+from hf_lrq.calibration.capture import ModelRunner, as_for_inference
 from hf_lrq.calibration.progress import Progress, SilentProgress
 from hf_lrq.calibration.records import CompressionReport, LayerRecord
-from hf_lrq.calibration.replay import Call, Group, Outputs, Probe, StackRecorder, free
 from hf_lrq.calibration.targets import Target, TargetList, find_targets
 from hf_lrq.calibration.workers import Workers
 from hf_lrq.decomposition import CompressedMatrix, InputGram, compress_matrix, generator_for, input_rotation
-from hf_lrq.errors import CalibrationError, CompressionError, LRQError
+from hf_lrq.errors import CompressionError, LRQError
 from hf_lrq.nn import LRQLinear
 from hf_lrq.spec import CompressionSpec
 
 InstallExperts = Callable[[nn.Module, Target, list[CompressedMatrix]], None]
-LISTED = 8  # Names spelled out in a warning.
 
 
 def compress(
@@ -85,7 +83,7 @@ def compress(
                 work.without_data()
             else:
                 runner = ModelRunner(model, list(batches))
-                _Calibration(work, runner, sequential).run()
+                Calibration(work, runner, sequential).run()
             work.install_deferred()
         except LRQError as error:
             if not work.installed:
@@ -260,171 +258,3 @@ def _weight(module: nn.Module, target: Target, expert: int) -> Tensor:
     if target.kind == "experts":
         return stored[expert]
     return stored.T if target.kind == "conv1d" else stored
-
-
-class _Calibration:
-    """Runs a model over calibration batches and compresses its targets on what they see."""
-
-    def __init__(self, work: _Compression, runner: ModelRunner, sequential: bool):
-        if not len(runner):
-            raise CalibrationError(
-                "there are no calibration batches. Give at least one, or batches=None to compress without data."
-            )
-        self._work, self._runner, self._sequential = work, runner, sequential
-        self._model, self._workers, self._report = work.model, work.workers, work.report
-        self._one_by_one = is_stateful(work.model)
-        self._reach = 0
-        self._short: dict[str, tuple[int, int]] = {}  # Matrix -> tokens seen, tokens needed.
-
-    def run(self) -> None:
-        """Calibrate and compress all targets."""
-        probe = Probe(self._runner, find_stacks(self._model, self._work.targets), self._work.targets)
-        self._workers.map(lambda _: probe.run(), [None])
-        for group in probe.groups():
-            if group.stack is None:
-                self._together(group.targets[""], probe, group.stop_early)
-            else:
-                self._stack(group, probe)
-        self._warn_if_short()
-        self._report.calibration = {
-            "method": "sequential" if self._sequential else "independent",
-            "sequences": self._runner.sequences,
-            "tokens": max((layer.n_tokens for layer in self._report.layers), default=0),
-        }
-
-    def _stack(self, group: Group, probe: Probe) -> None:
-        """All blocks of a stack, replayed if possible."""
-        assert group.stack is not None, "targets outside of stacks go together"
-        blocks = {name: group.stack.blocks[name] for name in group.targets}
-        recorded = None if group.obstacle else self._record(blocks, group)
-        if recorded is not None:
-            self._replay(blocks, group, recorded)
-            return
-        why = group.obstacle or "the blocks do not follow each other in the same way for all batches"
-        self._report.warnings.append(
-            f"The blocks of {group.stack.name or 'the model'} could not be run one by one ({why}): "
-            "the model was run from its start for each of them, which is slower and changes nothing else."
-        )
-        for name, targets in group.targets.items():
-            self._together(targets, probe, group.stop_early, name)
-
-    def _record(self, blocks: Mapping[str, nn.Module], group: Group) -> list[list[Call | None]] | None:
-        """For each batch the calls of the blocks; None if a batch takes another way than those that were probed."""
-        with StackRecorder(blocks) as recorder:
-
-            def record(index: int) -> list[Call] | None:
-                return recorder.record(self._runner, index, group.chains[self._runner.signature(index)])
-
-            recorded = self._workers.map(record, range(len(self._runner)), self._one_by_one)
-        found: list[list[Call | None]] = []
-        for calls in recorded:
-            if calls is None:
-                return None
-            found.append([*calls])
-        return found
-
-    def _replay(self, blocks: Mapping[str, nn.Module], group: Group, recorded: list[list[Call | None]]) -> None:
-        """Block by block: inputs, Grams, compression, and the inputs of the next."""
-        reached = [index for index, calls in enumerate(recorded) if calls]
-        states: dict[int, Outputs] = {index: {} for index in reached}
-        names = list(blocks)
-        for position, (name, block) in enumerate(blocks.items()):
-            calls = {index: free(recorded[index], position) for index in reached}
-
-            def advance(index: int, block: nn.Module = block, calls: dict[int, Call] = calls) -> Outputs:
-                with self._runner.failures(index):
-                    return calls[index].run(block, states[index])
-
-            targets, following = group.targets[name], names[position + 1 :]
-            wanted = set(reached) if following and not self._sequential else set()
-            after: dict[int, Outputs] = {}
-            if targets:
-                grams, after = self._grams(targets, reached, advance, keep=wanted)
-                self._work.compress(name, targets, grams, defer=not self._sequential)
-            if not following:
-                return
-            missing = [index for index in reached if index not in after]
-            after |= dict(zip(missing, self._workers.map(advance, missing, self._one_by_one), strict=True))
-            for index in reached:
-                upcoming = recorded[index][position + 1]
-                assert upcoming is not None, "calls are freed in order"
-                states[index] = upcoming.needed(after[index])
-
-    def _together(self, targets: Sequence[Target], probe: Probe, stop_early: bool, block: str = "") -> None:
-        """Targets calibrated on whole passes of the model as it is now; of a block, passes that end behind it."""
-        if not targets:
-            return
-
-        def run(index: int) -> Outputs:
-            self._runner.run(index)
-            return {}
-
-        def stop(*_: object) -> None:
-            raise StopPass
-
-        handle = None
-        if block and probe.calls[block] == 1:
-            handle = self._model.get_submodule(block).register_forward_hook(stop)
-        try:
-            called = [target for target in targets if probe.calls[target.name]]
-            every = range(len(self._runner)) if called else ()
-            grams, _ = self._grams(targets, every, run, stop_early=stop_early and not block)
-        finally:
-            if handle is not None:
-                handle.remove()
-        self._work.compress(block or "outside the blocks", targets, grams, defer=not self._sequential)
-
-    def _grams(
-        self,
-        targets: Sequence[Target],
-        indices: Sequence[int],
-        run: Callable[[int], Outputs],
-        keep: set[int] | frozenset[int] = frozenset(),
-        stop_early: bool = False,
-    ) -> tuple[dict[str, InputGram], dict[int, Outputs]]:
-        """Grams of the matrices of some targets over passes that `run` makes, and the outputs of those in `keep`."""
-        store = GramStore([name for target in targets for name in _matrix_names(target)])
-        outputs: dict[int, Outputs] = {}
-        with InputRecorder(self._model, targets, stop_early) as recorder:
-
-            def watch(index: int) -> tuple[Outputs, Rows]:
-                return recorder.watch(lambda: run(index), self._runner.masks(index))
-
-            # As many batches at a time as there are threads: their inputs are all in memory.
-            for start in range(0, len(indices), self._workers.count):
-                window = indices[start : start + self._workers.count]
-                watched = self._workers.map(watch, window, self._one_by_one)
-                outputs |= {index: out for index, (out, _) in zip(window, watched, strict=True) if index in keep}
-                store.add([rows for _, rows in watched], window, self._workers)
-        grams, without = store.finish()
-        self._warn_of_missing(without)
-        needed = {name: target.in_features for target in targets for name in _matrix_names(target)}
-        for name, gram in grams.items():
-            if gram.n_tokens < needed[name]:
-                self._short[name] = (gram.n_tokens, needed[name])
-        return grams, outputs
-
-    def _warn_of_missing(self, without: Mapping[str, str]) -> None:
-        for reason in dict.fromkeys(without.values()):
-            names = [name for name, why in without.items() if why == reason]
-            self._report.warnings.append(f"{reason} {_listed(names)}: compressed without data.")
-
-    def _warn_if_short(self) -> None:
-        if not self._short:
-            return
-        name, (seen, needed) = max(self._short.items(), key=lambda item: item[1][1] / max(item[1][0], 1))
-        self._report.warnings.append(
-            f"{len(self._short)} matrices saw fewer calibration tokens than they have inputs; the worst is {name} with "
-            f"{seen} tokens for {needed} inputs. Use at least {-(-needed // max(seen, 1))} times as much data."
-        )
-
-
-def _matrix_names(target: Target) -> list[str]:
-    if target.kind != "experts":
-        return [target.name]
-    return [f"{target.full_name}.{expert}" for expert in range(target.experts)]
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more
