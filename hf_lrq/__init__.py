@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 from hf_lrq.integrations import register
 
 if TYPE_CHECKING:
-    from hf_lrq.calibration.compress import compress
     from hf_lrq.decomposition.compress_matrix import compress_matrix
     from hf_lrq.decomposition.gram import InputGram, proxy_loss
     from hf_lrq.errors import CalibrationError, CheckpointError, LRQError, SpecError
     from hf_lrq.evaluation import evaluate
+    from hf_lrq.integrations.compression import compress
     from hf_lrq.integrations.peft import LRQAdapterConfig
     from hf_lrq.integrations.saving import save
     from hf_lrq.integrations.trainer import register_optimizers, trainer_optimizer
-    from hf_lrq.integrations.transformers import LRQConfig, LRQHfQuantizer, compress_pretrained
+    from hf_lrq.integrations.transformers import LRQConfig, LRQHfQuantizer
     from hf_lrq.nn import fuse_layers, refit_factors, unfuse_layers
     from hf_lrq.nn.linear import LRQLinear
     from hf_lrq.optim import RiemannianAdamW, RiemannianSGD, precondition, riemannian_param_groups
@@ -47,7 +47,6 @@ __all__ = [
     "__version__",
     "compress",
     "compress_matrix",
-    "compress_pretrained",
     "evaluate",
     "fuse_layers",
     "precondition",
@@ -76,9 +75,8 @@ _HOME = {
     "RiemannianAdamW": "hf_lrq.optim",
     "RiemannianSGD": "hf_lrq.optim",
     "SpecError": "hf_lrq.errors",
-    "compress": "hf_lrq.calibration.compress",
+    "compress": "hf_lrq.integrations.compression",
     "compress_matrix": "hf_lrq.decomposition.compress_matrix",
-    "compress_pretrained": "hf_lrq.integrations.transformers",
     "evaluate": "hf_lrq.evaluation",
     "fuse_layers": "hf_lrq.nn",
     "precondition": "hf_lrq.optim",

@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from hf_lrq.calibration.targets import find_targets
 from hf_lrq.checkpoint import read_headers
 from hf_lrq.evaluation import (
     EvaluationError,
@@ -28,8 +27,9 @@ from hf_lrq.evaluation import (
 from hf_lrq.evaluation.likelihood import Estimate, kl_divergence
 from hf_lrq.evaluation.sizes import stored_tensors
 from hf_lrq.evaluation.windows import strided_windows
-from hf_lrq.nn import LRQExpertStack, LRQLinear
+from hf_lrq.nn import LRQExpertStack
 from hf_lrq.spec import CompressionSpec, LayerSpec
+from hf_lrq.work import excluded, make_plan
 
 VOCABULARY = 61
 N_TOKENS = 50
@@ -316,10 +316,8 @@ def test_output_error_needs_something_to_compare(model: LlamaForCausalLM, tokens
 
 def compressed(model: LlamaForCausalLM, spec: CompressionSpec) -> LlamaForCausalLM:
     """The model with empty compressed layers: sizes do not depend on values."""
-    for target in find_targets(model, spec, skip=["lm_head"]).compressed:
-        parent, _, child = target.name.rpartition(".")
-        layer = LRQLinear(target.in_features, target.out_features, False, target.spec.layout)
-        setattr(model.get_submodule(parent), child, layer)
+    for site, layout in make_plan(model, spec, excluded(model, ["lm_head"])).inventory.layouts.items():
+        model.set_submodule(site.name, site.empty(model.get_submodule(site.name), layout, keep_parameter=False))
     return model
 
 
@@ -336,8 +334,8 @@ SPECS = [
 def test_size_is_that_of_the_file(layer: LayerSpec, tied: bool, tmp_path: Path) -> None:
     spec = CompressionSpec(default=layer)
     original = llama(0, hidden_size=40, num_attention_heads=2, tie_word_embeddings=tied).half()
-    targets = find_targets(original, spec, skip=["lm_head"])
-    planned = size(original, targets.compressed)
+    inventory = make_plan(original, spec, excluded(original, ["lm_head"])).inventory
+    planned = size(original, inventory.layouts)
     model = compressed(original, spec)
     tensors = {name: tensor for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")}
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -346,16 +344,16 @@ def test_size_is_that_of_the_file(layer: LayerSpec, tied: bool, tmp_path: Path) 
     found = size(model)
     assert found.predicted_bytes == file_bytes
     assert planned == found
-    assert found.tensors.weights == targets.total_parameters
-    assert found.compressed.weights == targets.compressed_parameters
-    assert found.compressed.bytes == sum(target.bytes for target in targets.compressed)
+    assert found.tensors.weights == inventory.total_parameters
+    assert found.compressed.weights == inventory.compressed_parameters
+    assert found.compressed.bytes == sum(site.bytes(layout) for site, layout in inventory.layouts.items())
     assert found.embeddings == Part(VOCABULARY * 40, 2 * VOCABULARY * 40)
     assert found.linears.weights == (0 if tied else VOCABULARY * 40)
     assert found.norms.weights == 5 * 40
 
     from_headers = size_of_headers(read_headers([tmp_path / "model.safetensors"]), file_bytes)
     assert from_headers == dataclasses.replace(found, file_bytes=file_bytes)
-    assert from_headers.bits_per_parameter == pytest.approx(8 * file_bytes / targets.total_parameters)
+    assert from_headers.bits_per_parameter == pytest.approx(8 * file_bytes / inventory.total_parameters)
 
 
 def test_layers_are_read_from_headers() -> None:

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from hf_lrq import LRQConfig
 from hf_lrq.calibration.batches import make_batches
 from hf_lrq.evaluation import compare
-from hf_lrq.integrations.transformers import compress_pretrained
+from hf_lrq.integrations.compression import compress
 
 TINY_LM = Path(__file__).parents[1] / "tiny_lm"
 NEAREST = {"rank": 0, "rounding": "nearest"}
@@ -76,7 +76,7 @@ def main() -> None:
         options = {key: value for key, value in recipe.items() if key != "calibrated"}
         model = copy.deepcopy(original)
         start = time.perf_counter()
-        report = compress_pretrained(model, batches if recipe.get("calibrated") else None, LRQConfig(**options))
+        report = compress(model, batches if recipe.get("calibrated") else None, LRQConfig(**options))
         seconds = time.perf_counter() - start
         measured = compare(model, original, tokens, window=512, stride=256)
         if first:

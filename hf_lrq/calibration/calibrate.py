@@ -8,12 +8,11 @@ from torch import nn
 from hf_lrq.calibration.blocks import find_stacks, is_stateful
 from hf_lrq.calibration.capture import InputRecorder, ModelRunner, StopPass
 from hf_lrq.calibration.grams import GramStore, Rows
-from hf_lrq.calibration.records import CompressionReport
 from hf_lrq.calibration.replay import Call, Group, Outputs, Probe, StackRecorder, free
-from hf_lrq.calibration.targets import Target
-from hf_lrq.calibration.workers import Workers
 from hf_lrq.decomposition import InputGram
 from hf_lrq.errors import CalibrationError
+from hf_lrq.work import CompressionReport, Executor, Site
+from hf_lrq.work.plan import listed
 
 LISTED = 8  # Names spelled out in a warning.
 
@@ -22,21 +21,21 @@ class Work(Protocol):
     """What is to be done to a model, as its calibration sees it.
 
     Attributes:
-        model: whose targets they are; `compress` may change it.
-        targets: all matrices that are to be compressed.
+        model: whose sites they are; `compress` may change it.
+        sites: of all matrices that are to be compressed.
         report: gets the warnings, and what the calibration saw.
         workers: run passes and products.
     """
 
     model: nn.Module
-    targets: list[Target]
+    sites: list[Site]
     report: CompressionReport
-    workers: Workers
 
-    def compress(
-        self, title: str, targets: Sequence[Target], grams: Mapping[str, InputGram], defer: bool = False
-    ) -> None:
-        """Compress some targets on these Grams; `defer` leaves the model as it is for now."""
+    @property
+    def workers(self) -> Executor: ...
+
+    def compress(self, title: str, sites: Sequence[Site], grams: Mapping[str, InputGram]) -> None:
+        """Compress some sites on these Grams, by the name of the matrix."""
 
 
 class Calibration:
@@ -54,7 +53,7 @@ class Calibration:
 
     def run(self) -> None:
         """Calibrate and compress all targets."""
-        probe = Probe(self._runner, find_stacks(self._model, self._work.targets), self._work.targets)
+        probe = Probe(self._runner, find_stacks(self._model, self._work.sites), self._work.sites)
         self._workers.map(lambda _: probe.run(), [None])
         for group in probe.groups():
             if group.stack is None:
@@ -116,7 +115,7 @@ class Calibration:
             after: dict[int, Outputs] = {}
             if targets:
                 grams, after = self._grams(targets, reached, advance, keep=wanted)
-                self._work.compress(name, targets, grams, defer=not self._sequential)
+                self._work.compress(name, targets, grams)
             if not following:
                 return
             missing = [index for index in reached if index not in after]
@@ -126,7 +125,7 @@ class Calibration:
                 assert upcoming is not None, "calls are freed in order"
                 states[index] = upcoming.needed(after[index])
 
-    def _together(self, targets: Sequence[Target], probe: Probe, stop_early: bool, block: str = "") -> None:
+    def _together(self, targets: Sequence[Site], probe: Probe, stop_early: bool, block: str = "") -> None:
         """Targets calibrated on whole passes of the model as it is now; of a block, passes that end behind it."""
         if not targets:
             return
@@ -148,18 +147,18 @@ class Calibration:
         finally:
             if handle is not None:
                 handle.remove()
-        self._work.compress(block or "outside the blocks", targets, grams, defer=not self._sequential)
+        self._work.compress(block or "outside the blocks", targets, grams)
 
     def _grams(
         self,
-        targets: Sequence[Target],
+        targets: Sequence[Site],
         indices: Sequence[int],
         run: Callable[[int], Outputs],
         keep: set[int] | frozenset[int] = frozenset(),
         stop_early: bool = False,
     ) -> tuple[dict[str, InputGram], dict[int, Outputs]]:
         """Grams of the matrices of some targets over passes that `run` makes, and the outputs of those in `keep`."""
-        store = GramStore([name for target in targets for name in _matrix_names(target)])
+        store = GramStore([name for site in targets for name in site.matrices])
         outputs: dict[int, Outputs] = {}
         with InputRecorder(self._model, targets, stop_early) as recorder:
 
@@ -174,7 +173,7 @@ class Calibration:
                 store.add([rows for _, rows in watched], window, self._workers)
         grams, without = store.finish()
         self._warn_of_missing(without)
-        needed = {name: target.in_features for target in targets for name in _matrix_names(target)}
+        needed = {name: site.in_features for site in targets for name in site.matrices}
         for name, gram in grams.items():
             if gram.n_tokens < needed[name]:
                 self._short[name] = (gram.n_tokens, needed[name])
@@ -183,7 +182,7 @@ class Calibration:
     def _warn_of_missing(self, without: Mapping[str, str]) -> None:
         for reason in dict.fromkeys(without.values()):
             names = [name for name, why in without.items() if why == reason]
-            self._report.warnings.append(f"{reason} {_listed(names)}: compressed without data.")
+            self._report.warnings.append(f"{reason} {listed(names, LISTED)}: compressed without data.")
 
     def _warn_if_short(self) -> None:
         if not self._short:
@@ -193,14 +192,3 @@ class Calibration:
             f"{len(self._short)} matrices saw fewer calibration tokens than they have inputs; the worst is {name} with "
             f"{seen} tokens for {needed} inputs. Use at least {-(-needed // max(seen, 1))} times as much data."
         )
-
-
-def _matrix_names(target: Target) -> list[str]:
-    if target.kind != "experts":
-        return [target.name]
-    return [f"{target.full_name}.{expert}" for expert in range(target.experts)]
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more

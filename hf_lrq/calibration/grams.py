@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_lrq.calibration.workers import Workers
 from hf_lrq.decomposition import GramAccumulator, InputGram
 from hf_lrq.decomposition.gram import FOLD_TOKENS
 from hf_lrq.errors import CalibrationError
+from hf_lrq.work import Executor
+from hf_lrq.work.plan import listed
 
 STRIP = 512  # Rows of a Gram computed at a time: enough to keep a thread busy, and never dependent on their number.
 
@@ -44,7 +45,7 @@ class GramStore:
         """The names that share one sum, for each sum."""
         return [tuple(group.members) for group in self._groups if group.accumulator is not None]
 
-    def add(self, passes: Sequence[Rows], batches: Sequence[int], workers: Workers) -> None:
+    def add(self, passes: Sequence[Rows], batches: Sequence[int], workers: Executor) -> None:
         """Add some passes of the model, in their order.
 
         Args:
@@ -73,7 +74,7 @@ class GramStore:
                 for rows in each.get(group.members[0], ()):
                     if not _add_rows(group.accumulator.total, rows, start):
                         raise CalibrationError(
-                            f"calibration batch {batch} makes inputs of {_some(group.members)} that hold "
+                            f"calibration batch {batch} makes inputs of {listed(group.members, 4)} that hold "
                             "NaN or Inf (or squares that overflow float32). Look for NaN weights before this module, "
                             "calibrate in bfloat16 or float32 instead of float16, or leave the batch out."
                         )
@@ -124,7 +125,3 @@ def _mirror(total: Tensor) -> None:
     """Fill what lies left of the strips' diagonal blocks."""
     for start in range(0, len(total), STRIP):
         total[start + STRIP :, start : start + STRIP] = total[start : start + STRIP, start + STRIP :].T
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

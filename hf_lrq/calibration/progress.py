@@ -12,7 +12,7 @@ from typing import Any, Protocol, TextIO
 import torch
 from tqdm import tqdm
 
-from hf_lrq.calibration.records import CompressionReport, LayerRecord
+from hf_lrq.work import CompressionReport, LayerRecord
 
 # Windows has no such module.
 _resource: Any = import_module("resource") if find_spec("resource") else None

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_lrq.calibration.blocks import Stack
 from hf_lrq.calibration.capture import ModelRunner, StopPass
-from hf_lrq.calibration.targets import Target
+from hf_lrq.work import Site
 
 Path = tuple[Any, ...]  # Of keys and indices, from a nested value to a tensor in it.
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # Positional and keyword.
@@ -109,7 +109,7 @@ class Group:
     """
 
     stack: Stack | None
-    targets: dict[str, list[Target]] = field(default_factory=dict)
+    targets: dict[str, list[Site]] = field(default_factory=dict)
     obstacle: str | None = None
     chains: dict[tuple[str, ...], list[Chain]] = field(default_factory=dict)
     stop_early: bool = False
@@ -123,7 +123,7 @@ class Probe:
         calls: of each, most in one pass.
     """
 
-    def __init__(self, runner: ModelRunner, stacks: Sequence[Stack], targets: Sequence[Target]):
+    def __init__(self, runner: ModelRunner, stacks: Sequence[Stack], targets: Sequence[Site]):
         self._runner, self._stacks, self._targets = runner, stacks, targets
         self._obstacles: dict[int, str] = {}
         self._chains: dict[int, dict[tuple[str, ...], list[Chain]]] = {}
@@ -179,7 +179,7 @@ class Probe:
                 if (block := stack.block_of(target.name)) is not None:
                     homes[target.name] = (position, block)
         block_stacks = {block: position for position, stack in enumerate(self._stacks) for block in stack.blocks}
-        by_name: dict[str, list[Target]] = {}
+        by_name: dict[str, list[Site]] = {}
         for target in self._targets:
             by_name.setdefault(target.name, []).append(target)
 

@@ -11,8 +11,8 @@ from hf_lrq.cli.output import bits, console, print_json, print_size, print_table
 from hf_lrq.errors import CheckpointError
 from hf_lrq.evaluation import Size, compressed_layers, size_of_headers
 from hf_lrq.evaluation.sizes import StoredLayer
-from hf_lrq.integrations.experts import PREFIX
 from hf_lrq.layout import TensorLayout
+from hf_lrq.nn.fused_experts import PREFIX
 from hf_lrq.report import human_bytes
 
 INDEX = "model.safetensors.index.json"

@@ -4,15 +4,16 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
 from hf_lrq.codebooks import packed_bits
+from hf_lrq.layout import LayerLayout
 from hf_lrq.nn import LRQExpertStack, LRQLinear
 from hf_lrq.nn.linear import TENSOR_NAMES
-from hf_lrq.spec import LayerSpec
+from hf_lrq.work import Site
 
 KINDS = ("compressed", "linears", "embeddings", "norms", "other")
 # Bits per value of safetensors' dtypes, in the order in which it writes tensors of different dtypes.
@@ -56,25 +57,6 @@ _NAMES = {
 }
 
 Headers = Mapping[str, tuple[str, tuple[int, ...]]]  # Name -> (safetensors dtype, shape).
-
-
-class Planned(Protocol):
-    """A matrix or stack of matrices that is going to be compressed, as `calibration.targets` finds them."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def kind(self) -> str: ...
-    @property
-    def matrix(self) -> str: ...
-    @property
-    def out_features(self) -> int: ...
-    @property
-    def in_features(self) -> int: ...
-    @property
-    def experts(self) -> int: ...
-    @property
-    def spec(self) -> LayerSpec: ...
 
 
 @dataclass(frozen=True)
@@ -199,12 +181,12 @@ class Size:
         }
 
 
-def size(model: nn.Module, planned: Iterable[Planned] = ()) -> Size:
+def size(model: nn.Module, planned: Mapping[Site, LayerLayout] | None = None) -> Size:
     """Size of a model once it is saved, before or after compression.
 
     Args:
         model: compressed or not; weights may be on the meta device.
-        planned: matrices that will be compressed; each counts as its layout says, not as it is now.
+        planned: sites that will be compressed; each counts as its layout says, not as it is now.
     """
     return Size.of(stored_tensors(model, planned))
 
@@ -219,9 +201,9 @@ def size_of_headers(headers: Headers, file_bytes: int | None = None) -> Size:
     return Size.of([*_from_headers(headers)], file_bytes)
 
 
-def stored_tensors(model: nn.Module, planned: Iterable[Planned] = ()) -> list[StoredTensor]:
+def stored_tensors(model: nn.Module, planned: Mapping[Site, LayerLayout] | None = None) -> list[StoredTensor]:
     """Every tensor that saving the model writes; tied ones once."""
-    plans = {f"{target.name}.{target.matrix}": target for target in planned}
+    plans = {site.parameter: (site, layout) for site, layout in (planned or {}).items()}
     found: list[StoredTensor] = []
     # Embeddings first: a head tied to them is the same parameter.
     modules = sorted(model.named_modules(), key=lambda item: not isinstance(item[1], nn.Embedding))
@@ -238,7 +220,7 @@ def stored_tensors(model: nn.Module, planned: Iterable[Planned] = ()) -> list[St
             seen.add(id(tensor))
             full_name = f"{prefix}.{name}" if prefix else name
             if full_name in plans:
-                found += _planned_tensors(plans[full_name])
+                found += _planned_tensors(*plans[full_name])
                 continue
             kind, weights = _kind_and_weights(module, name, tensor)
             found.append(StoredTensor(full_name, dtype_name(tensor.dtype), tuple(tensor.shape), kind, weights))
@@ -266,19 +248,12 @@ def _bytes(dtype: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * _BITS.get(dtype, 8) // 8
 
 
-def _planned_tensors(target: Planned) -> list[StoredTensor]:
-    stack = (target.experts,) if target.kind == "experts" else ()
-    prefix = f"{target.name}.qstack_{target.matrix}" if stack else target.name
-    weights = target.experts * target.out_features * target.in_features
+def _planned_tensors(site: Site, layout: LayerLayout) -> list[StoredTensor]:
     return [
         StoredTensor(
-            f"{prefix}.{name}",
-            dtype_name(tensor.dtype),
-            (*stack, *tensor.shape),
-            "compressed",
-            weights if name == "weight" else 0,
+            name, dtype_name(tensor.dtype), tensor.shape, "compressed", site.weights if name.endswith(".weight") else 0
         )
-        for name, tensor in target.spec.layout.tensors(target.out_features, target.in_features).items()
+        for name, tensor in site.tensors(layout).items()
     ]
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from hf_lrq.checkpoint import QUANT_METHOD, read_headers, staged_directory
 from hf_lrq.errors import LRQError
 from hf_lrq.evaluation import Evaluation, size_of_headers
+from hf_lrq.integrations.provenance import Provenance
 from hf_lrq.report import REPORT_NAME, base_card, build_report, write_report
 
 CARD_NAME = "README.md"
@@ -48,18 +49,18 @@ def save(
         CheckpointError: if `out` is taken.
         LRQError: if the model is not compressed.
     """
-    quantizer = _quantizer_of(model)
+    origin = _provenance_of(model)
     if report is not None:
-        quantizer.report = report
+        origin.report = report
     if evaluation is not None:
-        if quantizer.report is None:
+        if origin.report is None:
             raise LRQError(
                 "this model was loaded compressed and has no report that an evaluation could be added to. Save it "
                 "without evaluation=, or pass report= as well."
             )
-        quantizer.evaluation = evaluation
+        origin.evaluation = evaluation
     if base_model is not None:
-        quantizer.base_model = base_model
+        origin.base_model = base_model
     with staged_directory(out, overwrite) as staging:
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
@@ -76,19 +77,19 @@ def write_papers(model: Any, directory: Path, ask_hub: bool = False) -> None:
     Args:
         ask_hub: fetch the metadata of the original's card from the Hub if it is not at hand.
     """
-    quantizer = _quantizer_of(model)
-    if quantizer.report is None:
-        _pass_on(quantizer.source, directory)
+    origin = _provenance_of(model)
+    if origin.report is None:
+        _pass_on(origin.source, directory)
         return
     files = _weight_files(directory)
     record = build_report(
-        quantizer.report,
-        recipe={name: value for name, value in quantizer.recipe.items() if name != "seed"},
-        seed=quantizer.recipe["seed"],
-        evaluation=quantizer.evaluation,
+        origin.report,
+        recipe={name: value for name, value in origin.recipe.items() if name != "seed"},
+        seed=origin.recipe["seed"],
+        evaluation=origin.evaluation,
         size=size_of_headers(read_headers(files), sum(file.stat().st_size for file in files)) if files else None,
-        base_model=quantizer.base_model,
-        base_card=_card_of(quantizer.base_model, ask_hub),
+        base_model=origin.base_model,
+        base_card=_card_of(origin.base_model, ask_hub),
         architecture=type(model).__name__,
     )
     card = directory / CARD_NAME
@@ -179,14 +180,15 @@ def _upload(
     )
 
 
-def _quantizer_of(model: Any) -> Any:
+def _provenance_of(model: Any) -> Provenance:
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is None or quantizer.quantization_config.quant_method != QUANT_METHOD:
         raise LRQError(
-            f"this {type(model).__name__} is not compressed. Call hf_lrq.compress_pretrained(model), or load it with "
+            f"this {type(model).__name__} is not compressed. Call hf_lrq.compress(model), or load it with "
             "from_pretrained(..., quantization_config=LRQConfig())."
         )
-    return quantizer
+    provenance: Provenance = quantizer.provenance
+    return provenance
 
 
 def _weight_files(directory: Path) -> list[Path]:

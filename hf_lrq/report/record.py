@@ -18,9 +18,9 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from hf_lrq.calibration.records import CompressionReport
 from hf_lrq.evaluation import Evaluation, Size
 from hf_lrq.report.text import json_ready, public_name, without_paths
+from hf_lrq.work.records import CompressionReport
 
 REPORT_VERSION = 1
 REPORT_NAME = "quantization_report.json"

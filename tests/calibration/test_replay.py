@@ -1,18 +1,23 @@
 """Blocks run by themselves only where that is exact; everything else is noticed, said, and calibrated all the same."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_lrq.calibration import compress
+from hf_lrq.calibration import compress_model
 from hf_lrq.calibration.blocks import find_stacks
 from hf_lrq.calibration.capture import ModelRunner, as_for_inference
 from hf_lrq.calibration.replay import Group, Probe
-from hf_lrq.calibration.targets import find_targets
 from hf_lrq.spec import CompressionSpec
+from hf_lrq.work import CompressionReport, excluded, make_plan
+
+
+def compress(model: nn.Module, batches: Any, spec: CompressionSpec, skip: Sequence[str] = ()) -> CompressionReport:
+    return compress_model(model, make_plan(model, spec, excluded(model, skip)), batches)
+
 
 Between = Callable[[Any, nn.Module, Tensor], tuple[Tensor]]
 
@@ -109,7 +114,7 @@ def make(toy_class: type[nn.Module], make_toy: Callable[..., Any]) -> Callable[[
 
 
 def stack_group(model: nn.Module, batches: list[Any], spec: CompressionSpec) -> Group:
-    targets = find_targets(model, spec).compressed
+    targets = list(make_plan(model, spec).specs)
     probe = Probe(ModelRunner(model, batches), find_stacks(model, targets), targets)
     with torch.no_grad(), as_for_inference(model):
         probe.run()
@@ -202,7 +207,7 @@ def test_stacks_are_taken_in_the_order_of_execution(
     torch.set_rng_state(torch_state)
     ids = torch.arange(40).reshape(2, 20)
     batches = [ids, {"input_ids": ids, "picture": torch.randn(2, 35, 32, generator=generator)}]
-    targets = find_targets(model, quick).compressed
+    targets = list(make_plan(model, quick).specs)
     probe = Probe(ModelRunner(model, batches), find_stacks(model, targets), targets)
     with torch.no_grad():
         probe.run()

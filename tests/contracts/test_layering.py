@@ -15,12 +15,13 @@ PACKAGE = Path(__file__).resolve().parents[2] / "hf_lrq"
 # A member may import the rows above it and itself. A package folder is one member.
 ROWS = (
     ("errors",),
-    ("codebooks",),
+    ("codebooks", "patterns"),
     ("layout",),
     ("spec", "matrices"),
     ("kernels", "presets"),
     ("decomposition", "optim"),
     ("nn",),
+    ("work",),
     ("calibration", "checkpoint", "evaluation"),
     ("recovery",),
     ("report",),

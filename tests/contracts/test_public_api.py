@@ -27,7 +27,6 @@ PUBLIC = [
     "__version__",
     "compress",
     "compress_matrix",
-    "compress_pretrained",
     "evaluate",
     "fuse_layers",
     "precondition",

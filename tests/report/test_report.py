@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from hf_lrq.calibration.records import CompressionReport, LayerRecord
 from hf_lrq.evaluation import Comparison, Estimate, Evaluation, OutputError, Part, Perplexity, Size
 from hf_lrq.report import base_card, build_report, model_card, report_text, write_report
+from hf_lrq.work.records import CompressionReport, LayerRecord
 
 RECIPE = {"bits": 2, "rank": 4, "dataset": "bundled", "rank_pattern": {"q_proj|k_proj": 8}, "bits_pattern": None}
 

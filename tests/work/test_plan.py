@@ -4,25 +4,25 @@ import pytest
 import torch
 from torch import nn
 
-from hf_lrq.calibration.targets import count_parameters, find_targets
 from hf_lrq.errors import CompressionError
 from hf_lrq.spec import CompressionSpec, LayerSpec
+from hf_lrq.work.plan import count_parameters, excluded, make_plan
 
 
 def test_a_model_without_linear_layers_is_not_told_to_lower_the_rank() -> None:
     with pytest.raises(CompressionError, match=r"Sequential has no layer to compress: none is linear\.$"):
-        find_targets(nn.Sequential(nn.Conv2d(3, 3, 1)), CompressionSpec())
+        make_plan(nn.Sequential(nn.Conv2d(3, 3, 1)), CompressionSpec())
 
 
 def test_reasons_are_given_once_with_the_first_names() -> None:
     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6)))
     spec = CompressionSpec(default=LayerSpec(rank=64))
     with pytest.raises(CompressionError) as caught:
-        find_targets(model, spec, skip=["5"])
+        make_plan(model, spec, excluded(model, ["5"]))
     message = str(caught.value)
     assert "6 linear layers found, all skipped" in message
     assert "0, 1, 2 and 2 more: would not get smaller with this rank and these bits" in message
-    assert "5: excluded by the configuration" in message
+    assert "5: matches '5' in modules_to_not_convert" in message
     assert message.endswith("Lower the rank, or shorten modules_to_not_convert.")
 
 
