@@ -6,9 +6,11 @@ from typing import Protocol
 from torch import nn
 
 from hf_lrq.calibration.blocks import find_stacks, is_stateful
+from hf_lrq.calibration.calls import Call, Outputs
 from hf_lrq.calibration.capture import InputRecorder, ModelRunner, StopPass
 from hf_lrq.calibration.grams import GramStore, Rows
-from hf_lrq.calibration.replay import Call, Group, Outputs, Probe, StackRecorder, free
+from hf_lrq.calibration.probe import Probe, Section
+from hf_lrq.calibration.recorder import StackRecorder, free
 from hf_lrq.decomposition import InputGram
 from hf_lrq.errors import CalibrationError
 from hf_lrq.work import CompressionReport, Executor, Site
@@ -55,11 +57,11 @@ class Calibration:
         """Calibrate and compress all targets."""
         probe = Probe(self._runner, find_stacks(self._model, self._work.sites), self._work.sites)
         self._workers.map(lambda _: probe.run(), [None])
-        for group in probe.groups():
-            if group.stack is None:
-                self._together(group.targets[""], probe, group.stop_early)
+        for section in probe.sections():
+            if section.stack is None:
+                self._together(section.targets[""], probe, section.stop_early)
             else:
-                self._stack(group, probe)
+                self._stack(section, probe)
         self._warn_if_short()
         self._report.calibration = {
             "method": "sequential" if self._sequential else "independent",
@@ -67,28 +69,28 @@ class Calibration:
             "tokens": max((layer.n_tokens for layer in self._report.layers), default=0),
         }
 
-    def _stack(self, group: Group, probe: Probe) -> None:
+    def _stack(self, section: Section, probe: Probe) -> None:
         """All blocks of a stack, replayed if possible."""
-        assert group.stack is not None, "targets outside of stacks go together"
-        blocks = {name: group.stack.blocks[name] for name in group.targets}
-        recorded = None if group.obstacle else self._record(blocks, group)
+        assert section.stack is not None, "targets outside of stacks go together"
+        blocks = {name: section.stack.blocks[name] for name in section.targets}
+        recorded = None if section.obstacle else self._record(blocks, section)
         if recorded is not None:
-            self._replay(blocks, group, recorded)
+            self._replay(blocks, section, recorded)
             return
-        why = group.obstacle or "the blocks do not follow each other in the same way for all batches"
+        why = section.obstacle or "the blocks do not follow each other in the same way for all batches"
         self._report.warnings.append(
-            f"The blocks of {group.stack.name or 'the model'} could not be run one by one ({why}): "
+            f"The blocks of {section.stack.name or 'the model'} could not be run one by one ({why}): "
             "the model was run from its start for each of them, which is slower and changes nothing else."
         )
-        for name, targets in group.targets.items():
-            self._together(targets, probe, group.stop_early, name)
+        for name, targets in section.targets.items():
+            self._together(targets, probe, section.stop_early, name)
 
-    def _record(self, blocks: Mapping[str, nn.Module], group: Group) -> list[list[Call | None]] | None:
+    def _record(self, blocks: Mapping[str, nn.Module], section: Section) -> list[list[Call | None]] | None:
         """For each batch the calls of the blocks; None if a batch takes another way than those that were probed."""
         with StackRecorder(blocks) as recorder:
 
             def record(index: int) -> list[Call] | None:
-                return recorder.record(self._runner, index, group.chains[self._runner.signature(index)])
+                return recorder.record(self._runner, index, section.chains[self._runner.signature(index)])
 
             recorded = self._workers.map(record, range(len(self._runner)), self._one_by_one)
         found: list[list[Call | None]] = []
@@ -98,7 +100,7 @@ class Calibration:
             found.append([*calls])
         return found
 
-    def _replay(self, blocks: Mapping[str, nn.Module], group: Group, recorded: list[list[Call | None]]) -> None:
+    def _replay(self, blocks: Mapping[str, nn.Module], section: Section, recorded: list[list[Call | None]]) -> None:
         """Block by block: inputs, Grams, compression, and the inputs of the next."""
         reached = [index for index, calls in enumerate(recorded) if calls]
         states: dict[int, Outputs] = {index: {} for index in reached}
@@ -110,7 +112,7 @@ class Calibration:
                 with self._runner.failures(index):
                     return calls[index].run(block, states[index])
 
-            targets, following = group.targets[name], names[position + 1 :]
+            targets, following = section.targets[name], names[position + 1 :]
             wanted = set(reached) if following and not self._sequential else set()
             after: dict[int, Outputs] = {}
             if targets:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hf_lrq.calibration import compress_model
 from hf_lrq.calibration.capture import ModelRunner, as_for_inference
 from hf_lrq.calibration.compress import _ModelWork
-from hf_lrq.calibration.replay import Group, Probe
+from hf_lrq.calibration.probe import Probe, Section
 from hf_lrq.decomposition import InputGram
 from hf_lrq.spec import CompressionSpec
 from hf_lrq.work import CompressionReport, excluded, make_plan
@@ -132,15 +132,15 @@ def test_replayed_blocks_give_the_bytes_of_blocks_run_in_the_model(
     sequential: bool, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replayed, _, _, groups = run(sequential=sequential)
-    ordinary = Probe.groups
+    ordinary = Probe.sections
 
-    def without_replay(self: Probe) -> list[Group]:
+    def without_replay(self: Probe) -> list[Section]:
         found = ordinary(self)
-        for group in found:
-            group.obstacle = "this test forbids it" if group.stack is not None else None
+        for section in found:
+            section.obstacle = "this test forbids it" if section.stack is not None else None
         return found
 
-    monkeypatch.setattr(Probe, "groups", without_replay)
+    monkeypatch.setattr(Probe, "sections", without_replay)
     rerun, report, _, same_groups = run(sequential=sequential)
     assert sum("this test forbids it" in text for text in report.warnings) >= 1
     assert groups == same_groups

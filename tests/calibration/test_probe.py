@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hf_lrq.calibration import compress_model
 from hf_lrq.calibration.blocks import find_stacks
 from hf_lrq.calibration.capture import ModelRunner, as_for_inference
-from hf_lrq.calibration.replay import Group, Probe
+from hf_lrq.calibration.probe import Probe, Section
 from hf_lrq.spec import CompressionSpec
 from hf_lrq.work import CompressionReport, excluded, make_plan
 
@@ -113,19 +113,21 @@ def make(toy_class: type[nn.Module], make_toy: Callable[..., Any]) -> Callable[[
     return model
 
 
-def stack_group(model: nn.Module, batches: list[Any], spec: CompressionSpec) -> Group:
+
+
+def stack_section(model: nn.Module, batches: list[Any], spec: CompressionSpec) -> Section:
     targets = list(make_plan(model, spec).specs)
     probe = Probe(ModelRunner(model, batches), find_stacks(model, targets), targets)
     with torch.no_grad(), as_for_inference(model):
         probe.run()
-    return next(group for group in probe.groups() if group.stack is not None)
+    return next(section for section in probe.sections() if section.stack is not None)
 
 
 @pytest.mark.parametrize("between", FAITHFUL, ids=lambda f: f.__name__)
 def test_models_that_only_pass_outputs_on_are_replayed(
     between: Between, make: Callable[[Between], Any], tokens: list[Tensor], quick: CompressionSpec
 ) -> None:
-    assert stack_group(make(between), tokens, quick).obstacle is None
+    assert stack_section(make(between), tokens, quick).obstacle is None
     assert compress(make(between), tokens, quick).warnings == []
 
 
@@ -211,7 +213,7 @@ def test_stacks_are_taken_in_the_order_of_execution(
     probe = Probe(ModelRunner(model, batches), find_stacks(model, targets), targets)
     with torch.no_grad():
         probe.run()
-    order = [group.stack.name if group.stack else "outside" for group in probe.groups()]
+    order = [section.stack.name if section.stack else "outside" for section in probe.sections()]
     assert order == ["seeing", "outside", "words"]
     report = compress(model, batches, quick)
     assert report.warnings == []
