@@ -12,8 +12,8 @@ from transformers import BertConfig, BertForMaskedLM, BertModel, LlamaConfig, Ll
 
 from hf_lrq.calibration.targets import find_targets
 from hf_lrq.checkpoint import read_headers
+from hf_lrq.errors import EvaluationError
 from hf_lrq.evaluation import (
-    EvaluationError,
     Part,
     compare,
     compressed_layers,

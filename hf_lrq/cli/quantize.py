@@ -27,7 +27,7 @@ from hf_lrq.cli.output import bits, console, measurement_rows, print_table, say
 from hf_lrq.errors import CheckpointError, LRQError, SpecError
 from hf_lrq.evaluation import Evaluation, position_limit, size
 from hf_lrq.integrations.config import LRQConfig
-from hf_lrq.integrations.saving import save, write_papers
+from hf_lrq.integrations.saving import save, write_report_and_card
 from hf_lrq.integrations.skip_rules import exactly, skip_reasons
 from hf_lrq.integrations.transformers import compress_pretrained
 from hf_lrq.report import human_bytes
@@ -100,7 +100,7 @@ def run(options: QuantizeOptions) -> None:
             say(f"The model is saved in {options.out}, but it could not be evaluated:", "yellow")
             raise
         model.hf_quantizer.evaluation = measured
-        write_papers(model, options.out)
+        write_report_and_card(model, options.out)
     _show(report, measured, options.out, type(model).__name__)
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_lrq.errors import EvaluationError
 from hf_lrq.evaluation.windows import (
-    EvaluationError,
     Plan,
     Window,
     as_tokens,
@@ -19,7 +19,7 @@ from hf_lrq.evaluation.windows import (
     plan_windows,
 )
 
-Progress = Callable[[int, int], None]  # (windows done, windows in all)
+WindowProgress = Callable[[int, int], None]  # (windows done, windows in all)
 CHUNK = 1 << 24  # Logits turned to float32 at a time: 64 MiB per temporary, whatever the vocabulary.
 TOP = 5
 
@@ -117,7 +117,7 @@ def perplexity(
     tokens: Tensor,
     window: int | None = None,
     stride: int | None = None,
-    progress: Progress | None = None,
+    progress: WindowProgress | None = None,
 ) -> Perplexity:
     """Perplexity of a causal language model on one text.
 
@@ -158,7 +158,7 @@ def compare(
     tokens: Tensor,
     window: int | None = None,
     stride: int | None = None,
-    progress: Progress | None = None,
+    progress: WindowProgress | None = None,
 ) -> Comparison:
     """A compressed model against its original on one text, see `Comparison`.
 

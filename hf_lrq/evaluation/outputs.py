@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_lrq.evaluation.windows import EvaluationError, device_of, evaluating
+from hf_lrq.errors import EvaluationError
+from hf_lrq.evaluation.windows import device_of, evaluating
 
 Batch = Tensor | Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class OutputError:
+class OutputDistance:
     """Distance of the outputs of two models on the same batches.
 
     Attributes:
@@ -34,7 +35,7 @@ class OutputError:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
-def output_error(model: nn.Module, reference: nn.Module, batches: Iterable[Batch]) -> OutputError:
+def output_error(model: nn.Module, reference: nn.Module, batches: Iterable[Batch]) -> OutputDistance:
     """Compare the logits, or else the last hidden states, of a compressed model and its original.
 
     Args:
@@ -70,7 +71,7 @@ def output_error(model: nn.Module, reference: nn.Module, batches: Iterable[Batch
     if math.isnan(squared_error):
         raise EvaluationError(f"{type(model).__name__} or its original returns NaN. Try bfloat16 or float32.")
     relative = math.sqrt(squared_error / squared_norm) if squared_norm else math.inf if squared_error else 0.0
-    return OutputError(relative, cosine / positions, positions, name)
+    return OutputDistance(relative, cosine / positions, positions, name)
 
 
 def _output(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[str, Tensor]:

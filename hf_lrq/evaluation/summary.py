@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_lrq.evaluation.likelihood import Comparison, Perplexity, Progress, compare, perplexity
-from hf_lrq.evaluation.outputs import Batch, OutputError, output_error
+from hf_lrq.evaluation.likelihood import Comparison, Perplexity, WindowProgress, compare, perplexity
+from hf_lrq.evaluation.outputs import Batch, OutputDistance, output_error
 from hf_lrq.evaluation.sizes import Size, size
 
 
@@ -28,7 +28,7 @@ class Evaluation:
     size: Size
     perplexity: Perplexity | None = None
     comparison: Comparison | None = None
-    outputs: OutputError | None = None
+    outputs: OutputDistance | None = None
     text: str | None = None
     seconds: float = 0.0
 
@@ -45,7 +45,7 @@ def evaluate(
     window: int | None = None,
     stride: int | None = None,
     text: str | None = None,
-    progress: Progress | None = None,
+    progress: WindowProgress | None = None,
 ) -> Evaluation:
     """Perplexity and size of a causal language model, and its divergence from the original where there is one.
 

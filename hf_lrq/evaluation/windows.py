@@ -8,15 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_lrq.errors import LRQError
+from hf_lrq.errors import EvaluationError
 
 LARGEST_DEFAULT_WINDOW = 2048
 _POSITION_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len")
 _PROBE_TOKENS = 8
-
-
-class EvaluationError(LRQError, ValueError):
-    """A text or a model cannot be evaluated as asked: too few tokens, no next-token logits, another vocabulary."""
 
 
 @dataclass(frozen=True)

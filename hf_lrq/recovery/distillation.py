@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_lrq.calibration.batches import Batch
-from hf_lrq.recovery.errors import RecoveryError
+from hf_lrq.errors import RecoveryError
 from hf_lrq.recovery.teacher import Targets, outputs_of
 
 SMALLEST = 1e-6  # Probability of all tokens beyond the top k, about ten roundings of the sum that it is one minus.

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from hf_lrq.calibration.batches import Batch
+from hf_lrq.errors import RecoveryError
 from hf_lrq.evaluation.windows import evaluating
 from hf_lrq.optim import RiemannianAdamW
 from hf_lrq.recovery.distillation import distances
-from hf_lrq.recovery.errors import RecoveryError, RecoveryInterrupted
 from hf_lrq.recovery.options import RecoveryOptions
-from hf_lrq.recovery.report import Loss, RecoveryReport, RecoveryStep
+from hf_lrq.recovery.progress import RecoveryProgress
+from hf_lrq.recovery.report import Loss, RecoveryInterrupted, RecoveryReport, RecoveryStep
 from hf_lrq.recovery.teacher import Teacher, as_teacher, tokens_of
 from hf_lrq.recovery.trainable import Slot, State, Trainable
 
 LEAST_RATE = 0.1  # Of the full learning rate, at the end of the cosine.
 LEAST_GAIN = 1e-3  # Relative; a smaller one is no improvement.
-Progress = Callable[[RecoveryStep], None]
 
 
 def recover(
@@ -30,7 +30,7 @@ def recover(
     batches: Iterable[Batch],
     options: RecoveryOptions | None = None,
     held_out: Iterable[Batch] | None = None,
-    progress: Progress | None = None,
+    progress: RecoveryProgress | None = None,
 ) -> RecoveryReport:
     """Train what is cheap to store of a compressed model so that it says again what its original says.
 
@@ -53,7 +53,7 @@ def recover(
         batches: token ids [batch, length] or keyword arguments of the model, see `calibration.batches.make_batches`.
         options: None takes the defaults.
         held_out: batches to decide on; None holds some of `batches` out.
-        progress: told about each step, for example a `TqdmRecovery`.
+        progress: told about each step, for example a `TqdmRecoveryProgress`.
 
     Raises:
         RecoveryError: if there is nothing to train or to train on, or the teacher does not fit.
@@ -126,7 +126,7 @@ class Run:
         held_out: Sequence[Batch],
         options: RecoveryOptions,
         generator: torch.Generator,
-        progress: Progress | None,
+        progress: RecoveryProgress | None,
     ):
         self.model, self.teacher, self.batches, self.held_out = model, teacher, batches, held_out
         self.options, self.generator, self.progress = options, generator, progress

@@ -79,3 +79,18 @@ class RecoveryReport:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
         return {**asdict(self), "untouched": list(self.untouched)}
+
+
+class RecoveryInterrupted(KeyboardInterrupt):
+    """Somebody pressed Ctrl-C; the model holds the best state up to then, or is as it was if none was better.
+
+    Not an LRQError: like any KeyboardInterrupt it ends a program that does not ask for it.
+
+    Attributes:
+        report: of what was done; `report.gained` says whether the model changed.
+    """
+
+    def __init__(self, report: RecoveryReport):
+        what = f"the best state, of step {report.best_step}, is kept" if report.gained else "the model is as it was"
+        super().__init__(f"Interrupted after {report.steps} steps; {what}.")
+        self.report = report

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hf_lrq.calibration.batches import Batch
+from hf_lrq.errors import RecoveryError
 from hf_lrq.evaluation.windows import device_of
-from hf_lrq.recovery.errors import RecoveryError
 
 CHUNK = 1 << 24  # Logits turned to float32 at a time: 64 MiB.
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_lrq.report.card import model_card
-from hf_lrq.report.record import (
+from hf_lrq.report.document import (
     REPORT_NAME,
     REPORT_VERSION,
     base_card,

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from hf_lrq.errors import BackendError
+
 SOURCES = Path(__file__).parent / "csrc"
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-fno-math-errno", "-w")
@@ -20,10 +22,6 @@ FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-fno-
 FALLBACKS: tuple[tuple[str, ...], ...] = ((), ("-DHF_LRQ_NO_AMX",), ("-DHF_LRQ_PORTABLE",))
 VERSION_SECONDS = 20
 BUILD_SECONDS = 300
-
-
-class BuildError(Exception):
-    """No library could be made; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +41,13 @@ def find_compiler() -> Compiler:
     """The compiler that CC names, else the first of cc, gcc and clang on the PATH.
 
     Raises:
-        BuildError: if there is none, or it does not say its version.
+        BackendError: if there is none, or it does not say its version.
     """
     wanted = os.environ.get("CC")
     try:
         candidates = [shlex.split(wanted)] if wanted else [[name] for name in COMPILERS]
     except ValueError as error:
-        raise BuildError(f"CC={wanted!r} cannot be split into words ({error}). Set CC to a C compiler.") from None
+        raise BackendError(f"CC={wanted!r} cannot be split into words ({error}). Set CC to a C compiler.") from None
     for words in candidates:
         path = shutil.which(words[0]) if words else None
         if path is not None:
@@ -58,7 +56,7 @@ def find_compiler() -> Compiler:
             lines = version.splitlines()
             return Compiler(command, f"{shlex.join(command)}\n{lines[0] if lines else ''}")
     names = wanted or ", ".join(COMPILERS)
-    raise BuildError(f"no C compiler ({names}) on the PATH. Install gcc or clang, or set CC.")
+    raise BackendError(f"no C compiler ({names}) on the PATH. Install gcc or clang, or set CC.")
 
 
 def cached_library(defines: tuple[str, ...] = ()) -> Path:
@@ -68,7 +66,7 @@ def cached_library(defines: tuple[str, ...] = ()) -> Path:
         defines: further flags.
 
     Raises:
-        BuildError: if it cannot be built.
+        BackendError: if it cannot be built.
     """
     compiler = find_compiler()
     flags = (*FLAGS, *defines)
@@ -133,7 +131,7 @@ def _build(compiler: Compiler, flags: tuple[str, ...], path: Path) -> None:
                 try:
                     _compile(compiler, (*flags, *fallback), library)
                     break
-                except BuildError:
+                except BackendError:
                     if number == len(FALLBACKS) - 1:
                         raise
             os.chmod(library, 0o700)
@@ -141,7 +139,7 @@ def _build(compiler: Compiler, flags: tuple[str, ...], path: Path) -> None:
                 os.fsync(file.fileno())
             os.replace(library, path)
     except OSError as error:
-        raise BuildError(f"the library could not be stored in {path.parent}: {error}. Set HF_LRQ_CACHE.") from None
+        raise BackendError(f"the library could not be stored in {path.parent}: {error}. Set HF_LRQ_CACHE.") from None
 
 
 def _compile(compiler: Compiler, flags: tuple[str, ...], library: Path) -> None:
@@ -156,14 +154,14 @@ def _compile(compiler: Compiler, flags: tuple[str, ...], library: Path) -> None:
         list(pool.map(lambda command: _run(command, BUILD_SECONDS), commands))
     _run((*compiler.command, *flags, "-shared", "-o", str(library), *objects, "-lm"), BUILD_SECONDS)
     if not library.exists():
-        raise BuildError(f"{compiler.command[0]} wrote no library. Set CC to another compiler.")
+        raise BackendError(f"{compiler.command[0]} wrote no library. Set CC to another compiler.")
 
 
 def _run(command: tuple[str, ...], seconds: int) -> str:
     """Standard output of `command`, run without a shell.
 
     Raises:
-        BuildError: if it cannot be run, fails, or takes longer than `seconds`.
+        BackendError: if it cannot be run, fails, or takes longer than `seconds`.
     """
     name = command[0]
     try:
@@ -177,10 +175,12 @@ def _run(command: tuple[str, ...], seconds: int) -> str:
             errors="replace",
         )
     except subprocess.TimeoutExpired:
-        raise BuildError(f"{name} did not finish in {seconds} s. Set CC to another compiler.") from None
+        raise BackendError(f"{name} did not finish in {seconds} s. Set CC to another compiler.") from None
     except OSError as error:
-        raise BuildError(f"{name} cannot be run: {error}. Set CC to another compiler.") from None
+        raise BackendError(f"{name} cannot be run: {error}. Set CC to another compiler.") from None
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]
-        raise BuildError(f"{name} failed with status {done.returncode}: {lines[0][:200]}. Set CC to another compiler.")
+        raise BackendError(
+            f"{name} failed with status {done.returncode}: {lines[0][:200]}. Set CC to another compiler."
+        )
     return done.stdout

@@ -1,4 +1,6 @@
-"""The record of one compression, `quantization_report.json`: everything that loading does not need.
+"""The document `quantization_report.json`: its fields, made from what was recorded and measured, and its text.
+
+It holds everything about a compression that loading does not need; `calibration.records` has what it is made from.
 
 Fields of version 1: `report_version`, `base_model` {name, hub_id, and what its card says about licence and language},
 `architecture`, `recipe`, `seed`, `versions`, `bits` {compressed_layers, whole_file, caldera}, `size`
