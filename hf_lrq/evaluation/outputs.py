@@ -21,7 +21,7 @@ class OutputDistance:
     Attributes:
         relative_error: ||Y - Y_0||_F / ||Y_0||_F over all positions, Y_0 from the original.
         cosine: mean cosine similarity of the outputs, position by position.
-        positions: compared; padding is not.
+        positions: number of positions compared, without padding.
         output: which output was compared, "logits" or "last_hidden_state".
     """
 
@@ -31,7 +31,7 @@ class OutputDistance:
     output: str
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """All figures as JSON values."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
@@ -41,8 +41,8 @@ def output_error(model: nn.Module, reference: nn.Module, batches: Iterable[Batch
     Args:
         model: the compressed model.
         reference: the original; its dtype and device may differ.
-        batches: each a tensor of ids [batch, n] or the keyword arguments of one call. An `attention_mask` of the shape
-            of the outputs' leading axes excludes padding.
+        batches: tensors of ids [batch, n], or keyword arguments of one call each. An `attention_mask` of the shape of
+            the outputs' leading axes excludes padding.
 
     Raises:
         EvaluationError: if there is no batch, or the outputs have no common name or shape.
@@ -89,7 +89,7 @@ def _moved(inputs: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 
 
 def _rows(output: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-    """[positions, width] float32 without padding."""
+    """The rows of an output that are not padding, [positions, width] float32."""
     mask = inputs.get("attention_mask")
     if mask is not None and mask.shape == output.shape[:-1]:
         return output[mask.bool().to(output.device)].float()

@@ -18,11 +18,11 @@ class Evaluation:
 
     Attributes:
         size: where the bytes are.
-        perplexity: of the compressed model.
-        comparison: with the original, on the same text.
-        outputs: distance of the outputs, for models without a perplexity.
+        perplexity: perplexity of the compressed model.
+        comparison: comparison with the original, on the same text.
+        outputs: distance from the outputs of the original, for models without a perplexity.
         text: what the text was, in words.
-        seconds: the measurements took.
+        seconds: how long the measurements took.
     """
 
     size: Size
@@ -33,7 +33,7 @@ class Evaluation:
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """All figures as JSON values."""
         parts = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return {name: part.to_dict() if hasattr(part, "to_dict") else part for name, part in parts.items()}
 

@@ -27,7 +27,7 @@ Holder = tuple[nn.Module, str]  # A module, and the name of one of its own param
 
 
 class PreconditionedFactor(torch.autograd.Function):
-    """`apply(factor, other, left, damping, scaling)`: the factor; its gradient times the other's inverse Gram."""
+    """`apply(factor, other, left, damping, scaling)` gives the factor; the gradient is divided by the other's Gram."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, factor: Tensor, other: Tensor, left: bool, damping: float, scaling: float) -> Tensor:

@@ -17,7 +17,7 @@ from hf_lrq.optim.input_metric import InputMetric
 ParamGroup = dict[str, Any]
 
 H_AWARE = "h_aware"
-FORMER_NAMES = {"pre": "one_sided"}  # Of preconditioners; saved states may have them.
+FORMER_NAMES = {"pre": "one_sided"}  # A saved state may call a preconditioner by its former name.
 METRICS = "metrics"  # Key of a group: an InputMetric for each pair. Not in a state_dict: it is as large as a layer.
 
 
@@ -135,7 +135,7 @@ def check_group(group: ParamGroup, preconditioners: tuple[str, ...]) -> None:
     """Complain about a group before the first step does.
 
     Args:
-        group: with all its options.
+        group: a group with all its options.
         preconditioners: the values that `precond` may have.
 
     Raises:

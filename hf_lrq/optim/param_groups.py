@@ -144,11 +144,11 @@ def riemannian_param_groups(
 
     Args:
         model: see `factor_pairs`.
-        lr: of all groups; None for the optimizer's.
-        weight_decay: of plain parameters that are neither biases nor norms.
-        factor_weight_decay: of factors.
+        lr: learning rate of all groups; None for the optimizer's.
+        weight_decay: weight decay of plain parameters that are neither biases nor norms.
+        factor_weight_decay: weight decay of factors.
         lr_ratio: learning rate of L over that of R; None for the optimizer's.
-        pairs: further ones, which the structure of the model does not show; a tuple is (L, R).
+        pairs: further pairs, which the structure of the model does not show; a tuple is (L, R).
         attributes: names under which modules hold L and R.
         grams: for precond="h_aware" (experimental), name of a module -> Gram of its inputs: an `InputGram`, a tensor
             [in, in], or the diagonal [in]. `calibration.input_grams` measures them. Names may be those that the modules

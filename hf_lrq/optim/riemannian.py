@@ -45,7 +45,7 @@ class RiemannianAdamW(PairedOptimizer):
             for messages.
         lr: learning rate of R and of plain parameters.
         betas, eps, weight_decay: as in AdamW.
-        precond: see above.
+        precond: how pairs are treated, see above.
         damping: fraction of the mean eigenvalue that is added to each Gram. 1e-4 is safer with 16-bit factors.
         refresh: steps that one preconditioner serves, after the first hundred. Factors move little in one; the steps
             between are cheaper by the Grams and their factorization. It takes 4 r² bytes for each factor, saved with
@@ -159,7 +159,7 @@ def one_pass_fits(*tensors: list[Tensor]) -> bool:
 
 
 def one_pass_adam(values: list[Tensor], grads: list[Tensor], average: Average, lr: float) -> None:
-    """The same in one pass over memory, which is what a step costs on a CPU; other roundings."""
+    """`foreach_adam` in one pass over memory, which is what a step costs on a CPU; with other roundings."""
     adamw(
         values,
         grads,

@@ -111,7 +111,7 @@ def inverse_roots(grams: list[Tensor], damping: float) -> list[Tensor]:
 
 
 def roots_together(grams: list[Tensor], damping: float) -> list[Tensor]:
-    """See `inverse_roots`; however many there are, it takes a handful of launches."""
+    """`inverse_root` of each Gram; however many there are, it takes a handful of launches."""
     roots: list[Tensor] = list(grams)
     alike: dict[tuple[object, ...], list[int]] = {}
     for i, gram in enumerate(grams):

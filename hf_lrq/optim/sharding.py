@@ -38,7 +38,7 @@ def sharded_like(part: Tensor, x: Tensor) -> Tensor:
 
 
 def replicated(x: Tensor) -> Tensor:
-    """All of x, on every rank."""
+    """The whole of x, on every rank."""
     return x.full_tensor() if is_sharded(x) else x
 
 

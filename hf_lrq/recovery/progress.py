@@ -14,7 +14,7 @@ class TqdmRecoveryProgress:
     """A bar over the steps, with the least held-out loss beside it; a `RecoveryProgress`.
 
     Args:
-        stream: where it goes; None is standard error.
+        stream: where the bar is written; None is standard error.
     """
 
     def __init__(self, stream: TextIO | None = None):

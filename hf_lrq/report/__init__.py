@@ -34,8 +34,8 @@ def write_report(directory: str | Path, report: Mapping[str, Any]) -> None:
     """Write `quantization_report.json` and `README.md` into a folder, replacing what is there.
 
     Args:
-        directory: of the checkpoint; must exist.
-        report: from `build_report`.
+        directory: the folder of the checkpoint; must exist.
+        report: what `build_report` returned.
     """
     folder = Path(directory)
     write_atomically(folder / REPORT_NAME, report_text(report))

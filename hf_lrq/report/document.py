@@ -26,7 +26,7 @@ from hf_lrq.report.text import json_ready, public_name, without_paths
 
 REPORT_VERSION = 1
 REPORT_NAME = "quantization_report.json"
-# Of the base model's card, what holds for the compressed model too.
+# What the base model's card says that holds for the compressed model too.
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 LIBRARIES = ("torch", "transformers", "safetensors", "accelerate", "huggingface_hub")
 
@@ -48,10 +48,10 @@ def build_report(
     Args:
         compression: what happened to each matrix.
         recipe: what was asked for, in the words of the configuration; paths are cut down to names.
-        seed: of every random choice.
+        seed: the seed that all random choices were made with.
         evaluation: what was measured.
-        size: of the saved files; None takes that of the evaluation.
-        base_model: id on the Hub or local path of the original; of a path only the last component is kept.
+        size: size of the saved files; None takes that of the evaluation.
+        base_model: id on the Hub, or local path, of the original; only the last component of a path is kept.
         base_card: metadata of the original's card, see `base_card`.
         architecture: class of the model, for example "LlamaForCausalLM".
         versions: library -> version; None asks the installed packages.

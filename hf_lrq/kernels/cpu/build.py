@@ -30,7 +30,7 @@ class Compiler:
 
     Attributes:
         command: the words to run it with.
-        identity: its path and first line of version; part of the key of what it built.
+        identity: its path and first line of version; part of the key under which the cache keeps what it built.
     """
 
     command: tuple[str, ...]
@@ -63,7 +63,7 @@ def cached_library(defines: tuple[str, ...] = ()) -> Path:
     """Path of the library of this package's C files, built now if the cache has none.
 
     Args:
-        defines: further flags.
+        defines: further flags for the compiler.
 
     Raises:
         BackendError: if it cannot be built.
@@ -94,7 +94,7 @@ def cache_directory() -> Path:
 
 @cache
 def _private_directory() -> "tempfile.TemporaryDirectory[str]":
-    """Removed when this process ends."""
+    """A directory for this process alone, removed when it ends."""
     return tempfile.TemporaryDirectory(prefix="hf_lrq-", ignore_cleanup_errors=True)
 
 
@@ -143,7 +143,7 @@ def _build(compiler: Compiler, flags: tuple[str, ...], path: Path) -> None:
 
 
 def _compile(compiler: Compiler, flags: tuple[str, ...], library: Path) -> None:
-    """All files at a time, since one after another they take long, and a library of them."""
+    """Compile all files at once, since one after another they take long, and link them to a library."""
     sources = _files("*.c")
     objects = [str(library.with_name(f"{source.stem}.o")) for source in sources]
     commands = [

@@ -87,7 +87,7 @@ def load(check: Callable[[Library], str | None]) -> Library | str:
     names the compiler and HF_LRQ_CACHE the directory of what was built.
 
     Args:
-        check: what a freshly opened library must pass; returns what is wrong with it.
+        check: returns what is wrong with a freshly opened library, None if nothing is.
     """
     if os.environ.get("HF_LRQ_CPU_KERNELS") == "0":
         return "HF_LRQ_CPU_KERNELS is 0"
@@ -117,7 +117,7 @@ def _tier_limit() -> int:
 
 
 class Loader:
-    """Loads once, on first use, whichever thread comes first."""
+    """Loads the library once, when the first thread asks for it."""
 
     def __init__(self, check: Callable[[Library], str | None]) -> None:
         self._check = check
