@@ -14,7 +14,16 @@ from hf_lrq.integrations import register
 if TYPE_CHECKING:
     from hf_lrq.decomposition.compress_matrix import compress_matrix
     from hf_lrq.decomposition.gram import InputGram, proxy_loss
-    from hf_lrq.errors import CalibrationError, CheckpointError, LRQError, SpecError
+    from hf_lrq.errors import (
+        BackendError,
+        CalibrationError,
+        CheckpointError,
+        CompressionError,
+        EvaluationError,
+        LRQError,
+        RecoveryError,
+        SpecError,
+    )
     from hf_lrq.evaluation import evaluate
     from hf_lrq.integrations.compression import compress
     from hf_lrq.integrations.peft import LRQAdapterConfig
@@ -30,9 +39,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BackendError",
     "CalibrationError",
     "CheckpointError",
+    "CompressionError",
     "CompressionSpec",
+    "EvaluationError",
     "InputGram",
     "LRQAdapterConfig",
     "LRQConfig",
@@ -40,6 +52,7 @@ __all__ = [
     "LRQHfQuantizer",
     "LRQLinear",
     "LayerSpec",
+    "RecoveryError",
     "RecoveryOptions",
     "RiemannianAdamW",
     "RiemannianSGD",
@@ -61,9 +74,12 @@ __all__ = [
 ]
 
 _HOME = {
+    "BackendError": "hf_lrq.errors",
     "CalibrationError": "hf_lrq.errors",
     "CheckpointError": "hf_lrq.errors",
+    "CompressionError": "hf_lrq.errors",
     "CompressionSpec": "hf_lrq.spec",
+    "EvaluationError": "hf_lrq.errors",
     "InputGram": "hf_lrq.decomposition.gram",
     "LRQAdapterConfig": "hf_lrq.integrations.peft",
     "LRQConfig": "hf_lrq.integrations.transformers",
@@ -71,6 +87,7 @@ _HOME = {
     "LRQHfQuantizer": "hf_lrq.integrations.transformers",
     "LRQLinear": "hf_lrq.nn.linear",
     "LayerSpec": "hf_lrq.spec",
+    "RecoveryError": "hf_lrq.errors",
     "RecoveryOptions": "hf_lrq.recovery",
     "RiemannianAdamW": "hf_lrq.optim",
     "RiemannianSGD": "hf_lrq.optim",

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from hf_lrq.checkpoint import read_headers
+from hf_lrq.errors import EvaluationError
 from hf_lrq.evaluation import (
-    EvaluationError,
     Part,
     compare,
     compressed_layers,

@@ -20,8 +20,8 @@ Rows = Mapping[str, Sequence[Tensor]]
 
 
 @dataclass
-class _Group:
-    """Matrices that have seen the same inputs so far."""
+class _SharedGram:
+    """A Gram, being summed, of matrices that have seen the same inputs so far."""
 
     members: list[str]
     accumulator: GramAccumulator | None = None
@@ -38,7 +38,7 @@ class GramStore:
     """
 
     def __init__(self, names: Sequence[str]):
-        self._groups = [_Group(list(names))] if names else []
+        self._groups = [_SharedGram(list(names))] if names else []
 
     @property
     def shared(self) -> list[tuple[str, ...]]:
@@ -57,7 +57,7 @@ class GramStore:
             CalibrationError: if an input holds NaN or Inf; names its matrices and the batch.
         """
         self._groups = [part for group in self._groups for part in _split(group, passes)]
-        strips: list[tuple[_Group, int]] = []
+        strips: list[tuple[_SharedGram, int]] = []
         for group in self._groups:
             seen = [rows for each in passes for rows in each.get(group.members[0], ())]
             if not seen:
@@ -67,7 +67,7 @@ class GramStore:
             group.accumulator.n_tokens += sum(len(rows) for rows in seen)
             strips += [(group, start) for start in range(0, seen[0].shape[-1], STRIP)]
 
-        def add_strip(strip: tuple[_Group, int]) -> None:
+        def add_strip(strip: tuple[_SharedGram, int]) -> None:
             group, start = strip
             assert group.accumulator is not None, "made above"
             for batch, each in zip(batches, passes, strict=True):
@@ -97,7 +97,7 @@ class GramStore:
         return grams, without
 
 
-def _split(group: _Group, passes: Sequence[Rows]) -> Iterator[_Group]:
+def _split(group: _SharedGram, passes: Sequence[Rows]) -> Iterator[_SharedGram]:
     """Parts of a group whose members see the same inputs in all of these passes."""
     classes: dict[tuple[tuple[int, ...], ...], list[str]] = {}
     for name in group.members:
@@ -105,7 +105,7 @@ def _split(group: _Group, passes: Sequence[Rows]) -> Iterator[_Group]:
         classes.setdefault(inputs, []).append(name)
     for index, members in enumerate(classes.values()):
         # Up to now they saw the same, so what has been summed holds for each part.
-        yield _Group(members, group.accumulator if index == 0 else copy.deepcopy(group.accumulator))
+        yield _SharedGram(members, group.accumulator if index == 0 else copy.deepcopy(group.accumulator))
 
 
 def _add_rows(total: Tensor, rows: Tensor, start: int) -> bool:

@@ -27,7 +27,7 @@ from hf_lrq.evaluation import Evaluation, position_limit, size
 from hf_lrq.integrations.compression import compress
 from hf_lrq.integrations.config import LRQConfig
 from hf_lrq.integrations.planning import plan_for
-from hf_lrq.integrations.saving import save, write_papers
+from hf_lrq.integrations.saving import save, write_report_and_card
 from hf_lrq.report import human_bytes
 from hf_lrq.spec import LayerSpec
 from hf_lrq.work import CompressionReport, Inventory
@@ -101,7 +101,7 @@ def run(options: QuantizeOptions) -> None:
             say(f"The model is saved in {options.out}, but it could not be evaluated:", "yellow")
             raise
         model.hf_quantizer.provenance.evaluation = measured
-        write_papers(model, options.out)
+        write_report_and_card(model, options.out)
     _show(report, measured, options.out, type(model).__name__)
 
 

@@ -19,7 +19,7 @@ from hf_lrq.integrations.provenance import Provenance
 from hf_lrq.report import REPORT_NAME, base_card, build_report, write_report
 
 CARD_NAME = "README.md"
-MAX_PAPER_BYTES = 100_000_000
+LARGEST_PASSED_ON = 100_000_000  # Bytes of a report or card of somebody else.
 
 
 def save(
@@ -65,11 +65,11 @@ def save(
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         type(model).save_pretrained(model, staging)
-        write_papers(model, staging, ask_hub=True)
+        write_report_and_card(model, staging, ask_hub=True)
     return Path(out)
 
 
-def write_papers(model: Any, directory: Path, ask_hub: bool = False) -> None:
+def write_report_and_card(model: Any, directory: Path, ask_hub: bool = False) -> None:
     """Write `quantization_report.json` and `README.md` beside the saved weights.
 
     A model that was loaded compressed has no report of its own: it passes on the files it came with.
@@ -82,7 +82,7 @@ def write_papers(model: Any, directory: Path, ask_hub: bool = False) -> None:
         _pass_on(origin.source, directory)
         return
     files = _weight_files(directory)
-    record = build_report(
+    document = build_report(
         origin.report,
         recipe={name: value for name, value in origin.recipe.items() if name != "seed"},
         seed=origin.recipe["seed"],
@@ -95,7 +95,7 @@ def write_papers(model: Any, directory: Path, ask_hub: bool = False) -> None:
     card = directory / CARD_NAME
     # Without a report beside it, the card is somebody's own: it stays.
     own = card.read_bytes() if card.is_file() and not (directory / REPORT_NAME).is_file() else None
-    write_report(directory, record)
+    write_report(directory, document)
     if own is not None:
         card.write_bytes(own)
 
@@ -106,7 +106,7 @@ def bind_saving(model: Any) -> None:
     On the instance, as the class belongs to transformers; a deep copy of the model gets methods of its own.
     """
     model.save_pretrained = MethodType(save_pretrained, model)
-    model.push_to_hub = MethodType(push_to_hub_with_papers, model)
+    model.push_to_hub = MethodType(push_with_report_and_card, model)
 
 
 def unbind_saving(model: Any) -> None:
@@ -126,15 +126,15 @@ def save_pretrained(
     # An adapter, or a process that is not the main one, writes no weights of the model.
     if not kwargs.get("is_main_process", True) or getattr(model, "_hf_peft_config_loaded", False):
         return
-    write_papers(model, directory, ask_hub=push_to_hub)
+    write_report_and_card(model, directory, ask_hub=push_to_hub)
     if push_to_hub:
         # Not the directory itself: there may be more in it than the model.
         to_hub |= {name: kwargs[name] for name in ("token", "max_shard_size") if name in kwargs}
-        push_to_hub_with_papers(model, to_hub.pop("repo_id", directory.name), **to_hub)
+        push_with_report_and_card(model, to_hub.pop("repo_id", directory.name), **to_hub)
 
 
 @functools.wraps(PreTrainedModel.push_to_hub)
-def push_to_hub_with_papers(
+def push_with_report_and_card(
     model: Any,
     repo_id: str,
     *,
@@ -153,7 +153,7 @@ def push_to_hub_with_papers(
         return str(type(model).push_to_hub(model, repo_id, max_shard_size=max_shard_size, tags=tags, **options))
     with tempfile.TemporaryDirectory() as folder:
         type(model).save_pretrained(model, folder, max_shard_size=max_shard_size)
-        write_papers(model, Path(folder), ask_hub=True)
+        write_report_and_card(model, Path(folder), ask_hub=True)
         return _upload(Path(folder), repo_id, tags=tags, **options)
 
 
@@ -215,5 +215,5 @@ def _pass_on(source: Path | None, directory: Path) -> None:
         found = source / name if source is not None else None
         if found is None or not found.is_file() or (directory / name).exists():
             continue
-        if found.stat().st_size <= MAX_PAPER_BYTES:
+        if found.stat().st_size <= LARGEST_PASSED_ON:
             shutil.copyfile(found, directory / name)

@@ -19,7 +19,7 @@ from hf_lrq.errors import SpecError
 from hf_lrq.integrations.calibration_data import calibration_batches, described
 from hf_lrq.integrations.compress_on_load import CompressOnLoad, LoadingCompression
 from hf_lrq.integrations.config import LRQConfig, stored_header
-from hf_lrq.integrations.conversions import spare_on_save, sparing
+from hf_lrq.integrations.conversions import keep_arrangement, without_rearranging
 from hf_lrq.integrations.decompression import decompress
 from hf_lrq.integrations.loading import default_layout, empty_layers, header_of
 from hf_lrq.integrations.planning import plan_for
@@ -61,7 +61,7 @@ def _merge_quantization_configs(quantization_config: Any, quantization_config_fr
         if isinstance(wish, dict) and wish.get("quant_method") == QUANT_METHOD:
             wish = LRQConfig.from_dict(wish)
         if wish is None or isinstance(wish, LRQConfig):
-            return quantization_config.with_wish(wish)
+            return quantization_config.with_user_options(wish)
     return _merge(quantization_config, quantization_config_from_args)
 
 
@@ -155,7 +155,7 @@ class LRQHfQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
         """Leave compressed tensors as they are in the file."""
         conversions: list[Any] = super().update_weight_conversions(weight_conversions, *args)
-        return sparing(conversions, self._compressed_keys()) if self.pre_quantized else conversions
+        return without_rearranging(conversions, self._compressed_keys()) if self.pre_quantized else conversions
 
     def is_serializable(self, **kwargs: Any) -> bool:
         """Yes: everything is in the state dict."""
@@ -266,7 +266,7 @@ class LRQHfQuantizer(HfQuantizer):
             self.provenance.recipe = {**config.options(), "dataset": described(config.dataset)}
         config.dataset = config.tokenizer = None  # Neither is needed again, and both can be large.
         self._describe(model)
-        spare_on_save(model, self._compressed_keys())
+        keep_arrangement(model, self._compressed_keys())
         bind_saving(model)
         logger.log(logging.WARNING if compressed_here else logging.INFO, "hf_lrq: %s", self.inventory.summary())
         for name, reason in self.inventory.left_alone.items():

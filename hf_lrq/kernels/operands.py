@@ -27,7 +27,7 @@ class Operands(NamedTuple):
 
     @property
     def out_features(self) -> int:
-        """Rows without padding."""
+        """Number of rows without padding."""
         return self.scales.shape[0]
 
     @property
@@ -38,7 +38,7 @@ class Operands(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """Ranks of L R."""
+        """Number of ranks of L R."""
         if self.R is None:
             return 0
         return self.R.shape[0] if self.R_scale is None else self.R_scale.shape[0]
@@ -48,7 +48,7 @@ TENSORS = 9  # Fields that are tensors.
 
 
 def by_field(layers: Sequence[Operands]) -> tuple[list[Tensor | None], ...]:
-    """Fields of several layers of one format as the grouped operator takes them: a list for each that is a tensor."""
+    """Fields of several layers of one format as the grouped operator takes them: for each tensor field, a list."""
     return tuple(list(field) for field in zip(*(layer.tensors for layer in layers), strict=True))
 
 

@@ -18,7 +18,7 @@ TENSOR_NAMES = ("weight", "scales", "rot_in", "rot_out", *FACTOR_NAMES)
 Pair = tuple[Tensor, Tensor]  # L [out, r], R [r, in].
 
 
-class Group(Protocol):
+class FusedGroup(Protocol):
     """Layers that are computed together, as one of them knows them; see `groups.LinearGroup`."""
 
     def output(self, member: "LRQLinear", x: Tensor, adapted: bool) -> Tensor | None:
@@ -53,7 +53,7 @@ class LRQLinear(nn.Linear):
 
     backend = "auto"
     activation = "float"
-    group: "Group | None" = None
+    group: "FusedGroup | None" = None
 
     scales: nn.Parameter
     rot_in: nn.Parameter | None

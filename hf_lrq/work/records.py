@@ -1,4 +1,4 @@
-"""What happened to each matrix: the record that reports, model cards and progress lines are made of."""
+"""What happened to each matrix of a model, recorded while it is compressed; reports and progress lines show it."""
 
 import math
 from collections.abc import Mapping

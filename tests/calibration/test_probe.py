@@ -113,8 +113,6 @@ def make(toy_class: type[nn.Module], make_toy: Callable[..., Any]) -> Callable[[
     return model
 
 
-
-
 def stack_section(model: nn.Module, batches: list[Any], spec: CompressionSpec) -> Section:
     targets = list(make_plan(model, spec).specs)
     probe = Probe(ModelRunner(model, batches), find_stacks(model, targets), targets)
