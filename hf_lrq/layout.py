@@ -7,9 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
+from hf_lrq.checks import check_choice, check_integer, check_power_of_two, shown
 from hf_lrq.codebooks import get_codebook
+from hf_lrq.errors import SpecError
 
-SMALLEST_BLOCK = 8  # Shorter transforms mix too few weights to be worth a pass: signs only.
+BITS = (1, 8)  # The smallest and the largest.
+FACTOR_BITS = (4, 8, 16)
+MAX_RANK = MAX_GROUP = 65536
+ROTATIONS = ("hadamard", "none")
+SMALLEST_BLOCK, LARGEST_BLOCK = 8, 4096  # Shorter transforms mix too few weights to be worth a pass: signs only.
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,9 @@ class LayerLayout:
         rotation_block: largest Hadamard block.
         ft_rank: columns of ft_L and rows of ft_R before clamping: a second pair, in float16, that holds what was merged
             into a layer whose L and R are codes; 0 is none.
+
+    Raises:
+        SpecError: if a field has a value that the format does not allow.
     """
 
     codebook: str
@@ -50,6 +59,17 @@ class LayerLayout:
     rotation: str = "hadamard"
     rotation_block: int = 256
     ft_rank: int = 0
+
+    def __post_init__(self) -> None:
+        check_integer("rank", self.rank, 0, MAX_RANK)
+        check_integer("ft_rank", self.ft_rank, 0, MAX_RANK)
+        check_choice("factor_bits", self.factor_bits, FACTOR_BITS)
+        check_integer("group_size", self.group_size, 8, MAX_GROUP, multiple_of=8)
+        check_choice("rotation", self.rotation, ROTATIONS)
+        check_power_of_two("rotation_block", self.rotation_block, SMALLEST_BLOCK, LARGEST_BLOCK)
+        if not isinstance(self.codebook, str):
+            raise SpecError(f"codebook must be a name, got {shown(self.codebook)}.")
+        get_codebook(self.codebook)
 
     def clamped_rank(self, out_features: int, in_features: int) -> int:
         """The rank stored for an [out, in] matrix: never more than min(out, in)."""
