@@ -15,6 +15,8 @@ BITS = (1, 8)  # The smallest and the largest.
 FACTOR_BITS = (4, 8, 16)
 MAX_RANK = MAX_GROUP = 65536
 ROTATIONS = ("hadamard", "none")
+FACTOR_NAMES = ("lr_L", "lr_R", "lr_L_scale", "lr_R_scale", "ft_L", "ft_R")
+TENSOR_NAMES = ("weight", "scales", "rot_in", "rot_out", *FACTOR_NAMES)
 SMALLEST_BLOCK, LARGEST_BLOCK = 8, 4096  # Shorter transforms mix too few weights to be worth a pass: signs only.
 
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from hf_lrq.checks import check_choice
 from hf_lrq.decomposition import LPLR, InputGram, generator_for
 from hf_lrq.errors import SpecError
-from hf_lrq.layout import FACTOR_BITS
-from hf_lrq.nn.linear import FACTOR_NAMES, LRQLinear, StoredFactors
+from hf_lrq.layout import FACTOR_BITS, FACTOR_NAMES
+from hf_lrq.nn.linear import LRQLinear, StoredFactors
 
 RIDGE = 1e-6  # Of the data-free Gram, which needs none.
 

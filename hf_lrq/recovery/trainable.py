@@ -6,8 +6,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from hf_lrq.factors import dense_pair
 from hf_lrq.nn import LRQExpertStack, LRQLinear
-from hf_lrq.nn.linear import StoredFactors, dense_pair
+from hf_lrq.nn.linear import StoredFactors
 from hf_lrq.nn.refit import coded
 from hf_lrq.recovery.errors import RecoveryError
 

@@ -19,6 +19,7 @@ ROWS = (
     ("codebooks",),
     ("layout",),
     ("spec", "matrices"),
+    ("factors",),
     ("kernels", "presets"),
     ("decomposition", "optim"),
     ("nn",),

@@ -16,8 +16,7 @@ from hf_lrq import LRQLinear
 from hf_lrq.checkpoint import QuantizationHeader, parse_header
 from hf_lrq.errors import CheckpointError
 from hf_lrq.integrations.peft import LRQAdapterConfig
-from hf_lrq.layout import LayerLayout
-from hf_lrq.nn.linear import FACTOR_NAMES, TENSOR_NAMES
+from hf_lrq.layout import FACTOR_NAMES, TENSOR_NAMES, LayerLayout
 
 MODES = ["all", "head:2", "append:3", "core:diag", "core:full", "core:rotate", "spectral", "spectral:2"]
 UP = "model.layers.0.mlp.up_proj"
