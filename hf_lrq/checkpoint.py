@@ -65,16 +65,16 @@ import secrets
 import shutil
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from hf_lrq.checks import check_integer, shown
 from hf_lrq.codebooks import get_codebook
 from hf_lrq.errors import CheckpointError, SpecError, did_you_mean
-from hf_lrq.layout import LayerLayout, TensorLayout
-from hf_lrq.spec import MAX_RANK, LayerSpec
+from hf_lrq.layout import BITS, LayerLayout, TensorLayout
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "hf_lrq"
@@ -167,10 +167,10 @@ def parse_header(data: Mapping[str, Any]) -> QuantizationHeader:
     default = _parse_layout("quantization_config", {key: data[key] for key in _LAYER_KEYS})
     skipped = data["modules_to_not_convert"]
     if not isinstance(skipped, list) or not all(isinstance(name, str) for name in skipped):
-        raise CheckpointError(f"modules_to_not_convert must be a list of module names, got {_shown(skipped)}.")
+        raise CheckpointError(f"modules_to_not_convert must be a list of module names, got {shown(skipped)}.")
     modules = data["modules"]
     if not isinstance(modules, Mapping):
-        raise CheckpointError(f"modules must be an object of module names, got {_shown(modules)}.")
+        raise CheckpointError(f"modules must be an object of module names, got {shown(modules)}.")
     for count, kind in ((len(skipped), "modules_to_not_convert"), (len(modules), "modules")):
         if count > MAX_MODULES:
             raise CheckpointError(f"{kind} has {count} entries; at most {MAX_MODULES} are allowed.")
@@ -183,11 +183,11 @@ def parse_header(data: Mapping[str, Any]) -> QuantizationHeader:
 
 def _check_version(data: Mapping[str, Any]) -> None:
     if data.get("quant_method") != QUANT_METHOD:
-        raise CheckpointError(f"quant_method must be {QUANT_METHOD!r}, got {_shown(data.get('quant_method'))}.")
+        raise CheckpointError(f"quant_method must be {QUANT_METHOD!r}, got {shown(data.get('quant_method'))}.")
     version = data.get("format_version")
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
         raise CheckpointError(
-            f"format_version must be an integer from 1 to {FORMAT_VERSION}, got {_shown(version)}. "
+            f"format_version must be an integer from 1 to {FORMAT_VERSION}, got {shown(version)}. "
             "The config.json of this checkpoint is damaged or was written by hand."
         )
     if version > FORMAT_VERSION:
@@ -202,7 +202,7 @@ def _check_keys(where: str, data: Mapping[str, Any], known: Iterable[str], requi
     for key in data:
         if key not in known:
             raise CheckpointError(
-                f"{where} has the unknown key {_shown(key)}.{did_you_mean(str(key), known)} "
+                f"{where} has the unknown key {shown(key)}.{did_you_mean(str(key), known)} "
                 f"Known keys: {', '.join(known)}."
             )
     missing = [key for key in required if key not in data]
@@ -213,31 +213,22 @@ def _check_keys(where: str, data: Mapping[str, Any], known: Iterable[str], requi
 def _parse_override(name: str, changes: Any, default: LayerLayout) -> LayerLayout:
     where = f"modules[{name!r}]"
     if not isinstance(changes, Mapping):
-        raise CheckpointError(f"{where} must be an object, got {_shown(changes)}.")
+        raise CheckpointError(f"{where} must be an object, got {shown(changes)}.")
     _check_keys(where, changes, known=_MODULE_KEYS, required=())
-    ft_rank = changes.get("ft_rank", 0)
-    if isinstance(ft_rank, bool) or not isinstance(ft_rank, int) or not 0 <= ft_rank <= MAX_RANK:
-        raise CheckpointError(f"{where}: ft_rank must be an integer from 0 to {MAX_RANK}, got {_shown(ft_rank)}.")
-    own = {key: value for key, value in changes.items() if key != "ft_rank"}
-    return replace(_parse_layout(where, {**_layer_dict(default), **own}), ft_rank=ft_rank)
+    return _parse_layout(where, {**_layer_dict(default), **changes})
 
 
 def _parse_layout(where: str, values: Mapping[str, Any]) -> LayerLayout:
+    bits = values["bits"]
     try:
-        if not isinstance(values["codebook"], str):
-            raise SpecError(f"codebook must be a name, got {_shown(values['codebook'])}.")
-        book = get_codebook(values["codebook"])
-        spec = LayerSpec(**{**values, "codebook": book.family})
+        check_integer("bits", bits, *BITS)
+        layout = LayerLayout(**{key: value for key, value in values.items() if key != "bits"})
     except SpecError as error:
         raise CheckpointError(f"{where}: {error}") from None
-    if spec.bits != book.bits:
-        raise CheckpointError(f"{where}: bits is {spec.bits}, but codebook {book.name!r} has {book.bits} per weight.")
-    return spec.layout
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    stored = get_codebook(layout.codebook).bits
+    if bits != stored:
+        raise CheckpointError(f"{where}: bits is {bits}, but codebook {layout.codebook!r} has {stored} per weight.")
+    return layout
 
 
 Headers = dict[str, tuple[str, tuple[int, ...]]]

@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from hf_lrq.codebooks import packed_bits
-from hf_lrq.layout import LayerLayout
+from hf_lrq.layout import TENSOR_NAMES, LayerLayout
 from hf_lrq.nn import LRQExpertStack, LRQLinear
-from hf_lrq.nn.linear import TENSOR_NAMES
 from hf_lrq.work import Site
 
 KINDS = ("compressed", "linears", "embeddings", "norms", "other")

@@ -1,9 +1,13 @@
 """What a compressed layer is computed from, as one value."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
+
+from hf_lrq.factors import concatenated, stored_pairs
+from hf_lrq.layout import LayerLayout
+from hf_lrq.matrices import Pair
 
 
 class Operands(NamedTuple):
@@ -24,6 +28,32 @@ class Operands(NamedTuple):
     codebook: str
     group_size: int
     block: int
+
+    @classmethod
+    def of(
+        cls,
+        tensors: Mapping[str, Tensor],
+        layout: LayerLayout,
+        bias: Tensor | None = None,
+        pair: Pair | None = None,
+    ) -> "Operands":
+        """What a layer of `layout` is computed from.
+
+        Args:
+            tensors: name -> stored tensor, see `layout.LayerLayout.tensors`; those of the layout.
+            layout: of the tensors.
+            bias: [out] or None.
+            pair: float factors that are applied in the place of the stored ones.
+        """
+        get = tensors.get
+        if pair is None and "ft_L" in tensors:
+            # One product with all ranks, as floats, needs the rotations only once.
+            pair = concatenated(stored_pairs(tensors))
+        L, R = pair or (get("lr_L"), get("lr_R"))
+        L_scale, R_scale = (get("lr_L_scale"), get("lr_R_scale")) if pair is None else (None, None)
+        own = (tensors["weight"], tensors["scales"], get("rot_in"), get("rot_out"))
+        form = (layout.codebook, layout.group_size, layout.rotation_block)
+        return cls(*own, L, R, L_scale, R_scale, bias, *form)
 
     @property
     def out_features(self) -> int:

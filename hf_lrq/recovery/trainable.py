@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_lrq.errors import RecoveryError
+from hf_lrq.factors import dense_pair
 from hf_lrq.nn import LRQExpertStack, LRQLinear
-from hf_lrq.nn.linear import StoredFactors, dense_pair
+from hf_lrq.nn.linear import StoredFactors
 from hf_lrq.nn.refit import coded
 
 Compressed = LRQLinear | LRQExpertStack

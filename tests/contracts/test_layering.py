@@ -15,9 +15,11 @@ PACKAGE = Path(__file__).resolve().parents[2] / "hf_lrq"
 # A member may import the rows above it and itself. A package folder is one member.
 ROWS = (
     ("errors",),
-    ("codebooks", "patterns"),
+    ("checks", "patterns"),
+    ("codebooks",),
     ("layout",),
     ("spec", "matrices"),
+    ("factors",),
     ("kernels", "presets"),
     ("decomposition", "optim"),
     ("nn",),
