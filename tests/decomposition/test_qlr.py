@@ -7,7 +7,8 @@ import torch
 
 from hf_lrq.decomposition import InputGram, RandomHadamard, compress_matrix, proxy_loss
 from hf_lrq.decomposition.compress_matrix import generator_for, input_rotation
-from hf_lrq.decomposition.qlr import marginalise, svd_start
+from hf_lrq.decomposition.gram import marginalise
+from hf_lrq.decomposition.qlr import svd_start
 from hf_lrq.errors import CompressionError
 from hf_lrq.spec import LayerSpec
 
