@@ -28,13 +28,13 @@ class CompressedMatrix:
     """Q + L R of the rotated weight, and the rotations.
 
     Attributes:
-        decomposition: of U W V^T.
+        decomposition: what U W V^T became.
         rotate_in: V on the inputs, or None.
         rotate_out: U on the outputs, or None.
         layout: how the matrix lies on disk.
         damping: fraction of the mean diagonal that was added to the Gram.
         steps: what the damping had to do beyond its first attempt.
-        n_tokens: of the Gram; 0 is data-free.
+        n_tokens: tokens that the Gram averages; 0 is data-free.
     """
 
     decomposition: Decomposition
@@ -114,7 +114,7 @@ def compress_matrix(
 
     Args:
         W: [out, in] weight, any float dtype; computed in float32 on its device.
-        gram: of the inputs; None compresses without data (H = I).
+        gram: second moment of the inputs; None compresses without data (H = I).
         spec: what to do.
         generator: source of every random choice; equal states give equal bytes, with any number of threads.
         rotate_in: rotation of the inputs, to share it between matrices; None draws one.
@@ -180,8 +180,8 @@ def _compress(
     }
     init = spec.init
     if init == "auto":
-        trial = schedule or _schedule(replace(spec, iters=1, refinements=0))
-        trials = {name: run(start=make(), schedule=trial).proxy_loss for name, make in starts.items()}
+        short = schedule or _schedule(replace(spec, iters=1, refinements=0))
+        trials = {name: run(start=make(), schedule=short).proxy_loss for name, make in starts.items()}
         init = min(trials, key=trials.__getitem__)
     decomposition = run(start=starts[init](), schedule=schedule or _schedule(spec))
     if decomposition.low_rank.rank != rank:
@@ -230,7 +230,10 @@ def _solver(spec: LayerSpec) -> LowRankSolver:
 
 
 def _schedule(spec: LayerSpec) -> Schedule:
-    """Without factors there is nothing to alternate with, and Q alone is swept once more only if sweeps are wanted."""
+    """What `iters`, `refinements` and `marginal_damping` stand for, and the sweep that comes last.
+
+    Without factors there is nothing to alternate with, and Q is swept last only where the spec wants sweeps at all.
+    """
     if spec.rank:
         return alternating(spec.iters, spec.refinements, spec.marginal_damping)
     return alternating(1, 0, spec.marginal_damping, closing=bool(spec.sweeps or spec.refinements))

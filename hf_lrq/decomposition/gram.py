@@ -21,7 +21,7 @@ class GramAccumulator:
 
     Args:
         in_features: n.
-        device: of the total, [n, n] float64.
+        device: where the total is, [n, n] float64.
     """
 
     def __init__(self, in_features: int, device: torch.device | str | None = None):

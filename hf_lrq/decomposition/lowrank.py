@@ -24,7 +24,7 @@ def truncated_svd(A: Tensor, rank: int, generator: torch.Generator) -> tuple[Ten
     Args:
         A: [m, n].
         rank: k, at most min(m, n).
-        generator: of the random start.
+        generator: draws the random start.
 
     Returns:
         U [m, k], sigma [k], Vt [k, n].

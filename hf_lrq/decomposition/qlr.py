@@ -56,10 +56,10 @@ def decompose(
 
     Args:
         W: [out, in] float32.
-        gram: of the layer's inputs.
+        gram: second moment of the layer's inputs.
         quantizer: makes Q, which is zero before the first rounding.
         solver: makes and stores L R.
-        generator: of the random starts of large SVDs.
+        generator: draws the random starts of large SVDs.
         start: L [out, s] and R [s, in] float32 before the first step; stored where no step refits them.
         schedule: what to do; see `schedule`.
 

@@ -27,10 +27,10 @@ class Problem:
 
     Attributes:
         W: [out, in] float32.
-        gram: of the layer's inputs.
+        gram: second moment of the layer's inputs.
         quantizer: makes Q.
         solver: makes L R.
-        generator: of the random starts of large SVDs.
+        generator: draws the random starts of large SVDs.
     """
 
     W: Tensor
@@ -163,7 +163,7 @@ def alternating(iters: int, refinements: int, marginal_damping: float, closing: 
     Args:
         iters: roundings from scratch, each with a refit, at least 1.
         refinements: sweeps, each with a refit, at least 0.
-        marginal_damping: of the roundings; see `Round`.
+        marginal_damping: what the roundings see; see `Round`.
         closing: whether the last step is run.
     """
     stages = [Stage((Round(marginal_damping), Refit()), iters, PATIENCE)]
@@ -176,7 +176,7 @@ def alternating(iters: int, refinements: int, marginal_damping: float, closing: 
 
 # Sweeps that belong to a rounding, and the bits of the factors, are choices of the quantizer and of the solver.
 SCHEDULES: dict[str, Schedule] = {
-    # W - L R rounded once. Of rank 0 by `LDLQ` without sweeps: GPTQ (Frantar et al., 2023).
+    # W - L R rounded once: GPTQ (Frantar et al., 2023), where there are no factors and `LDLQ` runs no sweeps.
     "ldlq": (Stage((Round(),)),),
     # From zero factors: W rounded, then one refit to what that broke (EoRA, 2024).
     "eora": (Stage((Round(), Refit())),),
