@@ -37,7 +37,8 @@ class LayerSpec:
             largest energy; ODLRI, 2025), or "auto": the best of them after one iteration.
         iters: alternations of rounding from scratch and refit, at least 1.
         refinements: alternations that improve the best of them, at least 0.
-        sweeps: guarded re-rounding passes after each LDLQ pass, at least 0.
+        sweeps: guarded re-rounding passes after each LDLQ pass, at least 0. One more pass comes last, unless `rank`,
+            `refinements` and `sweeps` are all 0.
         damp_percent: ridge on the Gram, as a fraction of its mean diagonal.
         marginal_damping: ridge on the marginalised Gram of the rounding step, as a fraction of the mean diagonal.
     """
