@@ -38,3 +38,20 @@ def test_tied_weights_count_once_also_before_they_are_tied(order: tuple[str, str
         model.head.weight = model.table.weight  # type: ignore[union-attr]
     assert count_parameters(model) == 2 * 32
     assert count_parameters(nn.Linear(8, 4, device=torch.device("cpu"))) == 36
+
+
+def test_each_site_is_planned_or_left_alone_with_a_reason(homes: nn.Module, spec: CompressionSpec) -> None:
+    plan = make_plan(homes, spec, {"linear": "for a test"})
+    assert [site.label for site in plan.specs] == ["inner.0", "experts.gate_up_proj", "experts.down_proj"]
+    assert plan.left_alone == {"linear": "for a test"}
+    assert plan.matrices == ["inner.0", *(f"experts.{s}_proj.{e}" for s in ("gate_up", "down") for e in range(3))]
+    inventory = plan.inventory
+    assert inventory.compressed_parameters == 24 * 32 + 3 * (32 * 32 + 32 * 16)
+    assert "3 matrices with 5,376 of" in inventory.summary()
+    assert inventory.report().skipped == plan.left_alone
+
+
+def test_experts_are_compressed_whole_or_not_at_all(homes: nn.Module, spec: CompressionSpec) -> None:
+    homes.experts.has_bias = True
+    reason = "fused experts with has_bias=True are not supported"
+    assert make_plan(homes, spec).left_alone == dict.fromkeys(["experts.gate_up_proj", "experts.down_proj"], reason)
