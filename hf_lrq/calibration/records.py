@@ -46,7 +46,7 @@ class LayerRecord:
 
     @classmethod
     def of(cls, name: str, target: Target, matrix: CompressedMatrix, seconds: float) -> "LayerRecord":
-        """From the result of one `compress_matrix`."""
+        """The record of what one `compress_matrix` returned."""
         layout = matrix.layout
         return cls(
             name=name,
