@@ -164,8 +164,8 @@ def linear_group(
 
     Args:
         x: [..., in], float.
-        layers: of one codebook, group size and block; together they are computed where their rot_in are equal (on GPUs:
-            one tensor, as values cannot be read without waiting).
+        layers: layers of one codebook, group size and block; computed together where their rot_in are equal (on
+            GPUs: one tensor, as values cannot be read without waiting).
 
     Returns:
         One tensor [..., out] per layer.

@@ -1,4 +1,4 @@
-"""What a recovery tells while it runs: a call after each step, and a bar made of these calls."""
+"""What is shown while a recovery runs: it calls a function after each step, which may draw a bar."""
 
 from collections.abc import Callable
 from typing import Any, TextIO

@@ -171,7 +171,7 @@ def gemv(
     *,
     assembly: bool,
 ) -> Partials:
-    """Partial sums for one to three tokens x [tokens, columns]; block: of the input transform, at most 256."""
+    """Partial sums for one to three tokens x [tokens, columns]; block: that of the input transform, at most 256."""
     tokens, decoder = len(x), codes.decoder
     buffers = (
         Prepared.empty(tokens, digits, codes, x.device)
@@ -256,7 +256,7 @@ def reduce(
     """Fill out [tokens, rows] from partial sums.
 
     Args:
-        block: of the output transform, at most 256.
+        block: block size of the output transform, at most 256.
         ends: rows at which each layer of a group but the last ends, multiples of what a program computes. R and its
             scales then have the ranks of all of them, L those of one.
     """
