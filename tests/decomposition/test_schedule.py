@@ -177,6 +177,15 @@ def test_q_absorbs_the_rounding_of_factors_that_came_first(problem):
     assert first.proxy_loss < 0.9 * unseen.proxy_loss
 
 
+def test_only_the_first_step_sees_the_factors_before_they_are_stored(problem):
+    W, gram = problem
+    L, R = svd_start(W, gram, 8, seeded())
+    solver = LPLR(8, bits=4)
+    found = run(problem, (Stage((Round(), Sweep())),), solver, (L, R))
+    rounded = QUANTIZER.quantize(W - L @ R, gram.H)
+    assert same_codes(found.quantized, QUANTIZER.refine(W - solver.store(L, R).dense(), gram.H, rounded))
+
+
 @pytest.mark.parametrize("name", [f"{family}{bits[0]}" for family, bits in known_families().items()])
 def test_lord_is_the_truncated_svd_of_the_weight_and_codes_that_are_zero(problem, name):
     W, gram = problem
