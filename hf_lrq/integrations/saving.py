@@ -12,9 +12,9 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard, try_to_load_from_cache
 from transformers import PreTrainedModel
 
-from hf_lrq.checkpoint import QUANT_METHOD, read_headers, staged_directory
+from hf_lrq.checkpoint import QUANT_METHOD, header_of, read_config, read_headers, staged_directory
 from hf_lrq.errors import LRQError
-from hf_lrq.evaluation import Evaluation, size_of_headers
+from hf_lrq.evaluation import Evaluation, Size, size_of_headers
 from hf_lrq.report import REPORT_NAME, base_card, build_report, write_report
 
 CARD_NAME = "README.md"
@@ -80,13 +80,12 @@ def write_papers(model: Any, directory: Path, ask_hub: bool = False) -> None:
     if quantizer.report is None:
         _pass_on(quantizer.source, directory)
         return
-    files = _weight_files(directory)
     record = build_report(
         quantizer.report,
         recipe={name: value for name, value in quantizer.recipe.items() if name != "seed"},
         seed=quantizer.recipe["seed"],
         evaluation=quantizer.evaluation,
-        size=size_of_headers(read_headers(files), sum(file.stat().st_size for file in files)) if files else None,
+        size=_size_of(directory),
         base_model=quantizer.base_model,
         base_card=_card_of(quantizer.base_model, ask_hub),
         architecture=type(model).__name__,
@@ -187,6 +186,14 @@ def _quantizer_of(model: Any) -> Any:
             "from_pretrained(..., quantization_config=LRQConfig())."
         )
     return quantizer
+
+
+def _size_of(directory: Path) -> Size | None:
+    """Measured; None where no weights were written."""
+    files, header = _weight_files(directory), header_of(read_config(directory))
+    if not files or header is None:
+        return None
+    return size_of_headers(read_headers(files), sum(file.stat().st_size for file in files), header)
 
 
 def _weight_files(directory: Path) -> list[Path]:
