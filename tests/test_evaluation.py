@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from hf_lrq.checkpoint import read_headers
+from hf_lrq.checkpoint import QuantizationHeader, read_headers
 from hf_lrq.errors import EvaluationError
 from hf_lrq.evaluation import (
     Part,
@@ -27,7 +27,9 @@ from hf_lrq.evaluation import (
 from hf_lrq.evaluation.likelihood import Estimate, kl_divergence
 from hf_lrq.evaluation.sizes import stored_tensors
 from hf_lrq.evaluation.windows import strided_windows
-from hf_lrq.nn import LRQExpertStack
+from hf_lrq.layout import LayerLayout
+from hf_lrq.nn import LRQExpertStack, LRQLinear
+from hf_lrq.safetensors_headers import Headers
 from hf_lrq.spec import CompressionSpec, LayerSpec
 from hf_lrq.work import excluded, make_plan
 
@@ -351,18 +353,37 @@ def test_size_is_that_of_the_file(layer: LayerSpec, tied: bool, tmp_path: Path) 
     assert found.linears.weights == (0 if tied else VOCABULARY * 40)
     assert found.norms.weights == 5 * 40
 
-    from_headers = size_of_headers(read_headers([tmp_path / "model.safetensors"]), file_bytes)
+    from_headers = size_of_headers(
+        read_headers([tmp_path / "model.safetensors"]), file_bytes, QuantizationHeader(layer.layout)
+    )
     assert from_headers == dataclasses.replace(found, file_bytes=file_bytes)
     assert from_headers.bits_per_parameter == pytest.approx(8 * file_bytes / inventory.total_parameters)
 
 
+def headers_of(model: nn.Module) -> Headers:
+    return {tensor.name: (tensor.dtype, tensor.shape) for tensor in stored_tensors(model)}
+
+
 def test_layers_are_read_from_headers() -> None:
-    model = compressed(llama(0), CompressionSpec(default=SPECS[1]))
-    layers = compressed_layers({t.name: (t.dtype, t.shape) for t in stored_tensors(model)})
+    headers = headers_of(compressed(llama(0), CompressionSpec(default=SPECS[1])))
+    layers = compressed_layers(headers, QuantizationHeader(SPECS[1].layout))
     down = layers["model.layers.0.mlp.down_proj"]
     assert len(layers) == 14
     assert (down.out_features, down.in_features, down.code_bits, down.rank, down.factor_bits) == (32, 48, 4, 5, 4)
     assert down.bits_per_weight == SPECS[1].bits_per_weight((32, 48))
+
+
+def test_without_layouts_nothing_counts_as_compressed() -> None:
+    found = size_of_headers(headers_of(compressed(llama(0), CompressionSpec(default=SPECS[0]))))
+    assert found.compressed == Part()
+
+
+@pytest.mark.parametrize("codebook", ["bt2", "e8p3"])
+def test_columns_without_rotation_and_factors_are_those_of_the_codes(codebook: str) -> None:
+    layout = LayerLayout(codebook=codebook, rank=0, rotation="none")
+    headers = headers_of(nn.ModuleDict({"a": LRQLinear(20, 30, False, layout)}))
+    found = compressed_layers(headers, QuantizationHeader(layout))["a"]
+    assert (found.out_features, found.in_features) == (30, {"bt2": 32, "e8p3": 24}[codebook])
 
 
 def test_expert_stacks_count_every_expert() -> None:
@@ -370,9 +391,9 @@ def test_expert_stacks_count_every_expert() -> None:
     stack = LRQExpertStack(3, in_features=48, out_features=32, layout=layout)
     found = size(nn.ModuleDict({"experts": stack}))
     assert found.compressed == Part(3 * 48 * 32, 3 * layout.bytes(32, 48))
-    layer = compressed_layers({t.name: (t.dtype, t.shape) for t in stored_tensors(stack)} | {"x": ("I8", (1,))})
+    layer = compressed_layers({**headers_of(stack), "x": ("I8", (1,))}, QuantizationHeader(layout))
     assert layer == {}, "a stack without a module name is no layer"
-    named = compressed_layers({t.name: (t.dtype, t.shape) for t in stored_tensors(nn.ModuleDict({"e": stack}))})
+    named = compressed_layers(headers_of(nn.ModuleDict({"e": stack})), QuantizationHeader(layout))
     assert (named["e"].experts, named["e"].weights) == (3, 3 * 48 * 32)
 
 

@@ -54,7 +54,7 @@ def put_empty(model: Any, layouts: Mapping[Site, LayerLayout], keep_parameters: 
             model.set_submodule(site.name, layer)
 
 
-def header_of(model: Any, default: LayerLayout) -> QuantizationHeader:
+def header_of_model(model: Any, default: LayerLayout) -> QuantizationHeader:
     """What config.json says of a model with compressed modules, in the names of the files.
 
     Args:

@@ -12,9 +12,9 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard, try_to_load_from_cache
 from transformers import PreTrainedModel
 
-from hf_lrq.checkpoint import QUANT_METHOD, read_headers, staged_directory
+from hf_lrq.checkpoint import QUANT_METHOD, header_of, read_config, read_headers, staged_directory
 from hf_lrq.errors import LRQError
-from hf_lrq.evaluation import Evaluation, size_of_headers
+from hf_lrq.evaluation import Evaluation, Size, size_of_headers
 from hf_lrq.integrations.provenance import Provenance
 from hf_lrq.report import REPORT_NAME, base_card, build_report, write_report
 
@@ -81,13 +81,12 @@ def write_report_and_card(model: Any, directory: Path, ask_hub: bool = False) ->
     if origin.report is None:
         _pass_on(origin.source, directory)
         return
-    files = _weight_files(directory)
     document = build_report(
         origin.report,
         recipe={name: value for name, value in origin.recipe.items() if name != "seed"},
         seed=origin.recipe["seed"],
         evaluation=origin.evaluation,
-        size=size_of_headers(read_headers(files), sum(file.stat().st_size for file in files)) if files else None,
+        size=_size_of(directory),
         base_model=origin.base_model,
         base_card=_card_of(origin.base_model, ask_hub),
         architecture=type(model).__name__,
@@ -189,6 +188,14 @@ def _provenance_of(model: Any) -> Provenance:
         )
     provenance: Provenance = quantizer.provenance
     return provenance
+
+
+def _size_of(directory: Path) -> Size | None:
+    """Measured; None where no weights were written."""
+    files, header = _weight_files(directory), header_of(read_config(directory))
+    if not files or header is None:
+        return None
+    return size_of_headers(read_headers(files), sum(file.stat().st_size for file in files), header)
 
 
 def _weight_files(directory: Path) -> list[Path]:

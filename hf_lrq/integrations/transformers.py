@@ -21,7 +21,7 @@ from hf_lrq.integrations.compress_on_load import CompressOnLoad, LoadingCompress
 from hf_lrq.integrations.config import LRQConfig, stored_header
 from hf_lrq.integrations.conversions import keep_arrangement, without_rearranging
 from hf_lrq.integrations.decompression import decompress
-from hf_lrq.integrations.loading import default_layout, empty_layers, header_of
+from hf_lrq.integrations.loading import default_layout, empty_layers, header_of_model
 from hf_lrq.integrations.planning import plan_for
 from hf_lrq.integrations.provenance import Provenance
 from hf_lrq.integrations.saving import bind_saving, unbind_saving
@@ -278,7 +278,7 @@ class LRQHfQuantizer(HfQuantizer):
         """Make the config say what the modules of the model are."""
         config = self.quantization_config
         default = default_layout(config.spec.default, model) if config.header is None else config.header.default
-        config.header = header_of(model, default)
+        config.header = header_of_model(model, default)
 
     def _compressed_keys(self) -> list[str]:
         """Full names of the tensors of compressed modules that uncompressed ones have as well."""
