@@ -1,7 +1,6 @@
 """Which matrices of a model are compressed, and why the others are not."""
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -11,6 +10,7 @@ from torch import nn
 from hf_lrq.errors import CompressionError
 from hf_lrq.kernels import has_backend, status
 from hf_lrq.nn import LRQExpertStack, LRQLinear
+from hf_lrq.patterns import check_names, check_patterns, first_match
 from hf_lrq.spec import CompressionSpec, LayerSpec
 
 logger = logging.getLogger(__name__)
@@ -92,22 +92,6 @@ class TargetList:
         )
 
 
-def name_matches(name: str, patterns: Sequence[str]) -> str | None:
-    """The first pattern that is this module or a parent of it, by whole dotted components or as a regular expression.
-
-    "layers.1" matches "model.layers.1.mlp" but not "model.layers.11.mlp".
-    """
-    for pattern in patterns:
-        if f".{pattern}." in f".{name}.":
-            return pattern
-        try:
-            if re.fullmatch(rf"(?:.*\.)?(?:{pattern})(?:\..*)?", name):
-                return pattern
-        except re.error:
-            continue
-    return None
-
-
 def is_conv1d(module: nn.Module) -> bool:
     """Whether this is GPT-2's transposed linear, recognised without importing its library."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx")
@@ -131,14 +115,16 @@ def find_targets(
     Args:
         model: weights may be on the meta device.
         spec: what to do to each.
-        skip: names or patterns of modules to leave alone, see `name_matches`.
+        skip: names or patterns of modules to leave alone, see `hf_lrq.patterns`.
         reasons: pattern -> why; patterns without an entry read "excluded by the configuration".
         bytes_per_weight: of the uncompressed model; a layer that would not shrink is left alone.
 
     Raises:
+        SpecError: if a pattern or a name matches nothing.
         CompressionError: if nothing is left to compress.
     """
     reasons = reasons or {}
+    _check_names(model, spec, skip)
     found = TargetList(total_parameters=count_parameters(model))
     # While a model is loaded its weights are nowhere yet; they go to a GPU if there is one.
     future = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -153,7 +139,7 @@ def find_targets(
             best = target.spec.fitted(target.out_features, target.in_features)
             target = replace(target, spec=fitted)
             reason = None
-            if (pattern := name_matches(target.name, skip)) is not None:
+            if (pattern := first_match(skip, *names_of(name, module))) is not None:
                 reason = reasons.get(pattern, "excluded by the configuration")
             elif target.bytes >= bytes_per_weight * target.parameters:
                 reason = "would not get smaller with this rank and these bits"
@@ -179,6 +165,24 @@ def find_targets(
             + (f"{seen}. Lower the rank, or shorten modules_to_not_convert." if candidates else "none is linear.")
         )
     return found
+
+
+def names_of(name: str, module: nn.Module) -> list[str]:
+    """The names that a pattern can match: that of the module, and of each stack of experts in it."""
+    return [name, *(f"{name}.{matrix}" for matrix in EXPERT_MATRICES if has_fused_experts(module))]
+
+
+def all_names(model: nn.Module) -> list[str]:
+    """The names that a pattern can match in the whole model."""
+    return [each for name, module in model.named_modules() for each in names_of(name, module)]
+
+
+def _check_names(model: nn.Module, spec: CompressionSpec, skip: Sequence[str]) -> None:
+    names = all_names(model)
+    check_patterns("patterns", spec.patterns, names)
+    check_patterns("skip", skip, names)
+    targets = [each for name, module in model.named_modules() for each in _candidates(name, module, spec)]
+    check_names("layers", spec.layers, [target.full_name for target in targets])
 
 
 def count_parameters(model: nn.Module) -> int:

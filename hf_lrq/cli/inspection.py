@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_lrq.checkpoint import QUANT_METHOD, QuantizationHeader, check_headers, parse_header, read_headers
+from hf_lrq.cli.arguments import InspectOptions
 from hf_lrq.cli.output import bits, console, print_json, print_size, print_table
 from hf_lrq.errors import CheckpointError
 from hf_lrq.evaluation import Size, compressed_layers, size_of_headers
@@ -138,10 +139,10 @@ def weight_files(directory: Path) -> list[Path]:
     return files
 
 
-def run(directory: Path, as_json: bool) -> None:
+def run(options: InspectOptions) -> None:
     """The command."""
-    found = inspect_directory(directory)
-    if as_json:
+    found = inspect_directory(options.directory)
+    if options.as_json:
         print_json(found.to_dict())
         return
     out = console()

@@ -3,7 +3,6 @@
 import dis
 import functools
 import inspect
-import re
 from collections import Counter
 from collections.abc import Sequence
 from types import CodeType
@@ -11,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from hf_lrq.calibration.targets import has_fused_experts, is_conv1d, name_matches
+from hf_lrq.calibration.targets import has_fused_experts, is_conv1d, names_of
+from hf_lrq.patterns import first_match
 
 ROUTERS = ("gate", "router", "wg", "shared_expert_gate")
 
@@ -36,7 +36,7 @@ def skip_reasons(model: Any, patterns: Sequence[str] = ()) -> dict[str, str]:
 
     Args:
         model: a PreTrainedModel; weights may be on the meta device.
-        patterns: the user's own, see `calibration.targets.name_matches`.
+        patterns: the user's own, see `hf_lrq.patterns`.
     """
     modules = dict(model.named_modules())
     places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
@@ -48,7 +48,7 @@ def skip_reasons(model: Any, patterns: Sequence[str] = ()) -> dict[str, str]:
         if not is_candidate(module):
             continue
         parent, _, child = name.rpartition(".")
-        if (pattern := name_matches(name, patterns)) is not None:
+        if (pattern := first_match(patterns, *names_of(name, module))) is not None:
             found[name] = f"matches {pattern!r} in modules_to_not_convert"
         elif module is head:
             found[name] = "output embeddings"
@@ -56,20 +56,15 @@ def skip_reasons(model: Any, patterns: Sequence[str] = ()) -> dict[str, str]:
             found[name] = "tied weights"
         elif places[id(module)] > 1:
             found[name] = "used in several places"
-        elif name_matches(name, ROUTERS) is not None:
+        elif first_match(ROUTERS, name) is not None:
             found[name] = "router"
-        elif kept_in_fp32 and name_matches(name, kept_in_fp32) is not None:
+        elif first_match(kept_in_fp32, name) is not None:
             found[name] = f"kept in float32 by {type(model).__name__}"
         elif reads_weight(type(modules[parent]), child):  # type: ignore[arg-type]
             found[name] = f"{type(modules[parent]).__name__} reads its weight directly"
         elif getattr(module, "has_post_expert_norm", False):
             found[name] = "fused experts with a norm after each expert are not supported"
     return found
-
-
-def exactly(name: str) -> str:
-    """A pattern for `name_matches` that matches this module alone, not those inside it nor namesakes elsewhere."""
-    return f"^{re.escape(name)}$"
 
 
 def _listed(model: Any, attribute: str) -> list[str]:

@@ -21,7 +21,7 @@ from hf_lrq.calibration.batches import Batch
 from hf_lrq.calibration.compress import compress
 from hf_lrq.calibration.progress import Progress, TqdmProgress
 from hf_lrq.calibration.records import CompressionReport, LayerRecord
-from hf_lrq.calibration.targets import EXPERT_MATRICES, Target, TargetList, find_targets, name_matches
+from hf_lrq.calibration.targets import EXPERT_MATRICES, Target, TargetList, all_names, find_targets
 from hf_lrq.checkpoint import QUANT_METHOD, QuantizationHeader, check_headers, read_headers
 from hf_lrq.codebooks import get_codebook
 from hf_lrq.errors import CheckpointError, CompressionError, SpecError
@@ -45,9 +45,10 @@ from hf_lrq.integrations.layers import (
     with_hook_of,
 )
 from hf_lrq.integrations.saving import bind_saving, unbind_saving
-from hf_lrq.integrations.skip_rules import exactly, is_candidate, skip_reasons
+from hf_lrq.integrations.skip_rules import is_candidate, skip_reasons
 from hf_lrq.layout import LayerLayout
 from hf_lrq.nn import LRQExpertStack, LRQLinear, fuse_layers, unfuse_layers
+from hf_lrq.patterns import exactly
 
 __all__ = ["LRQConfig", "LRQHfQuantizer", "compress_pretrained"]
 
@@ -290,7 +291,7 @@ class LRQHfQuantizer(HfQuantizer):
         config = self.quantization_config
         patterns = tuple(config.modules_to_not_convert or ())
         if self.targets is None:  # With calibration data, this is run before and after loading.
-            _warn_of_idle_patterns(model, config)
+            config.check_patterns(all_names(model))
         reasons = {exactly(name): why for name, why in skip_reasons(model, patterns).items()}
         targets = find_targets(model, config.spec, list(reasons), reasons)
         # A fused experts module computes with both of its stacks compressed or with none.
@@ -549,15 +550,6 @@ def compress_pretrained(
     model.quantization_method = QUANT_METHOD
     quantizer.postprocess_model(model)
     return report
-
-
-def _warn_of_idle_patterns(model: Any, config: LRQConfig) -> None:
-    names = [name for name, _ in model.named_modules()]
-    names += [f"{name}.{matrix}" for name in names for matrix in EXPERT_MATRICES]
-    for option in ("modules_to_not_convert", "rank_pattern", "bits_pattern"):
-        for pattern in getattr(config, option) or ():
-            if not any(name_matches(name, [pattern]) for name in names):
-                logger.warning("hf_lrq: %s has %r, which matches no module of the model", option, pattern)
 
 
 def _refuse_tensor_parallelism(model: Any) -> None:
