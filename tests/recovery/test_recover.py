@@ -57,7 +57,7 @@ def test_it_brings_a_model_nearer_to_its_original(
     before = tensors(model)
     report = recover(model, original(), batches, QUICK)
     assert report.trained.total < 0.9 * report.before.total
-    # How much of it 4 bits keep of so small a model differs from processor to processor: the last digits train differently.
+    # What 4 bits keep of it differs from processor to processor in so small a model, as the last digits do.
     assert report.after.total < {16: 0.9, 8: 0.9, 4: 0.95}[factor_bits] * report.before.total
     assert report.stopped == "all steps"
     assert (report.steps, report.tokens, report.held_out_tokens) == (18, 18 * 34, 34)

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
+from hf_lrq.cli.arguments import GenerateOptions
 from hf_lrq.cli.bench.kernels import peers
 from hf_lrq.cli.loading import chosen_device, set_threads
 from hf_lrq.cli.output import print_json, print_table, say
@@ -31,25 +32,6 @@ SHAPES = {
     "7b": (32, 4096, 11008, 32, 32, 32000, False),
     "8b": (32, 4096, 14336, 32, 8, 128256, False),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerateOptions:
-    """The arguments of the command, see its help."""
-
-    shape: str
-    codebook: str
-    rank: int
-    factor_bits: int
-    prompt: int
-    tokens: int
-    repetitions: int
-    static_cache: bool
-    compiled: bool
-    with_peers: bool
-    device: str | None
-    threads: int | None
-    as_json: bool
 
 
 @dataclass(frozen=True)
