@@ -134,7 +134,7 @@ def test_a_gated_model_is_told_from_a_missing_one(status: int, kind: type[HfHubH
 def test_a_pattern_that_matches_nothing_is_found_before_the_work(
     cli, original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, pattern: str, said: str
 ) -> None:
-    monkeypatch.setattr("hf_lrq.cli.quantize.compress_pretrained", lambda *arguments: 1 // 0)
+    monkeypatch.setattr("hf_lrq.cli.quantize.compress", lambda *arguments: 1 // 0)
     message = cli.fails("quantize", original, "-o", tmp_path / "out", *DATA_FREE, option, pattern)
     assert message.startswith(
         f"{said} has {pattern.partition('=')[0]!r}, which matches no module of the model. The near"

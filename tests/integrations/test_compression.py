@@ -70,3 +70,11 @@ def test_a_compressed_model_is_not_compressed_again(compressed: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(compressed)
     with pytest.raises(hf_lrq.SpecError, match=r"LlamaForCausalLM is quantized already\. Load the original model\."):
         hf_lrq.compress(model)
+
+
+def test_a_spec_says_what_to_do_as_well(fast: dict[str, Any]) -> None:
+    layer = hf_lrq.LayerSpec(**{**fast, "codebook": "int"})
+    spec = hf_lrq.CompressionSpec(default=layer, patterns={"3": {"bits": 3}}, seed=7)
+    report = hf_lrq.compress(plain_model(), None, spec)
+    assert {record.name: record.bits for record in report.layers} == {"0": 4, "2.0": 4, "3": 3}
+    assert hf_lrq.LRQConfig.from_spec(spec).spec == spec

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from hf_lrq import LayerSpec, LRQConfig, LRQLinear
 from hf_lrq.errors import SpecError
-from hf_lrq.integrations.transformers import compress_pretrained
+from hf_lrq.integrations.compression import compress
 
 
 @pytest.mark.parametrize(
@@ -33,12 +33,12 @@ def test_a_pattern_that_matches_nothing_stops_before_anything_is_compressed(
     message: str,
 ) -> None:
     AutoModelForCausalLM.from_pretrained(original, quantization_config=LRQConfig(**fast)).save_pretrained(tmp_path)
-    monkeypatch.setattr("hf_lrq.integrations.transformers.compress_weight", lambda *_: 1 // 0)
+    monkeypatch.setattr("hf_lrq.work.job.compress_matrix", lambda *_: 1 // 0)
     config = LRQConfig(**fast, **options)
     with pytest.raises(SpecError, match=message):
         AutoModelForCausalLM.from_pretrained(original, quantization_config=config)
     with pytest.raises(SpecError, match=message):
-        compress_pretrained(LlamaForCausalLM.from_pretrained(original), config=config)
+        compress(LlamaForCausalLM.from_pretrained(original), config=config)
     # What is compressed already is loaded as it is.
     with pytest.warns(UserWarning, match=f"{next(iter(options))}.* in quantization_config has no effect"):
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
