@@ -90,7 +90,7 @@ class Calibration:
         with StackRecorder(blocks) as recorder:
 
             def record(index: int) -> list[Call] | None:
-                return recorder.record(self._runner, index, section.chains[self._runner.signature(index)])
+                return recorder.record(self._runner, index, section.steps[self._runner.signature(index)])
 
             recorded = self._workers.map(record, range(len(self._runner)), self._one_by_one)
         found: list[list[Call | None]] = []
