@@ -2,7 +2,8 @@
 
 Arguments that are outputs of the block before are placeholders; all others (masks, position embeddings) are kept as
 they are. What a block returns, compressed or not, is then the input of the next. This is exact where nothing but
-identities happens between the blocks, which a `Probe` finds out.
+identities happens between the blocks, which a `Probe` finds out. How a block is called can then also be seen without
+running the blocks before: tensors without values stand in for their outputs.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Path = tuple[Any, ...]  # Of keys and indices, from a nested value to a tensor in it.
+Path = tuple[Any, ...]  # The keys and indices that lead from a nested value to a tensor in it.
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # Positional and keyword.
 Outputs = dict[Path, Tensor]
 _Literal = bool | int | float | str | None

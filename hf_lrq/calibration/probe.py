@@ -42,7 +42,7 @@ class Probe:
 
     Attributes:
         order: names of blocks and targets, by their first call.
-        calls: of each, most in one pass.
+        calls: name -> how often it is called in a pass, at most.
     """
 
     def __init__(self, runner: ModelRunner, stacks: Sequence[Stack], targets: Sequence[Site]):
@@ -152,8 +152,8 @@ class _StackWatcher:
         self._previous: Outputs = {}
         self._stand_ins: list[Any] = []
         self._told = False  # Whether a block tells another something beside its outputs.
-        self._inputs: list[tuple[Tensor, int]] = []  # Of the block that runs, with their versions.
-        self._outputs: list[tuple[Tensor, int]] = []  # Of the block before.
+        self._inputs: list[tuple[Tensor, int]] = []  # What the running block got, with versions.
+        self._outputs: list[tuple[Tensor, int]] = []  # What the block before returned.
         self._constants: list[tuple[str, Tensor, int]] = []
         self._made_from: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
         self._made_inside: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()

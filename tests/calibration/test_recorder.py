@@ -30,7 +30,7 @@ class Recording:
         self.ran += 1
 
     def calls(self, stand_ins: bool = True) -> list[list[Call]]:
-        """Of each block, for each batch."""
+        """For each batch, one call per block."""
         firsts = [
             next(module for module in block.modules() if not list(module.children())) for block in self.blocks.values()
         ]
