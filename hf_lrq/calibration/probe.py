@@ -20,18 +20,18 @@ from hf_lrq.work import Site
 
 @dataclass
 class Section:
-    """What is calibrated together: all blocks of a stack, one by one, or the targets that lie between stacks.
+    """What is calibrated together: all blocks of a stack, one by one, or the sites that lie between stacks.
 
     Attributes:
-        stack: None for targets outside all stacks.
-        targets: name of the block ("" outside of stacks) -> its targets, in the order of execution.
+        stack: None for sites outside all stacks.
+        sites: name of the block ("" outside of stacks) -> its sites, in the order of execution.
         obstacle: why the blocks cannot run by themselves, or None.
         steps: for each kind of batch, how the blocks follow each other.
-        stop_early: whether each target is called once in a pass, which can then end at the last one.
+        stop_early: whether each site is called once in a pass, which can then end at the last one.
     """
 
     stack: Stack | None
-    targets: dict[str, list[Site]] = field(default_factory=dict)
+    sites: dict[str, list[Site]] = field(default_factory=dict)
     obstacle: str | None = None
     steps: dict[tuple[str, ...], list[Step]] = field(default_factory=dict)
     stop_early: bool = False
@@ -41,12 +41,12 @@ class Probe:
     """Passes over one batch of each kind, which show in what order a model runs, and which blocks can be replayed.
 
     Attributes:
-        order: names of blocks and targets, by their first call.
+        order: names of blocks and sites, by their first call.
         calls: name -> how often it is called in a pass, at most.
     """
 
-    def __init__(self, runner: ModelRunner, stacks: Sequence[Stack], targets: Sequence[Site]):
-        self._runner, self._stacks, self._targets = runner, stacks, targets
+    def __init__(self, runner: ModelRunner, stacks: Sequence[Stack], sites: Sequence[Site]):
+        self._runner, self._stacks, self._sites = runner, stacks, sites
         self._obstacles: dict[int, str] = {}
         self._steps: dict[int, dict[tuple[str, ...], list[Step]]] = {}
         self.order: list[str] = []
@@ -74,8 +74,8 @@ class Probe:
 
         watchers = [_StackWatcher(stack, count) for stack in self._stacks]
         handles = [
-            self._runner.model.get_submodule(target.name).register_forward_pre_hook(count(target.name))
-            for target in self._targets
+            self._runner.model.get_submodule(site.name).register_forward_pre_hook(count(site.name))
+            for site in self._sites
         ]
         try:
             for watcher in watchers:
@@ -104,16 +104,16 @@ class Probe:
         return steps if same else [Step(step.chain) for step in steps]
 
     def sections(self) -> list[Section]:
-        """All targets in sections, in the order in which the model reaches them; what it never reaches comes last."""
+        """All sites in sections, in the order in which the model reaches them; what it never reaches comes last."""
         homes: dict[str, tuple[int, str]] = {}
-        for target in self._targets:
+        for site in self._sites:
             for position, stack in enumerate(self._stacks):
-                if (block := stack.block_of(target.name)) is not None:
-                    homes[target.name] = (position, block)
+                if (block := stack.block_of(site.name)) is not None:
+                    homes[site.name] = (position, block)
         block_stacks = {block: position for position, stack in enumerate(self._stacks) for block in stack.blocks}
         by_name: dict[str, list[Site]] = {}
-        for target in self._targets:
-            by_name.setdefault(target.name, []).append(target)
+        for site in self._sites:
+            by_name.setdefault(site.name, []).append(site)
 
         sections: list[Section] = []
         of_stack: dict[int, Section] = {}
@@ -127,20 +127,20 @@ class Probe:
                         steps=self._steps[position],
                     )
                     sections.append(of_stack[position])
-                of_stack[position].targets.setdefault(name, [])
+                of_stack[position].sites.setdefault(name, [])
             elif name not in homes:
                 if not sections or sections[-1].stack is not None:
                     sections.append(Section(None, {"": []}))
-                sections[-1].targets[""] += by_name.pop(name)
+                sections[-1].sites[""] += by_name.pop(name)
         never = Section(None, {"": []})
-        for name, targets in by_name.items():
+        for name, sites in by_name.items():
             position, block = homes.get(name, (-1, ""))
             home = of_stack.get(position)
-            found = home.targets.get(block, never.targets[""]) if home is not None else never.targets[""]
-            found += targets
+            found = home.sites.get(block, never.sites[""]) if home is not None else never.sites[""]
+            found += sites
         for section in sections:
-            section.stop_early = all(self.calls[t.name] == 1 for targets in section.targets.values() for t in targets)
-        return [*sections, never] if never.targets[""] else sections
+            section.stop_early = all(self.calls[t.name] == 1 for sites in section.sites.values() for t in sites)
+        return [*sections, never] if never.sites[""] else sections
 
 
 class _StackWatcher:
