@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from hf_lrq.factors import dense_pair
 from hf_lrq.nn import LRQExpertStack, LRQLinear
-from hf_lrq.nn.linear import StoredFactors
 from hf_lrq.nn.refit import coded
+from hf_lrq.nn.stored import StoredFactors
 from hf_lrq.recovery.errors import RecoveryError
 
 Compressed = LRQLinear | LRQExpertStack

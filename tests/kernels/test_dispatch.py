@@ -6,7 +6,8 @@ import torch
 from hf_lrq.errors import BackendError
 from hf_lrq.kernels import dispatch
 from hf_lrq.layout import LayerLayout
-from hf_lrq.nn import LRQExpertStack, LRQLinear
+from hf_lrq.nn import LRQExpertStack
+from hf_lrq.nn.random import random_layer
 
 
 class Fake:
@@ -37,7 +38,7 @@ class Fake:
 
 @pytest.fixture
 def layer():
-    return LRQLinear.random(40, 24, LayerLayout(codebook="e8p2", rank=4), bias=False)
+    return random_layer(40, 24, LayerLayout(codebook="e8p2", rank=4), bias=False)
 
 
 @pytest.fixture
@@ -120,25 +121,3 @@ def test_experts_tell_what_computes_them(use):
 def test_other_devices_have_the_reference():
     assert dispatch.status("meta") == "torch (reference)"
     assert dispatch.chosen(torch.device("meta")) is None
-
-
-class TestRandomLayers:
-    """`LRQLinear.random`, for benchmarks."""
-
-    @pytest.mark.parametrize(
-        "layout",
-        [
-            LayerLayout(codebook="bt2", rank=4, factor_bits=8),
-            LayerLayout(codebook="e8p3", rank=3, factor_bits=4),
-            LayerLayout(codebook="int4", rank=0, group_size=16, rotation="none"),
-            LayerLayout(codebook="tcq3", rank=2, ft_rank=3),
-        ],
-        ids=lambda layout: layout.codebook,
-    )
-    def test_outputs_are_about_as_large_as_inputs(self, layout, rng_untouched):
-        layer = LRQLinear.random(256, 128, layout, bias=True, dtype=torch.bfloat16, seed=3)
-        x = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
-        assert 0.3 < layer(x).std() < 4
-        assert layer.bias.dtype == torch.bfloat16
-        again = LRQLinear.random(256, 128, layout, bias=True, dtype=torch.bfloat16, seed=3)
-        assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), again.parameters(), strict=True))
