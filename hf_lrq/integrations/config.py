@@ -12,7 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hf_lrq.checkpoint import FORMAT_VERSION, LAYOUT_KEYS, QUANT_METHOD, QuantizationHeader, parse_header
 from hf_lrq.codebooks import get_codebook
 from hf_lrq.errors import CheckpointError, SpecError, did_you_mean
-from hf_lrq.kernels import ACTIVATIONS, BACKENDS
+from hf_lrq.kernels import ACTIVATIONS, known_backends
 from hf_lrq.spec import CompressionSpec, LayerSpec
 
 # What other quantization libraries call the same thing.
@@ -160,7 +160,7 @@ class LRQConfig(QuantizationConfigMixin):
         for name in ("dequantize", "sequential", "fuse"):
             if not isinstance(getattr(self, name), bool):
                 raise SpecError(f"{name} must be True or False, got {getattr(self, name)!r}.")
-        for name, allowed in (("backend", BACKENDS), ("activation", ACTIVATIONS)):
+        for name, allowed in (("backend", known_backends()), ("activation", ACTIVATIONS)):
             if getattr(self, name) not in allowed:
                 known = ", ".join(map(repr, allowed))
                 raise SpecError(f"{name} must be one of {known}, got {getattr(self, name)!r}.")
