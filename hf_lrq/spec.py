@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from hf_lrq.checks import check_choice, check_fraction, check_integer
-from hf_lrq.codebooks import codebook_name, get_codebook, known_families
+from hf_lrq.codebooks import BITS, codebook_name, get_codebook, known_families
 from hf_lrq.errors import SpecError, did_you_mean
-from hf_lrq.layout import BITS, LayerLayout
+from hf_lrq.layout import LayerLayout
 from hf_lrq.options import LayerOptions, documented
 from hf_lrq.patterns import check_pattern, matches
 

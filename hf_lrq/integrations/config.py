@@ -13,7 +13,7 @@ from hf_lrq.checkpoint import FORMAT_VERSION, LAYOUT_KEYS, QUANT_METHOD, Quantiz
 from hf_lrq.codebooks import get_codebook
 from hf_lrq.errors import CheckpointError, SpecError
 from hf_lrq.integrations.aliases import by_own_names
-from hf_lrq.kernels import ACTIVATIONS, BACKENDS
+from hf_lrq.kernels import ACTIVATIONS, known_backends
 from hf_lrq.options import DataOptions, LayerOptions, ModuleOptions, RunOptions, documented, options_of
 from hf_lrq.patterns import check_pattern, check_patterns, in_one
 from hf_lrq.spec import CompressionSpec, LayerSpec
@@ -74,7 +74,7 @@ class LRQConfig(QuantizationConfigMixin):
         for name in ("dequantize", "sequential", "fuse"):
             if not isinstance(getattr(self, name), bool):
                 raise SpecError(f"{name} must be True or False, got {getattr(self, name)!r}.")
-        for name, allowed in (("backend", BACKENDS), ("activation", ACTIVATIONS)):
+        for name, allowed in (("backend", known_backends()), ("activation", ACTIVATIONS)):
             if getattr(self, name) not in allowed:
                 known = ", ".join(map(repr, allowed))
                 raise SpecError(f"{name} must be one of {known}, got {getattr(self, name)!r}.")

@@ -22,7 +22,8 @@ from hf_lrq.codebooks import get_codebook
 from hf_lrq.errors import LRQError, SpecError
 from hf_lrq.kernels import status
 from hf_lrq.layout import LayerLayout
-from hf_lrq.nn import LRQLinear, fuse_layers
+from hf_lrq.nn import fuse_layers
+from hf_lrq.nn.random import random_layer
 
 # Models people know, by their widths: (layers, hidden, intermediate, heads, key-value heads, vocabulary, tied head).
 SHAPES = {
@@ -183,7 +184,7 @@ def _kinds(options: GenerateOptions) -> dict[str, _Kind]:
 
     def compressed(activation: str) -> Callable[[nn.Linear], nn.Module]:
         def make(linear: nn.Linear) -> nn.Module:
-            layer = LRQLinear.random(linear.in_features, linear.out_features, layout, dtype=torch.bfloat16)
+            layer = random_layer(linear.in_features, linear.out_features, layout, dtype=torch.bfloat16)
             layer.activation = activation
             return layer
 

@@ -18,7 +18,7 @@ from hf_lrq.codebooks import get_codebook
 from hf_lrq.errors import SpecError
 from hf_lrq.kernels import status
 from hf_lrq.layout import LayerLayout
-from hf_lrq.nn import LRQLinear
+from hf_lrq.nn.random import random_layer
 
 BASELINE = "bf16 linear"
 INT4, NF4 = "torch int4, groups of 128", "bitsandbytes NF4"
@@ -119,7 +119,7 @@ def _measure(
         add(name, make, size)
     for codebook, layout in layouts.items():
         for activation in ("float", "int8"):
-            layer = LRQLinear.random(in_features, out_features, layout, dtype=torch.bfloat16).to(device)
+            layer = random_layer(in_features, out_features, layout, dtype=torch.bfloat16).to(device)
             layer.activation = activation
             backend = layer.runs_on(torch.bfloat16)
             if activation != "float" and backend.startswith("torch"):
