@@ -12,15 +12,24 @@ from typing import TYPE_CHECKING, Any
 from hf_lrq.integrations import register
 
 if TYPE_CHECKING:
-    from hf_lrq.calibration.compress import compress
     from hf_lrq.decomposition.compress_matrix import compress_matrix
     from hf_lrq.decomposition.gram import InputGram, proxy_loss
-    from hf_lrq.errors import CalibrationError, CheckpointError, LRQError, SpecError
+    from hf_lrq.errors import (
+        BackendError,
+        CalibrationError,
+        CheckpointError,
+        CompressionError,
+        EvaluationError,
+        LRQError,
+        RecoveryError,
+        SpecError,
+    )
     from hf_lrq.evaluation import evaluate
+    from hf_lrq.integrations.compression import compress
     from hf_lrq.integrations.peft import LRQAdapterConfig
     from hf_lrq.integrations.saving import save
     from hf_lrq.integrations.trainer import register_optimizers, trainer_optimizer
-    from hf_lrq.integrations.transformers import LRQConfig, LRQHfQuantizer, compress_pretrained
+    from hf_lrq.integrations.transformers import LRQConfig, LRQHfQuantizer
     from hf_lrq.nn import fuse_layers, refit_factors, unfuse_layers
     from hf_lrq.nn.linear import LRQLinear
     from hf_lrq.optim import RiemannianAdamW, RiemannianSGD, precondition, riemannian_param_groups
@@ -30,9 +39,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BackendError",
     "CalibrationError",
     "CheckpointError",
+    "CompressionError",
     "CompressionSpec",
+    "EvaluationError",
     "InputGram",
     "LRQAdapterConfig",
     "LRQConfig",
@@ -40,6 +52,7 @@ __all__ = [
     "LRQHfQuantizer",
     "LRQLinear",
     "LayerSpec",
+    "RecoveryError",
     "RecoveryOptions",
     "RiemannianAdamW",
     "RiemannianSGD",
@@ -47,7 +60,6 @@ __all__ = [
     "__version__",
     "compress",
     "compress_matrix",
-    "compress_pretrained",
     "evaluate",
     "fuse_layers",
     "precondition",
@@ -62,9 +74,12 @@ __all__ = [
 ]
 
 _HOME = {
+    "BackendError": "hf_lrq.errors",
     "CalibrationError": "hf_lrq.errors",
     "CheckpointError": "hf_lrq.errors",
+    "CompressionError": "hf_lrq.errors",
     "CompressionSpec": "hf_lrq.spec",
+    "EvaluationError": "hf_lrq.errors",
     "InputGram": "hf_lrq.decomposition.gram",
     "LRQAdapterConfig": "hf_lrq.integrations.peft",
     "LRQConfig": "hf_lrq.integrations.transformers",
@@ -72,13 +87,13 @@ _HOME = {
     "LRQHfQuantizer": "hf_lrq.integrations.transformers",
     "LRQLinear": "hf_lrq.nn.linear",
     "LayerSpec": "hf_lrq.spec",
+    "RecoveryError": "hf_lrq.errors",
     "RecoveryOptions": "hf_lrq.recovery",
     "RiemannianAdamW": "hf_lrq.optim",
     "RiemannianSGD": "hf_lrq.optim",
     "SpecError": "hf_lrq.errors",
-    "compress": "hf_lrq.calibration.compress",
+    "compress": "hf_lrq.integrations.compression",
     "compress_matrix": "hf_lrq.decomposition.compress_matrix",
-    "compress_pretrained": "hf_lrq.integrations.transformers",
     "evaluate": "hf_lrq.evaluation",
     "fuse_layers": "hf_lrq.nn",
     "precondition": "hf_lrq.optim",

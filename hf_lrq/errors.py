@@ -28,6 +28,14 @@ class BackendError(LRQError, RuntimeError):
     """A backend that was asked for by name is unknown or cannot run here."""
 
 
+class EvaluationError(LRQError, ValueError):
+    """A text or a model cannot be evaluated as asked: too few tokens, no next-token logits, another vocabulary."""
+
+
+class RecoveryError(LRQError, RuntimeError):
+    """A model cannot be recovered as asked: nothing to train, no tokens, a teacher of another kind."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """' Did you mean ...?' for a near miss of `name` among `known`, else the empty string."""
     close = difflib.get_close_matches(name, list(known), n=1)

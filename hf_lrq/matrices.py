@@ -8,6 +8,8 @@ from torch import Tensor
 from hf_lrq.codebooks import get_codebook
 from hf_lrq.codebooks.decoding import decode_rows
 
+Pair = tuple[Tensor, Tensor]  # Float L [out, r] and R [r, in]; a `LowRank` is what is stored of one.
+
 
 def expand_scales(scales: Tensor, group_size: int, columns: int) -> Tensor:
     """Scales as a factor of [out, columns] values: [out] -> [out, 1]; [out, groups] -> [out, columns]."""

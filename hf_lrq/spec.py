@@ -6,15 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from hf_lrq.checks import check_choice, check_fraction, check_integer
 from hf_lrq.codebooks import codebook_name, get_codebook, known_families
 from hf_lrq.errors import SpecError, did_you_mean
-from hf_lrq.layout import LayerLayout
+from hf_lrq.layout import BITS, LayerLayout
 
-FACTOR_BITS = (4, 8, 16)
 INITS = ("auto", "outlier", "svd", "zero")
-ROTATIONS = ("hadamard", "none")
 ROUNDINGS = ("ldlq", "nearest")
-MAX_RANK = 65536
 # What "auto" takes, the best first. Trellises need a search that is slow without a backend for it.
 AUTO_FAMILIES = ("bt", "e8p", "int")
 LARGEST_PADDING = 1 / 8  # Of the codes; a smaller matrix is better off with a codebook of smaller blocks.
@@ -39,7 +37,8 @@ class LayerSpec:
             largest energy; ODLRI, 2025), or "auto": the best of them after one iteration.
         iters: alternations of rounding from scratch and refit, at least 1.
         refinements: alternations that improve the best of them, at least 0.
-        sweeps: guarded re-rounding passes after each LDLQ pass, at least 0.
+        sweeps: guarded re-rounding passes after each LDLQ pass, at least 0. One more pass comes last, unless `rank`,
+            `refinements` and `sweeps` are all 0.
         damp_percent: ridge on the Gram, as a fraction of its mean diagonal.
         marginal_damping: ridge on the marginalised Gram of the rounding step, as a fraction of the mean diagonal.
     """
@@ -60,24 +59,15 @@ class LayerSpec:
     marginal_damping: float = 0.2
 
     def __post_init__(self) -> None:
-        _check_integer("bits", self.bits, 1, 8)
-        _check_integer("rank", self.rank, 0, MAX_RANK)
-        _check_integer("group_size", self.group_size, 8, MAX_RANK)
-        _check_integer("iters", self.iters, 1, 1000)
-        _check_integer("refinements", self.refinements, 0, 1000)
-        _check_integer("sweeps", self.sweeps, 0, 1000)
-        _check_choice("factor_bits", self.factor_bits, FACTOR_BITS)
-        _check_choice("rotation", self.rotation, ROTATIONS)
-        _check_choice("rounding", self.rounding, ROUNDINGS)
-        _check_choice("init", self.init, INITS)
-        _check_fraction("damp_percent", self.damp_percent)
-        _check_fraction("marginal_damping", self.marginal_damping)
-        _check_integer("rotation_block", self.rotation_block, 8, 4096)
-        if self.rotation_block & (self.rotation_block - 1):
-            raise SpecError(f"rotation_block must be a power of two, got {self.rotation_block}. Use 128 or 256.")
-        if self.group_size % 8:
-            raise SpecError(f"group_size must be a multiple of 8, got {self.group_size}. Use 64 or 128.")
-        _ = self.resolved_codebook  # Raises here, where the user can see which argument is at fault.
+        check_integer("bits", self.bits, *BITS)
+        check_integer("iters", self.iters, 1, 1000)
+        check_integer("refinements", self.refinements, 0, 1000)
+        check_integer("sweeps", self.sweeps, 0, 1000)
+        check_choice("rounding", self.rounding, ROUNDINGS)
+        check_choice("init", self.init, INITS)
+        check_fraction("damp_percent", self.damp_percent)
+        check_fraction("marginal_damping", self.marginal_damping)
+        _ = self.layout  # Raises here, where the user can see which argument is at fault.
 
     @property
     def resolved_codebook(self) -> str:
@@ -163,7 +153,7 @@ class CompressionSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_integer("seed", self.seed, 0, 2**63 - 1)
+        check_integer("seed", self.seed, 0, 2**63 - 1)
         for pattern, changes in self.patterns:
             try:
                 re.compile(pattern)
@@ -186,21 +176,3 @@ def _check_known(data: Mapping[str, Any], cls: type) -> None:
         if key not in known:
             hint = did_you_mean(str(key), known)
             raise SpecError(f"Unknown field {key!r}.{hint} Known fields: {', '.join(known)}.")
-
-
-def _check_integer(name: str, value: Any, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise SpecError(f"{name} must be an integer, got {value!r} ({type(value).__name__}).")
-    if not low <= value <= high:
-        raise SpecError(f"{name} must be between {low} and {high}, got {value}.")
-
-
-def _check_fraction(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-        raise SpecError(f"{name} must be a number in (0, 1], got {value!r}. A common value is 0.01.")
-
-
-def _check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if isinstance(value, bool) or value not in allowed:
-        hint = did_you_mean(value, [str(item) for item in allowed]) if isinstance(value, str) else ""
-        raise SpecError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.{hint}")

@@ -10,10 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from hf_lrq.calibration.targets import find_targets
-from hf_lrq.checkpoint import read_headers
+from hf_lrq.checkpoint import QuantizationHeader, read_headers
+from hf_lrq.errors import EvaluationError
 from hf_lrq.evaluation import (
-    EvaluationError,
     Part,
     compare,
     compressed_layers,
@@ -28,8 +27,11 @@ from hf_lrq.evaluation import (
 from hf_lrq.evaluation.likelihood import Estimate, kl_divergence
 from hf_lrq.evaluation.sizes import stored_tensors
 from hf_lrq.evaluation.windows import strided_windows
+from hf_lrq.layout import LayerLayout
 from hf_lrq.nn import LRQExpertStack, LRQLinear
+from hf_lrq.safetensors_headers import Headers
 from hf_lrq.spec import CompressionSpec, LayerSpec
+from hf_lrq.work import excluded, make_plan
 
 VOCABULARY = 61
 N_TOKENS = 50
@@ -316,10 +318,8 @@ def test_output_error_needs_something_to_compare(model: LlamaForCausalLM, tokens
 
 def compressed(model: LlamaForCausalLM, spec: CompressionSpec) -> LlamaForCausalLM:
     """The model with empty compressed layers: sizes do not depend on values."""
-    for target in find_targets(model, spec, skip=["lm_head"]).compressed:
-        parent, _, child = target.name.rpartition(".")
-        layer = LRQLinear(target.in_features, target.out_features, False, target.spec.layout)
-        setattr(model.get_submodule(parent), child, layer)
+    for site, layout in make_plan(model, spec, excluded(model, ["lm_head"])).inventory.layouts.items():
+        model.set_submodule(site.name, site.empty(model.get_submodule(site.name), layout, keep_parameter=False))
     return model
 
 
@@ -336,8 +336,8 @@ SPECS = [
 def test_size_is_that_of_the_file(layer: LayerSpec, tied: bool, tmp_path: Path) -> None:
     spec = CompressionSpec(default=layer)
     original = llama(0, hidden_size=40, num_attention_heads=2, tie_word_embeddings=tied).half()
-    targets = find_targets(original, spec, skip=["lm_head"])
-    planned = size(original, targets.compressed)
+    inventory = make_plan(original, spec, excluded(original, ["lm_head"])).inventory
+    planned = size(original, inventory.layouts)
     model = compressed(original, spec)
     tensors = {name: tensor for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")}
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -346,25 +346,44 @@ def test_size_is_that_of_the_file(layer: LayerSpec, tied: bool, tmp_path: Path) 
     found = size(model)
     assert found.predicted_bytes == file_bytes
     assert planned == found
-    assert found.tensors.weights == targets.total_parameters
-    assert found.compressed.weights == targets.compressed_parameters
-    assert found.compressed.bytes == sum(target.bytes for target in targets.compressed)
+    assert found.tensors.weights == inventory.total_parameters
+    assert found.compressed.weights == inventory.compressed_parameters
+    assert found.compressed.bytes == sum(site.bytes(layout) for site, layout in inventory.layouts.items())
     assert found.embeddings == Part(VOCABULARY * 40, 2 * VOCABULARY * 40)
     assert found.linears.weights == (0 if tied else VOCABULARY * 40)
     assert found.norms.weights == 5 * 40
 
-    from_headers = size_of_headers(read_headers([tmp_path / "model.safetensors"]), file_bytes)
+    from_headers = size_of_headers(
+        read_headers([tmp_path / "model.safetensors"]), file_bytes, QuantizationHeader(layer.layout)
+    )
     assert from_headers == dataclasses.replace(found, file_bytes=file_bytes)
-    assert from_headers.bits_per_parameter == pytest.approx(8 * file_bytes / targets.total_parameters)
+    assert from_headers.bits_per_parameter == pytest.approx(8 * file_bytes / inventory.total_parameters)
+
+
+def headers_of(model: nn.Module) -> Headers:
+    return {tensor.name: (tensor.dtype, tensor.shape) for tensor in stored_tensors(model)}
 
 
 def test_layers_are_read_from_headers() -> None:
-    model = compressed(llama(0), CompressionSpec(default=SPECS[1]))
-    layers = compressed_layers({t.name: (t.dtype, t.shape) for t in stored_tensors(model)})
+    headers = headers_of(compressed(llama(0), CompressionSpec(default=SPECS[1])))
+    layers = compressed_layers(headers, QuantizationHeader(SPECS[1].layout))
     down = layers["model.layers.0.mlp.down_proj"]
     assert len(layers) == 14
     assert (down.out_features, down.in_features, down.code_bits, down.rank, down.factor_bits) == (32, 48, 4, 5, 4)
     assert down.bits_per_weight == SPECS[1].bits_per_weight((32, 48))
+
+
+def test_without_layouts_nothing_counts_as_compressed() -> None:
+    found = size_of_headers(headers_of(compressed(llama(0), CompressionSpec(default=SPECS[0]))))
+    assert found.compressed == Part()
+
+
+@pytest.mark.parametrize("codebook", ["bt2", "e8p3"])
+def test_columns_without_rotation_and_factors_are_those_of_the_codes(codebook: str) -> None:
+    layout = LayerLayout(codebook=codebook, rank=0, rotation="none")
+    headers = headers_of(nn.ModuleDict({"a": LRQLinear(20, 30, False, layout)}))
+    found = compressed_layers(headers, QuantizationHeader(layout))["a"]
+    assert (found.out_features, found.in_features) == (30, {"bt2": 32, "e8p3": 24}[codebook])
 
 
 def test_expert_stacks_count_every_expert() -> None:
@@ -372,9 +391,9 @@ def test_expert_stacks_count_every_expert() -> None:
     stack = LRQExpertStack(3, in_features=48, out_features=32, layout=layout)
     found = size(nn.ModuleDict({"experts": stack}))
     assert found.compressed == Part(3 * 48 * 32, 3 * layout.bytes(32, 48))
-    layer = compressed_layers({t.name: (t.dtype, t.shape) for t in stored_tensors(stack)} | {"x": ("I8", (1,))})
+    layer = compressed_layers({**headers_of(stack), "x": ("I8", (1,))}, QuantizationHeader(layout))
     assert layer == {}, "a stack without a module name is no layer"
-    named = compressed_layers({t.name: (t.dtype, t.shape) for t in stored_tensors(nn.ModuleDict({"e": stack}))})
+    named = compressed_layers(headers_of(nn.ModuleDict({"e": stack})), QuantizationHeader(layout))
     assert (named["e"].experts, named["e"].weights) == (3, 3 * 48 * 32)
 
 

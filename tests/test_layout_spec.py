@@ -69,6 +69,27 @@ def test_impossible_specs_are_refused(arguments, message):
         LayerSpec(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"codebook": "bt3"}, "Unknown codebook 'bt3'"),
+        ({"codebook": ["bt2"]}, r"codebook must be a name, got \['bt2'\]"),
+        ({"rank": 65537}, "rank must be between 0 and 65536, got 65537"),
+        ({"ft_rank": -1}, "ft_rank must be between 0 and 65536, got -1"),
+        ({"factor_bits": True}, "factor_bits must be one of 4, 8, 16, got True"),
+        ({"group_size": 4}, "group_size must be between 8 and 65536, got 4"),
+        ({"group_size": 100}, "group_size must be a multiple of 8, got 100. Use 96."),
+        ({"rotation": "hadamrd"}, "Did you mean 'hadamard'"),
+        ({"rotation_block": 8192}, "rotation_block must be between 8 and 4096"),
+        ({"rotation_block": 96}, "rotation_block must be a power of two, got 96. Use 64 or 128."),
+        ({"rank": "x" * 1000}, r"rank must be an integer, got 'x{70,}\.\.\. \(str\)"),
+    ],
+)
+def test_impossible_layouts_are_refused(changes, message):
+    with pytest.raises(SpecError, match=message):
+        LayerLayout(**{"codebook": "bt2", "rank": 4, **changes})
+
+
 def test_spec_round_trips_through_plain_data():
     spec = LayerSpec(bits=4, rank=3, factor_bits=8, codebook="int")
     assert LayerSpec.from_dict(spec.to_dict()) == spec

@@ -14,7 +14,7 @@ from peft.optimizers import create_riemannian_optimizer
 from torch import nn
 
 from hf_lrq.optim import RiemannianAdamW, RiemannianSGD, riemannian_param_groups
-from hf_lrq.optim.paired import FRESH_STEPS
+from hf_lrq.optim.base import FRESH_STEPS
 
 
 class Adapter(nn.Module):

@@ -66,7 +66,7 @@ def main() -> None:
 
     student, start = load(task.TINY_LM / "model"), time.perf_counter()
     config = hf_lrq.LRQConfig(bits=2, rank=arguments.rank, factor_bits=arguments.factor_bits)
-    report = hf_lrq.compress_pretrained(student, batches[:64], config)
+    report = hf_lrq.compress(student, batches[:64], config)
     row("compressed", student, time.perf_counter() - start, f"{report.bits_per_weight:.3f} bits per weight")
 
     options = hf_lrq.RecoveryOptions(epochs=arguments.epochs)

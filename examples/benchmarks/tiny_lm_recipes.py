@@ -19,11 +19,14 @@ from transformers.utils import logging
 from hf_lrq import LRQConfig
 from hf_lrq.calibration.batches import make_batches
 from hf_lrq.evaluation import compare
-from hf_lrq.integrations.transformers import compress_pretrained
+from hf_lrq.integrations.compression import compress
 
 TINY_LM = Path(__file__).parents[1] / "tiny_lm"
 NEAREST = {"rank": 0, "rounding": "nearest"}
 LDLQ = {"rank": 0, "sweeps": 0, "refinements": 0, "calibrated": True}
+# Without factors nothing is refined but by the sweep that comes last.
+ONE_SWEEP = {**LDLQ, "refinements": 1}
+TWO_SWEEPS = {**ONE_SWEEP, "sweeps": 1}
 # "int" with groups of 64 is what most libraries call round-to-nearest.
 RECIPES: dict[str, dict[str, object]] = {
     "4-bit RTN, int, groups of 64": {**NEAREST, "bits": 4, "codebook": "int", "group_size": 64, "rotation": "none"},
@@ -32,12 +35,15 @@ RECIPES: dict[str, dict[str, object]] = {
     "2-bit RTN, e8p, rotated": {**NEAREST, "codebook": "e8p"},
     "2-bit LDLQ, e8p, no L R": {**LDLQ, "codebook": "e8p"},
     "2-bit LDLQ, bt, no L R": {**LDLQ, "codebook": "bt"},
-    "2-bit LDLQ + sweeps, e8p, no L R": {"rank": 0, "codebook": "e8p", "calibrated": True},
-    "2-bit LDLQ + sweeps, bt, no L R": {"rank": 0, "codebook": "bt", "calibrated": True},
-    "3-bit LDLQ + sweeps, e8p, no L R": {"rank": 0, "bits": 3, "codebook": "e8p", "calibrated": True},
+    "2-bit LDLQ + 1 sweep, e8p, no L R": {**ONE_SWEEP, "codebook": "e8p"},
+    "2-bit LDLQ + 1 sweep, bt, no L R": {**ONE_SWEEP, "codebook": "bt"},
+    "2-bit LDLQ + 2 sweeps, e8p, no L R": {**TWO_SWEEPS, "codebook": "e8p"},
+    "2-bit LDLQ + 2 sweeps, bt, no L R": {**TWO_SWEEPS, "codebook": "bt"},
+    "3-bit LDLQ + 2 sweeps, e8p, no L R": {**TWO_SWEEPS, "bits": 3, "codebook": "e8p"},
     "3-bit LDLQ, tcq, no L R": {**LDLQ, "bits": 3, "codebook": "tcq"},
-    "4-bit LDLQ + sweeps, e8p, no L R": {"rank": 0, "bits": 4, "codebook": "e8p", "calibrated": True},
-    "4-bit LDLQ + sweeps, bt, no L R": {"rank": 0, "bits": 4, "codebook": "bt", "calibrated": True},
+    "3-bit LDLQ + 1 sweep, tcq, no L R": {**ONE_SWEEP, "bits": 3, "codebook": "tcq"},
+    "4-bit LDLQ + 2 sweeps, e8p, no L R": {**TWO_SWEEPS, "bits": 4, "codebook": "e8p"},
+    "4-bit LDLQ + 2 sweeps, bt, no L R": {**TWO_SWEEPS, "bits": 4, "codebook": "bt"},
     "2-bit Q + L R, e8p, rank 8 at 8 bits": {"rank": 8, "factor_bits": 8, "codebook": "e8p", "calibrated": True},
     "2-bit Q + L R, bt, rank 8 at 8 bits": {"rank": 8, "factor_bits": 8, "codebook": "bt", "calibrated": True},
     "2-bit Q + L R, bt, rank 16 at 8 bits, data-free": {"rank": 16, "factor_bits": 8, "codebook": "bt"},
@@ -76,7 +82,7 @@ def main() -> None:
         options = {key: value for key, value in recipe.items() if key != "calibrated"}
         model = copy.deepcopy(original)
         start = time.perf_counter()
-        report = compress_pretrained(model, batches if recipe.get("calibrated") else None, LRQConfig(**options))
+        report = compress(model, batches if recipe.get("calibrated") else None, LRQConfig(**options))
         seconds = time.perf_counter() - start
         measured = compare(model, original, tokens, window=512, stride=256)
         if first:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hf_lrq.calibration.targets import Target
+from hf_lrq.work import Site
 
 _CONTAINERS = nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict  # Not callable.
 # Rotary embeddings of these types rewrite their frequencies for each length they see.
@@ -33,7 +33,7 @@ class Stack:
         return block if block in self.blocks else None
 
 
-def find_stacks(model: nn.Module, targets: Sequence[Target]) -> list[Stack]:
+def find_stacks(model: nn.Module, targets: Sequence[Site]) -> list[Stack]:
     """The outermost lists of like modules that contain targets, in the order of the model.
 
     A list counts when the members with targets inside are of few classes: at most half as many as members, so the

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from hf_lrq.calibration.batches import Batch
-from hf_lrq.calibration.targets import Target
 from hf_lrq.errors import CalibrationError, LRQError
+from hf_lrq.work import Site
 
 Result = TypeVar("Result")
 
@@ -246,9 +246,9 @@ class InputRecorder:
         stop_early: raise `StopPass` as soon as each has been called once.
     """
 
-    def __init__(self, model: nn.Module, targets: Sequence[Target], stop_early: bool = False):
+    def __init__(self, model: nn.Module, targets: Sequence[Site], stop_early: bool = False):
         self._modules = {target.name: model.get_submodule(target.name) for target in targets}
-        self._fused = {target.name: target.experts for target in targets if target.kind == "experts"}
+        self._fused = {site.name: site.count for site in targets if site.routed}
         self._stop_early = stop_early
         self._copying = False
         self._local = threading.local()

@@ -1,181 +1,127 @@
 """All matrices of a model, in place, one block at a time."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hf_lrq.calibration.batches import Batch
-from hf_lrq.calibration.blocks import find_stacks, is_stateful
-from hf_lrq.calibration.capture import InputRecorder, ModelRunner, StopPass, as_for_inference
-from hf_lrq.calibration.grams import GramStore, Rows
+from hf_lrq.calibration.blocks import find_stacks
+from hf_lrq.calibration.calibrate import Calibration
+from hf_lrq.calibration.capture import ModelRunner, as_for_inference
 from hf_lrq.calibration.progress import Progress, SilentProgress
-from hf_lrq.calibration.records import CompressionReport, LayerRecord
-from hf_lrq.calibration.replay import Call, Group, Outputs, Probe, StackRecorder, free
-from hf_lrq.calibration.targets import Target, TargetList, find_targets
-from hf_lrq.calibration.workers import Workers
-from hf_lrq.decomposition import CompressedMatrix, InputGram, compress_matrix, generator_for, input_rotation
-from hf_lrq.errors import CalibrationError, CompressionError, LRQError
-from hf_lrq.nn import LRQLinear
-from hf_lrq.spec import CompressionSpec
+from hf_lrq.decomposition import InputGram
+from hf_lrq.errors import CompressionError, LRQError
+from hf_lrq.work import (
+    CompressionReport,
+    Deferred,
+    LayerRecord,
+    ModelSink,
+    ModelSource,
+    Plan,
+    Sink,
+    Site,
+    Threads,
+    compress_sites,
+)
 
-InstallExperts = Callable[[nn.Module, Target, list[CompressedMatrix]], None]
-LISTED = 8  # Names spelled out in a warning.
+DATA_FREE = {"method": "data-free", "sequences": 0, "tokens": 0}  # What a report says about calibration.
 
 
-def compress(
+def compress_model(
     model: nn.Module,
+    plan: Plan,
     batches: Iterable[Batch] | None,
-    spec: CompressionSpec,
     *,
-    skip: Sequence[str] = (),
-    reasons: dict[str, str] | None = None,
     sequential: bool = True,
     progress: Progress | None = None,
-    install_experts: InstallExperts | None = None,
 ) -> CompressionReport:
-    """Replace the linear layers of a model by compressed ones.
+    """Carry out a plan on a model in memory.
 
-    For any torch module. A model of transformers that is to be saved and loaded again goes through
-    `compress_pretrained`, which also records what it is.
-
-    The result depends on the model, the batches and the spec alone, not on the number of threads: on a CPU,
+    The result depends on the model, the batches and the plan alone, not on the number of threads: on a CPU,
     torch.get_num_threads() threads work side by side, each on whole matrices and whole batches.
 
     Args:
         model: changed in place. Its mode, its configs and the global random state are left as they were.
+        plan: made for this model, see `work.make_plan`.
         batches: calibration inputs, see `batches.Batch`; None compresses without data.
-        spec: what to do to each matrix.
-        skip, reasons: modules to leave alone and why, see `targets.find_targets`.
         sequential: calibrate each block on the outputs of the compressed blocks before it, else on those of the
             original ones.
         progress: told about each step.
-        install_experts: puts the compressed matrices of one stack of fused experts into its module. Without it such
-            stacks are skipped.
 
     Returns:
         What happened to each matrix. Modules that saw no usable input are compressed without data and named in
         `warnings`.
 
     Raises:
-        CompressionError: if there is nothing to compress, or a weight is not finite.
+        CompressionError: if a weight is not finite, or the model is itself a layer to compress.
         CalibrationError: if `batches` is empty, or activations are not finite. After an error the model may be partly
             compressed; the message says so.
     """
     started = time.monotonic()
-    targets = find_targets(model, spec, skip, reasons)
-    if install_experts is None:
-        _drop_experts(model, targets)
-    if any(target.name == "" and target.kind != "experts" for target in targets.compressed):
+    if any(site.holder == "" for site in plan.specs):
         raise CompressionError(
             f"the model is a single {type(model).__name__}, which cannot be replaced inside itself. Put it into an "
             "nn.Sequential, or use compress_matrix."
         )
     progress = progress or SilentProgress()
-    report = CompressionReport.for_targets(targets)
-    with Workers.for_model(model) as workers, as_for_inference(model) as modes:
-        work = _Compression(model, spec, workers, progress, report, targets, modes, install_experts)
-        device = next(model.parameters()).device
+    with Threads.for_model(model) as workers, as_for_inference(model) as modes:
+        sink = ModelSink(model, modes)
+        later = Deferred(sink)
+        work = _ModelWork(model, plan, later if batches is not None and not sequential else sink, workers, progress)
         work.check_weights()
-        progress.start(sum(target.experts for target in targets.compressed), targets.compressed_parameters, device)
+        inventory = plan.inventory
+        progress.start(len(plan.matrices), inventory.compressed_parameters, next(model.parameters()).device)
         try:
             if batches is None:
                 work.without_data()
             else:
-                runner = ModelRunner(model, list(batches))
-                _Calibration(work, runner, sequential).run()
-            work.install_deferred()
+                Calibration(work, ModelRunner(model, list(batches)), sequential).run()
+            later.release()
         except LRQError as error:
-            if not work.installed:
+            if not sink.installed:
                 raise
             raise type(error)(
-                f"{error} The model is partly compressed: {work.installed} of {len(targets.compressed)} targets are "
+                f"{error} The model is partly compressed: {sink.installed} of {len(plan.specs)} targets are "
                 "replaced. Load it again before another attempt."
             ) from error
         else:
-            report.seconds = time.monotonic() - started
-            work.sort_layers()
-            progress.finish(report)
+            work.report.seconds = time.monotonic() - started
+            order = {name: index for index, name in enumerate(plan.matrices)}
+            work.report.layers.sort(key=lambda record: order[record.name])
+            progress.finish(work.report)
         finally:
             progress.close()
-    return report
+    return work.report
 
 
-def _drop_experts(model: nn.Module, targets: TargetList) -> None:
-    for target in [target for target in targets.compressed if target.kind == "experts"]:
-        targets.compressed.remove(target)
-        targets.skipped[target.full_name] = "fused experts need a caller that can install them"
-        targets.skipped_parameters[target.full_name] = target.parameters
-    if not targets.compressed:
-        raise CompressionError(
-            f"{type(model).__name__} has no layer to compress but fused experts, which need `install_experts`. "
-            "Compress it through hf_lrq's transformers integration."
-        )
+class _ModelWork:
+    """A plan for a model in memory, carried out some sites at a time."""
 
+    def __init__(self, model: nn.Module, plan: Plan, sink: Sink, workers: Threads, progress: Progress):
+        self.model, self.workers, self.sites = model, workers, list(plan.specs)
+        self.report = plan.inventory.report()
+        self._plan, self._sink, self._progress = plan, sink, progress
+        self._source = ModelSource(model)
 
-class _Matrix(NamedTuple):
-    """One matrix of a target."""
-
-    name: str
-    target: Target
-    expert: int
-
-
-class _Compression:
-    """Compresses targets and puts the results into the model."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        spec: CompressionSpec,
-        workers: Workers,
-        progress: Progress,
-        report: CompressionReport,
-        targets: TargetList,
-        modes: Mapping[nn.Module, bool],
-        install_experts: InstallExperts | None,
-    ):
-        self.model, self.workers, self.report, self.targets = model, workers, report, targets.compressed
-        self.installed = 0
-        self._spec, self._progress, self._modes, self._install_experts = spec, progress, modes, install_experts
-        self._deferred: list[tuple[Target, list[CompressedMatrix]]] = []
-        self._places: dict[int, list[tuple[nn.Module, str]]] = {}
-        for parent in model.modules():
-            for key, child in parent._modules.items():
-                self._places.setdefault(id(child), []).append((parent, key))
-
-    def compress(
-        self, title: str, targets: Sequence[Target], grams: Mapping[str, InputGram], defer: bool = False
-    ) -> None:
-        """Compress some targets side by side.
+    def compress(self, title: str, sites: Sequence[Site], grams: Mapping[str, InputGram]) -> None:
+        """Compress some sites side by side; those without a Gram without data.
 
         Args:
-            title: of these targets, for people.
-            targets: any number.
-            grams: by the name of the matrix; those without one are compressed without data.
-            defer: leave the model as it is until `install_deferred`.
+            title: what people call these sites.
+            sites: any number of the plan's.
+            grams: name of the matrix -> Gram of its inputs.
         """
-        if not targets:
+        if not sites:
             return
-        matrices = [
-            _Matrix(target.full_name if target.kind != "experts" else f"{target.full_name}.{expert}", target, expert)
-            for target in targets
-            for expert in range(target.experts)
-        ]
-        self._progress.group(title, len(matrices))
-        results = self.workers.stream(lambda matrix: self._compress_one(matrix, grams.get(matrix.name)), matrices)
-        done: dict[str, list[CompressedMatrix]] = {}
-        for matrix, (compressed, record) in zip(matrices, results, strict=True):
-            done.setdefault(matrix.target.full_name, []).append(compressed)
+        self._progress.group(title, sum(site.count for site in sites))
+
+        def done(record: LayerRecord) -> None:
             self.report.layers.append(record)
             self._progress.layer(record)
-        for target in targets:
-            if defer:
-                self._deferred.append((target, done[target.full_name]))
-            else:
-                self._install(target, done[target.full_name])
+
+        compress_sites(self._plan, sites, self._source, self._sink, self.workers, grams, done)
 
     def check_weights(self) -> None:
         """Look at all weights before hours are spent on some of them.
@@ -184,247 +130,28 @@ class _Compression:
             CompressionError: naming the matrix that is not finite or not in memory.
         """
 
-        def check(target: Target) -> None:
-            weight = getattr(self.model.get_submodule(target.name), target.matrix)
+        def check(site: Site) -> None:
+            weight = self._source.parameter(site)
             if weight.device.type == "meta":
                 raise CompressionError(
-                    f"{target.full_name}: the weight is not in memory (meta device). Load the model without offloading."
+                    f"{site.label}: the weight is not in memory (meta device). Load the model without offloading."
                 )
             if not torch.isfinite(weight).all():
                 bad = int((~torch.isfinite(weight)).sum())
                 raise CompressionError(
-                    f"{target.full_name}: the weight holds {bad} values that are NaN or Inf. Repair or re-download the "
+                    f"{site.label}: the weight holds {bad} values that are NaN or Inf. Repair or re-download the "
                     "model, or leave this module out with modules_to_not_convert."
                 )
 
-        self.workers.map(check, self.targets)
+        self.workers.map(check, self.sites)
 
     def without_data(self) -> None:
-        """Compress all targets without data, a stack's block at a time."""
-        homes: dict[str, list[Target]] = {}
-        stacks = find_stacks(self.model, self.targets)
-        for target in self.targets:
-            block = next((found for stack in stacks if (found := stack.block_of(target.name)) is not None), "")
-            homes.setdefault(block, []).append(target)
-        for block, targets in homes.items():
-            self.compress(block or "outside the blocks", targets, {})
-        self.report.calibration = {"method": "data-free", "sequences": 0, "tokens": 0}
-
-    def install_deferred(self) -> None:
-        """Put in place what was left out so far."""
-        for target, matrices in self._deferred:
-            self._install(target, matrices)
-        self._deferred = []
-
-    def sort_layers(self) -> None:
-        """Bring the records into the order of the model."""
-        order = {target.full_name: index for index, target in enumerate(self.targets)}
-
-        def place(record: LayerRecord) -> tuple[int, int]:
-            if record.kind != "experts":
-                return order[record.name], 0
-            stack, _, expert = record.name.rpartition(".")
-            return order[stack], int(expert)
-
-        self.report.layers.sort(key=place)
-
-    def _compress_one(self, matrix: _Matrix, gram: InputGram | None) -> tuple[CompressedMatrix, LayerRecord]:
-        started = time.monotonic()
-        target, seed = matrix.target, self._spec.seed
-        W = _weight(self.model.get_submodule(target.name), target, matrix.expert)
-        rotate_in = input_rotation(seed, matrix.name, target.in_features, target.spec)
-        try:
-            compressed = compress_matrix(W, gram, target.spec, generator_for(seed, matrix.name), rotate_in)
-        except LRQError as error:
-            raise type(error)(f"{matrix.name}: {error}") from error
-        seconds = time.monotonic() - started
-        return compressed, LayerRecord.of(matrix.name, target, compressed, seconds)
-
-    def _install(self, target: Target, matrices: list[CompressedMatrix]) -> None:
-        module = self.model.get_submodule(target.name)
-        if target.kind == "experts":
-            assert self._install_experts is not None, "expert stacks are skipped without it"
-            self._install_experts(module, target, matrices)
-        else:
-            bias: Tensor | None = getattr(module, "bias", None)
-            layer = LRQLinear.from_matrix(matrices[0], bias).train(self._modes[module])
-            # A module may hang in the model in more than one place.
-            for parent, key in self._places[id(module)]:
-                parent._modules[key] = layer
-        self.installed += 1
-
-
-def _weight(module: nn.Module, target: Target, expert: int) -> Tensor:
-    """One matrix as [out, in]."""
-    stored: Tensor = getattr(module, target.matrix)
-    if target.kind == "experts":
-        return stored[expert]
-    return stored.T if target.kind == "conv1d" else stored
-
-
-class _Calibration:
-    """Runs a model over calibration batches and compresses its targets on what they see."""
-
-    def __init__(self, work: _Compression, runner: ModelRunner, sequential: bool):
-        if not len(runner):
-            raise CalibrationError(
-                "there are no calibration batches. Give at least one, or batches=None to compress without data."
-            )
-        self._work, self._runner, self._sequential = work, runner, sequential
-        self._model, self._workers, self._report = work.model, work.workers, work.report
-        self._one_by_one = is_stateful(work.model)
-        self._reach = 0
-        self._short: dict[str, tuple[int, int]] = {}  # Matrix -> tokens seen, tokens needed.
-
-    def run(self) -> None:
-        """Calibrate and compress all targets."""
-        probe = Probe(self._runner, find_stacks(self._model, self._work.targets), self._work.targets)
-        self._workers.map(lambda _: probe.run(), [None])
-        for group in probe.groups():
-            if group.stack is None:
-                self._together(group.targets[""], probe, group.stop_early)
-            else:
-                self._stack(group, probe)
-        self._warn_if_short()
-        self._report.calibration = {
-            "method": "sequential" if self._sequential else "independent",
-            "sequences": self._runner.sequences,
-            "tokens": max((layer.n_tokens for layer in self._report.layers), default=0),
-        }
-
-    def _stack(self, group: Group, probe: Probe) -> None:
-        """All blocks of a stack, replayed if possible."""
-        assert group.stack is not None, "targets outside of stacks go together"
-        blocks = {name: group.stack.blocks[name] for name in group.targets}
-        recorded = None if group.obstacle else self._record(blocks, group)
-        if recorded is not None:
-            self._replay(blocks, group, recorded)
-            return
-        why = group.obstacle or "the blocks do not follow each other in the same way for all batches"
-        self._report.warnings.append(
-            f"The blocks of {group.stack.name or 'the model'} could not be run one by one ({why}): "
-            "the model was run from its start for each of them, which is slower and changes nothing else."
-        )
-        for name, targets in group.targets.items():
-            self._together(targets, probe, group.stop_early, name)
-
-    def _record(self, blocks: Mapping[str, nn.Module], group: Group) -> list[list[Call | None]] | None:
-        """For each batch the calls of the blocks; None if a batch takes another way than those that were probed."""
-        with StackRecorder(blocks) as recorder:
-
-            def record(index: int) -> list[Call] | None:
-                return recorder.record(self._runner, index, group.chains[self._runner.signature(index)])
-
-            recorded = self._workers.map(record, range(len(self._runner)), self._one_by_one)
-        found: list[list[Call | None]] = []
-        for calls in recorded:
-            if calls is None:
-                return None
-            found.append([*calls])
-        return found
-
-    def _replay(self, blocks: Mapping[str, nn.Module], group: Group, recorded: list[list[Call | None]]) -> None:
-        """Block by block: inputs, Grams, compression, and the inputs of the next."""
-        reached = [index for index, calls in enumerate(recorded) if calls]
-        states: dict[int, Outputs] = {index: {} for index in reached}
-        names = list(blocks)
-        for position, (name, block) in enumerate(blocks.items()):
-            calls = {index: free(recorded[index], position) for index in reached}
-
-            def advance(index: int, block: nn.Module = block, calls: dict[int, Call] = calls) -> Outputs:
-                with self._runner.failures(index):
-                    return calls[index].run(block, states[index])
-
-            targets, following = group.targets[name], names[position + 1 :]
-            wanted = set(reached) if following and not self._sequential else set()
-            after: dict[int, Outputs] = {}
-            if targets:
-                grams, after = self._grams(targets, reached, advance, keep=wanted)
-                self._work.compress(name, targets, grams, defer=not self._sequential)
-            if not following:
-                return
-            missing = [index for index in reached if index not in after]
-            after |= dict(zip(missing, self._workers.map(advance, missing, self._one_by_one), strict=True))
-            for index in reached:
-                upcoming = recorded[index][position + 1]
-                assert upcoming is not None, "calls are freed in order"
-                states[index] = upcoming.needed(after[index])
-
-    def _together(self, targets: Sequence[Target], probe: Probe, stop_early: bool, block: str = "") -> None:
-        """Targets calibrated on whole passes of the model as it is now; of a block, passes that end behind it."""
-        if not targets:
-            return
-
-        def run(index: int) -> Outputs:
-            self._runner.run(index)
-            return {}
-
-        def stop(*_: object) -> None:
-            raise StopPass
-
-        handle = None
-        if block and probe.calls[block] == 1:
-            handle = self._model.get_submodule(block).register_forward_hook(stop)
-        try:
-            called = [target for target in targets if probe.calls[target.name]]
-            every = range(len(self._runner)) if called else ()
-            grams, _ = self._grams(targets, every, run, stop_early=stop_early and not block)
-        finally:
-            if handle is not None:
-                handle.remove()
-        self._work.compress(block or "outside the blocks", targets, grams, defer=not self._sequential)
-
-    def _grams(
-        self,
-        targets: Sequence[Target],
-        indices: Sequence[int],
-        run: Callable[[int], Outputs],
-        keep: set[int] | frozenset[int] = frozenset(),
-        stop_early: bool = False,
-    ) -> tuple[dict[str, InputGram], dict[int, Outputs]]:
-        """Grams of the matrices of some targets over passes that `run` makes, and the outputs of those in `keep`."""
-        store = GramStore([name for target in targets for name in _matrix_names(target)])
-        outputs: dict[int, Outputs] = {}
-        with InputRecorder(self._model, targets, stop_early) as recorder:
-
-            def watch(index: int) -> tuple[Outputs, Rows]:
-                return recorder.watch(lambda: run(index), self._runner.masks(index))
-
-            # As many batches at a time as there are threads: their inputs are all in memory.
-            for start in range(0, len(indices), self._workers.count):
-                window = indices[start : start + self._workers.count]
-                watched = self._workers.map(watch, window, self._one_by_one)
-                outputs |= {index: out for index, (out, _) in zip(window, watched, strict=True) if index in keep}
-                store.add([rows for _, rows in watched], window, self._workers)
-        grams, without = store.finish()
-        self._warn_of_missing(without)
-        needed = {name: target.in_features for target in targets for name in _matrix_names(target)}
-        for name, gram in grams.items():
-            if gram.n_tokens < needed[name]:
-                self._short[name] = (gram.n_tokens, needed[name])
-        return grams, outputs
-
-    def _warn_of_missing(self, without: Mapping[str, str]) -> None:
-        for reason in dict.fromkeys(without.values()):
-            names = [name for name, why in without.items() if why == reason]
-            self._report.warnings.append(f"{reason} {_listed(names)}: compressed without data.")
-
-    def _warn_if_short(self) -> None:
-        if not self._short:
-            return
-        name, (seen, needed) = max(self._short.items(), key=lambda item: item[1][1] / max(item[1][0], 1))
-        self._report.warnings.append(
-            f"{len(self._short)} matrices saw fewer calibration tokens than they have inputs; the worst is {name} with "
-            f"{seen} tokens for {needed} inputs. Use at least {-(-needed // max(seen, 1))} times as much data."
-        )
-
-
-def _matrix_names(target: Target) -> list[str]:
-    if target.kind != "experts":
-        return [target.name]
-    return [f"{target.full_name}.{expert}" for expert in range(target.experts)]
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more
+        """Compress all sites without data, a stack's block at a time."""
+        homes: dict[str, list[Site]] = {}
+        stacks = find_stacks(self.model, self.sites)
+        for site in self.sites:
+            block = next((found for stack in stacks if (found := stack.block_of(site.name)) is not None), "")
+            homes.setdefault(block, []).append(site)
+        for block, sites in homes.items():
+            self.compress(block or "outside the blocks", sites, {})
+        self.report.calibration = dict(DATA_FREE)

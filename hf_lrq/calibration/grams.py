@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_lrq.calibration.workers import Workers
 from hf_lrq.decomposition import GramAccumulator, InputGram
 from hf_lrq.decomposition.gram import FOLD_TOKENS
 from hf_lrq.errors import CalibrationError
+from hf_lrq.work import Executor
+from hf_lrq.work.plan import listed
 
 STRIP = 512  # Rows of a Gram computed at a time: enough to keep a thread busy, and never dependent on their number.
 
@@ -19,8 +20,8 @@ Rows = Mapping[str, Sequence[Tensor]]
 
 
 @dataclass
-class _Group:
-    """Matrices that have seen the same inputs so far."""
+class _SharedGram:
+    """A Gram, being summed, of matrices that have seen the same inputs so far."""
 
     members: list[str]
     accumulator: GramAccumulator | None = None
@@ -37,14 +38,14 @@ class GramStore:
     """
 
     def __init__(self, names: Sequence[str]):
-        self._groups = [_Group(list(names))] if names else []
+        self._groups = [_SharedGram(list(names))] if names else []
 
     @property
     def shared(self) -> list[tuple[str, ...]]:
         """The names that share one sum, for each sum."""
         return [tuple(group.members) for group in self._groups if group.accumulator is not None]
 
-    def add(self, passes: Sequence[Rows], batches: Sequence[int], workers: Workers) -> None:
+    def add(self, passes: Sequence[Rows], batches: Sequence[int], workers: Executor) -> None:
         """Add some passes of the model, in their order.
 
         Args:
@@ -56,7 +57,7 @@ class GramStore:
             CalibrationError: if an input holds NaN or Inf; names its matrices and the batch.
         """
         self._groups = [part for group in self._groups for part in _split(group, passes)]
-        strips: list[tuple[_Group, int]] = []
+        strips: list[tuple[_SharedGram, int]] = []
         for group in self._groups:
             seen = [rows for each in passes for rows in each.get(group.members[0], ())]
             if not seen:
@@ -66,14 +67,14 @@ class GramStore:
             group.accumulator.n_tokens += sum(len(rows) for rows in seen)
             strips += [(group, start) for start in range(0, seen[0].shape[-1], STRIP)]
 
-        def add_strip(strip: tuple[_Group, int]) -> None:
+        def add_strip(strip: tuple[_SharedGram, int]) -> None:
             group, start = strip
             assert group.accumulator is not None, "made above"
             for batch, each in zip(batches, passes, strict=True):
                 for rows in each.get(group.members[0], ()):
                     if not _add_rows(group.accumulator.total, rows, start):
                         raise CalibrationError(
-                            f"calibration batch {batch} makes inputs of {_some(group.members)} that hold "
+                            f"calibration batch {batch} makes inputs of {listed(group.members, 4)} that hold "
                             "NaN or Inf (or squares that overflow float32). Look for NaN weights before this module, "
                             "calibrate in bfloat16 or float32 instead of float16, or leave the batch out."
                         )
@@ -96,7 +97,7 @@ class GramStore:
         return grams, without
 
 
-def _split(group: _Group, passes: Sequence[Rows]) -> Iterator[_Group]:
+def _split(group: _SharedGram, passes: Sequence[Rows]) -> Iterator[_SharedGram]:
     """Parts of a group whose members see the same inputs in all of these passes."""
     classes: dict[tuple[tuple[int, ...], ...], list[str]] = {}
     for name in group.members:
@@ -104,7 +105,7 @@ def _split(group: _Group, passes: Sequence[Rows]) -> Iterator[_Group]:
         classes.setdefault(inputs, []).append(name)
     for index, members in enumerate(classes.values()):
         # Up to now they saw the same, so what has been summed holds for each part.
-        yield _Group(members, group.accumulator if index == 0 else copy.deepcopy(group.accumulator))
+        yield _SharedGram(members, group.accumulator if index == 0 else copy.deepcopy(group.accumulator))
 
 
 def _add_rows(total: Tensor, rows: Tensor, start: int) -> bool:
@@ -124,7 +125,3 @@ def _mirror(total: Tensor) -> None:
     """Fill what lies left of the strips' diagonal blocks."""
     for start in range(0, len(total), STRIP):
         total[start + STRIP :, start : start + STRIP] = total[start : start + STRIP, start + STRIP :].T
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

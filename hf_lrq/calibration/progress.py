@@ -1,4 +1,4 @@
-"""What a compression tells while it runs: nothing, or bars, lines, and the same lines as JSON."""
+"""What is shown while a compression runs: nothing, or bars, lines, and the same lines as JSON."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from typing import Any, Protocol, TextIO
 import torch
 from tqdm import tqdm
 
-from hf_lrq.calibration.records import CompressionReport, LayerRecord
+from hf_lrq.work import CompressionReport, LayerRecord
 
 # Windows has no such module.
 _resource: Any = import_module("resource") if find_spec("resource") else None
@@ -41,19 +41,19 @@ class SilentProgress:
     """Says nothing."""
 
     def start(self, matrices: int, parameters: int, device: torch.device) -> None:
-        """Nothing."""
+        """Say nothing."""
 
     def group(self, name: str, matrices: int) -> None:
-        """Nothing."""
+        """Say nothing."""
 
     def layer(self, record: LayerRecord) -> None:
-        """Nothing."""
+        """Say nothing."""
 
     def finish(self, report: CompressionReport) -> None:
-        """Nothing."""
+        """Say nothing."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Say nothing."""
 
 
 class TqdmProgress:

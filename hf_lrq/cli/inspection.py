@@ -1,21 +1,26 @@
 """`hf-lrq inspect`: what a saved model is, from config.json and the headers of its files; no tensor is read."""
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_lrq.checkpoint import QUANT_METHOD, QuantizationHeader, check_headers, parse_header, read_headers
+from hf_lrq.checkpoint import (
+    QuantizationHeader,
+    check_headers,
+    header_of,
+    quant_method_of,
+    read_config,
+    read_headers,
+    weight_files,
+)
 from hf_lrq.cli.output import bits, console, print_json, print_size, print_table
 from hf_lrq.errors import CheckpointError
 from hf_lrq.evaluation import Size, compressed_layers, size_of_headers
-from hf_lrq.evaluation.sizes import StoredLayer
-from hf_lrq.integrations.experts import PREFIX
+from hf_lrq.evaluation.files import StoredLayer
 from hf_lrq.layout import TensorLayout
+from hf_lrq.nn.fused_experts import PREFIX
 from hf_lrq.report import human_bytes
-
-INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -51,11 +56,6 @@ class Inspection:
         )
         return total / weights if weights else None
 
-    def codebook(self, layer: StoredLayer) -> str:
-        """Name of the codebook of one of the layers."""
-        assert self.header is not None, "only checkpoints of this library have compressed layers"
-        return self.header.layout_for(_config_name(layer.name)).codebook
-
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
         return {
@@ -71,10 +71,7 @@ class Inspection:
             },
             "size": self.size.to_dict(),
             "quantization_config": None if self.header is None else self.header.to_dict(),
-            "modules": [
-                {**asdict(layer), "codebook": self.codebook(layer), "bits_per_weight": layer.bits_per_weight}
-                for layer in self.layers
-            ],
+            "modules": [layer.to_dict() for layer in self.layers],
         }
 
 
@@ -84,14 +81,12 @@ def inspect_directory(directory: Path) -> Inspection:
     Raises:
         CheckpointError: if a file is missing, damaged, or does not hold what config.json says.
     """
-    config = _read_config(directory)
+    config = read_config(directory)
     files = weight_files(directory)
     headers = read_headers(files)
-    declared = config.get("quantization_config")
-    method = declared.get("quant_method") if isinstance(declared, Mapping) else None
-    header = parse_header(declared) if isinstance(declared, Mapping) and method == QUANT_METHOD else None
-    layers = compressed_layers(headers) if header is not None else {}
+    header, layers = header_of(config), {}
     if header is not None:
+        layers = compressed_layers(headers, header)
         if not layers:
             raise CheckpointError(
                 f"config.json in {directory} describes a compressed model, but its files hold none of its layers. "
@@ -99,43 +94,17 @@ def inspect_directory(directory: Path) -> Inspection:
             )
         biases = {f"{name}.bias" for name in layers}  # As in the uncompressed model, whatever that was.
         stored = {name: entry for name, entry in headers.items() if name not in biases}
-        check_headers(_expected(header, layers), stored)
+        check_headers(_expected(layers), stored)
     architectures = config.get("architectures")
     return Inspection(
         name=directory.resolve().name,
         architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else None,
-        quant_method=None if method is None else str(method),
+        quant_method=quant_method_of(config),
         header=header,
         layers=tuple(sorted(layers.values(), key=_natural)),
-        size=size_of_headers(headers, sum(file.stat().st_size for file in files)),
+        size=size_of_headers(headers, sum(file.stat().st_size for file in files), header),
         files=len(files),
     )
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a saved model: those of its index, or all there are.
-
-    Raises:
-        CheckpointError: if there is none, or the index names one that is not there.
-    """
-    index = directory / INDEX
-    if not index.is_file():
-        files = sorted(directory.glob("*.safetensors"))
-        if not files:
-            raise CheckpointError(f"{directory} holds no safetensors files. Give the folder of a saved model.")
-        return files
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        # A name with a folder in it would lead out of the checkpoint.
-        files = [directory / name for name in names if Path(name).name == name]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        names, files = [], []
-    if not files or len(files) < len(names):
-        raise CheckpointError(f"{index} is damaged. Download or copy it again.")
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise CheckpointError(f"{directory} lacks {', '.join(missing[:10])}, which its index names. Download it again.")
-    return files
 
 
 def run(directory: Path, as_json: bool) -> None:
@@ -153,7 +122,7 @@ def run(directory: Path, as_json: bool) -> None:
         print_table(
             "Compressed matrices",
             ("module", "shape", "codebook", "rank", "factor bits", "bits per weight", "bytes"),
-            [_row(found, layer) for layer in found.layers],
+            [_row(layer) for layer in found.layers],
             right=(3, 4, 5, 6),
         )
     print_size(found.size)
@@ -163,12 +132,12 @@ def run(directory: Path, as_json: bool) -> None:
         out.print(f"Bits per weight as the CALDERA paper counts, codes and factors only: {bits(found.caldera_bits)}")
 
 
-def _row(found: Inspection, layer: StoredLayer) -> tuple[str, ...]:
+def _row(layer: StoredLayer) -> tuple[str, ...]:
     shape = [layer.out_features, layer.in_features]
     return (
         layer.name,
         " × ".join(map(str, shape if layer.experts == 1 else [layer.experts, *shape])),
-        found.codebook(layer),
+        layer.layout.codebook,
         str(layer.rank),
         str(layer.factor_bits) if layer.rank else "–",
         bits(layer.bits_per_weight),
@@ -176,38 +145,16 @@ def _row(found: Inspection, layer: StoredLayer) -> tuple[str, ...]:
     )
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
-    if not directory.is_dir():
-        raise CheckpointError(f"There is no folder {directory}. Give the folder of a saved model.")
-    path = directory / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{directory} holds no config.json. Give the folder of a saved model.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}. Download or copy it again.") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds {type(config).__name__}, not an object. Download or copy it again.")
-    return config
-
-
 def _natural(layer: StoredLayer) -> list[tuple[int, str]]:
     """Sorts block 10 after block 9."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in layer.name.split(".")]
 
 
-def _config_name(stored: str) -> str:
-    """Name of a module in config.json: of a stack, that of the parameter it took the place of."""
-    parent, _, last = stored.rpartition(".")
-    return f"{parent}.{last.removeprefix(PREFIX)}" if parent else last.removeprefix(PREFIX)
-
-
-def _expected(header: QuantizationHeader, layers: Mapping[str, StoredLayer]) -> dict[str, TensorLayout]:
+def _expected(layers: Mapping[str, StoredLayer]) -> dict[str, TensorLayout]:
     """Every tensor that config.json calls for, by full name."""
     expected = {}
     for name, layer in layers.items():
         stack = (layer.experts,) if name.rpartition(".")[2].startswith(PREFIX) else ()
-        layout = header.layout_for(_config_name(name))
-        for tensor, wanted in layout.tensors(layer.out_features, layer.in_features).items():
+        for tensor, wanted in layer.layout.tensors(layer.out_features, layer.in_features).items():
             expected[f"{name}.{tensor}"] = TensorLayout((*stack, *wanted.shape), wanted.dtype)
     return expected

@@ -11,8 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from hf_lrq.checkpoint import read_headers
-from hf_lrq.cli.inspection import weight_files
+from hf_lrq.checkpoint import read_headers, weight_files
 from hf_lrq.errors import LRQError, SpecError
 
 

@@ -10,8 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from hf_lrq.calibration.batches import bundled_text
-from hf_lrq.checkpoint import read_headers
-from hf_lrq.cli.inspection import weight_files
+from hf_lrq.checkpoint import header_of, read_config, read_headers, weight_files
 from hf_lrq.cli.loading import read_text, tokenize
 from hf_lrq.evaluation import (
     Evaluation,
@@ -77,8 +76,8 @@ def measure(
 
 def size_on_disk(folder: Path) -> Size:
     """Size of a saved model, measured."""
-    found = weight_files(folder)
-    return size_of_headers(read_headers(found), sum(file.stat().st_size for file in found))
+    found, header = weight_files(folder), header_of(read_config(folder))
+    return size_of_headers(read_headers(found), sum(file.stat().st_size for file in found), header)
 
 
 def _windows(model: Any, tokens: Tensor) -> Iterator[dict[str, Tensor]]:

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from hf_lrq.calibration.batches import make_batches
 from hf_lrq.calibration.progress import TqdmProgress
-from hf_lrq.calibration.records import CompressionReport
-from hf_lrq.calibration.targets import TargetList, find_targets
 from hf_lrq.checkpoint import check_free
 from hf_lrq.cli.loading import (
     check_folder,
@@ -26,12 +24,14 @@ from hf_lrq.cli.measuring import EvalText, eval_text, measure, size_on_disk
 from hf_lrq.cli.output import bits, console, measurement_rows, print_table, say
 from hf_lrq.errors import CheckpointError, LRQError, SpecError
 from hf_lrq.evaluation import Evaluation, position_limit, size
+from hf_lrq.integrations.compression import compress
 from hf_lrq.integrations.config import LRQConfig
-from hf_lrq.integrations.saving import save, write_papers
-from hf_lrq.integrations.skip_rules import exactly, skip_reasons
-from hf_lrq.integrations.transformers import compress_pretrained
+from hf_lrq.integrations.planning import plan_for
+from hf_lrq.integrations.saving import save, write_report_and_card
 from hf_lrq.report import human_bytes
 from hf_lrq.spec import LayerSpec
+from hf_lrq.work import CompressionReport, Inventory
+from hf_lrq.work.plan import listed
 
 NO_DATA = "none"
 
@@ -87,8 +87,9 @@ def run(options: QuantizeOptions) -> None:
 
     say(f"Loading {options.model}")
     model = load_model(options.model, options.dtype, device)
-    check_room(options.out, _announce(model, targets_of(model, config)))
-    report = compress_pretrained(model, batches, config, progress=TqdmProgress(options.jsonl))
+    plan = plan_for(model, config)
+    check_room(options.out, _announce(model, plan.inventory))
+    report = compress(model, batches, config, plan=plan, progress=TqdmProgress(options.jsonl))
     save(model, options.out, tokenizer, options.overwrite, base_model=options.model)
     say(f"Saved to {options.out}", "green")
 
@@ -99,8 +100,8 @@ def run(options: QuantizeOptions) -> None:
         except Exception:
             say(f"The model is saved in {options.out}, but it could not be evaluated:", "yellow")
             raise
-        model.hf_quantizer.evaluation = measured
-        write_papers(model, options.out)
+        model.hf_quantizer.provenance.evaluation = measured
+        write_report_and_card(model, options.out)
     _show(report, measured, options.out, type(model).__name__)
 
 
@@ -188,12 +189,6 @@ def check_inputs(options: QuantizeOptions) -> None:
         raise LRQError(f"--stride must be less than --window, got {options.stride} and {options.window}.")
 
 
-def targets_of(model: Any, config: LRQConfig) -> TargetList:
-    """What will be compressed, and what not and why."""
-    reasons = {exactly(name): why for name, why in skip_reasons(model, config.modules_to_not_convert or ()).items()}
-    return find_targets(model, config.spec, list(reasons), reasons)
-
-
 def _tokenizer(options: QuantizeOptions) -> Any:
     """The model's tokenizer; None if there is none and the options can do without."""
     try:
@@ -227,14 +222,13 @@ def _batches(options: QuantizeOptions, tokenizer: Any, model_config: Any) -> lis
     return batches
 
 
-def _announce(model: Any, targets: TargetList) -> int:
+def _announce(model: Any, inventory: Inventory) -> int:
     """Say what is going to happen; returns the bytes to be written."""
-    now, then = size(model), size(model, targets.compressed)
-    say(f"{type(model).__name__}: {targets.summary()}")
-    for reason in dict.fromkeys(targets.skipped.values()):
-        names = [name for name, why in targets.skipped.items() if why == reason]
-        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        say(f"  left alone ({reason}): {shown}")
+    now, then = size(model), size(model, inventory.layouts)
+    say(f"{type(model).__name__}: {inventory.summary()}")
+    for reason in dict.fromkeys(inventory.left_alone.values()):
+        names = [name for name, why in inventory.left_alone.items() if why == reason]
+        say(f"  left alone ({reason}): {listed(names, 3)}")
     say(
         f"Expected: {bits(then.bits_per_weight)} bits per weight in the compressed layers, "
         f"{bits(then.bits_per_parameter)} in the whole file; {human_bytes(then.total_bytes)} "

@@ -28,7 +28,7 @@ from hf_lrq.recovery import (
     RecoveryInterrupted,
     RecoveryOptions,
     RecoveryReport,
-    TqdmRecovery,
+    TqdmRecoveryProgress,
     record_teacher,
     recover,
 )
@@ -89,7 +89,7 @@ def run(options: RecoverOptions) -> None:
         teacher = record_teacher(teacher, batches, options.record, options.recovery.top_k)
     say(f"Loading {options.model}")
     model = load_model(options.model, options.dtype, device)
-    bar = TqdmRecovery()
+    bar = TqdmRecoveryProgress()
     interrupted = False
     try:
         report = recover(model, teacher, batches, options.recovery, progress=bar)

@@ -15,8 +15,9 @@ from transformers.utils import logging as transformers_logging
 from hf_lrq.checkpoint import QUANT_METHOD
 from hf_lrq.decomposition import compress_matrix, generator_for
 from hf_lrq.errors import LRQError
+from hf_lrq.integrations.compression import compress
 from hf_lrq.integrations.saving import save
-from hf_lrq.integrations.transformers import LRQConfig, LRQHfQuantizer, compress_pretrained
+from hf_lrq.integrations.transformers import LRQConfig, LRQHfQuantizer
 from hf_lrq.kernels import has_backend, status
 from hf_lrq.nn import LRQLinear
 from hf_lrq.spec import LayerSpec
@@ -97,7 +98,7 @@ def round_trip() -> str:
         model = LlamaForCausalLM(config).eval()
     ids = torch.arange(16).unsqueeze(0)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad(), _quiet():
-        compress_pretrained(model, None, LRQConfig(bits=2, rank=4, iters=1))
+        compress(model, None, LRQConfig(bits=2, rank=4, iters=1))
         path = save(model, Path(folder) / "model")
         loaded = AutoModelForCausalLM.from_pretrained(path, device_map={"": "cpu"}, trust_remote_code=False)
         if not torch.equal(loaded(ids).logits, model(ids).logits):

@@ -8,7 +8,7 @@ from hf_lrq.codebooks.scalar import LloydMax, NormalFloat, Uniform
 from hf_lrq.codebooks.trellis import BitTrellis, ByteTrellis
 from hf_lrq.errors import SpecError, did_you_mean
 
-__all__ = ["Codebook", "codebook_name", "get_codebook", "known_families", "packed_bits"]
+__all__ = ["Codebook", "codebook_name", "get_codebook", "known_families"]
 
 FAMILIES: dict[str, type[Codebook]] = {
     kind.family: kind for kind in (E8P, ByteTrellis, BitTrellis, Uniform, LloydMax, NormalFloat)
@@ -44,15 +44,3 @@ def codebook_name(family: str, bits: int) -> str:
         known = ", ".join(FAMILIES)
         raise SpecError(f"Unknown codebook family {family!r}. Known families: {known}.{did_you_mean(family, FAMILIES)}")
     return FAMILIES[family](bits).name
-
-
-def packed_bits(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Bits per weight, and columns with padding, of codes stored in a shape [..., tiles, width].
-
-    Raises:
-        SpecError: if no codebook stores codes so.
-    """
-    for book in _BY_NAME.values():
-        if book.packed_shape(1, 1)[-1] == shape[-1]:
-            return book.bits, shape[-2] * book.column_block
-    raise SpecError(f"no codebook stores codes in the shape {list(shape)}.")

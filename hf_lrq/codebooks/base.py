@@ -97,7 +97,7 @@ class Codebook(ABC):
 
         Args:
             codes: [...] integers in [0, 2**bits_per_code), or [..., rows, n] where rows are coded together.
-            dtype: of the result.
+            dtype: dtype of the result.
 
         Returns:
             [..., dim] values.

@@ -17,10 +17,10 @@ def decode_rows(
 
     Args:
         packed: as `Codebook.pack` returns it for one matrix.
-        codebook: name.
+        codebook: name of the codebook.
         in_features: columns without padding.
-        start, stop: of the rows; `start` is a multiple of the codebook's `row_block`.
-        dtype: of the values; exact in float32, rounded once to others.
+        start, stop: which rows; `start` is a multiple of the codebook's `row_block`.
+        dtype: dtype of the values, which are exact in float32 and rounded once to others.
 
     Returns:
         [stop - start, in].

@@ -116,8 +116,8 @@ class Stage:
     """A lattice scaled for inputs of unit variance, or for what an earlier stage leaves of them.
 
     Attributes:
-        lattice: where its points lie.
-        scale: factor of the points.
+        lattice: the lattice of its points.
+        scale: factor that the points are multiplied by.
     """
 
     lattice: Lattice
@@ -176,7 +176,7 @@ class Folded(NamedTuple):
     """Inputs x [8, n] less each of the two shifts, folded to descending magnitudes.
 
     Attributes:
-        scores: of the candidate of each kind (an upper bound for the last kind), [kinds, 2, n].
+        scores: score of the candidate of each kind (an upper bound for the last kind), [kinds, 2, n].
         order: coordinate at each place of the descending order, in the low 3 bits, [8, 2, n] int64.
         signs: bit i is set where coordinate i is negative, [2, n] int64.
         odd: whether the number of negative coordinates is odd, [2, n] int64 of 0 and 1.
@@ -221,7 +221,7 @@ def _sort_descending(values: Tensor) -> None:
 
 
 def _shift_scores(x: Tensor) -> Tensor:
-    """<x, shift>: what the score of a point has beside <y, signs * row> - |row|^2 / 2. [2, n]."""
+    """<x, shift>, [2, n]: the part of the score of a point that is not <y, signs * row> - |row|^2 / 2."""
     return x.sum(0) * _shifts(x.device, x.dtype)
 
 

@@ -27,7 +27,7 @@ def pack_rows(codes: Tensor, bits: int, dim: int) -> Tensor:
 
     Args:
         codes: [..., n] integers in [0, 2**(bits * dim)).
-        bits: per weight.
+        bits: bits per weight.
         dim: weights per code.
 
     Returns:

@@ -64,7 +64,7 @@ class Trellis(Codebook):
     @property
     @abstractmethod
     def multipliers(self) -> tuple[int, ...]:
-        """Of the hash."""
+        """Multipliers of the hash."""
 
     def pool_rows(self, values: Tensor) -> Tensor:
         rows, n = values.shape

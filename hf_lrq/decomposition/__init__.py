@@ -6,6 +6,17 @@ from hf_lrq.decomposition.incoherence import RandomHadamard
 from hf_lrq.decomposition.lowrank import LPLR, LowRankSolver, WhitenedSVD
 from hf_lrq.decomposition.qlr import Decomposition, decompose
 from hf_lrq.decomposition.quantizers import LDLQ, Quantizer, RoundToNearest
+from hf_lrq.decomposition.schedule import (
+    Refit,
+    Round,
+    Schedule,
+    Stage,
+    Step,
+    Sweep,
+    alternating,
+    get_schedule,
+    register_schedule,
+)
 
 __all__ = [
     "LDLQ",
@@ -18,11 +29,20 @@ __all__ = [
     "LowRankSolver",
     "Quantizer",
     "RandomHadamard",
+    "Refit",
+    "Round",
     "RoundToNearest",
+    "Schedule",
+    "Stage",
+    "Step",
+    "Sweep",
     "WhitenedSVD",
+    "alternating",
     "compress_matrix",
     "decompose",
     "generator_for",
+    "get_schedule",
     "input_rotation",
     "proxy_loss",
+    "register_schedule",
 ]

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,10 +12,12 @@ from torch import Tensor
 from hf_lrq.decomposition.gram import InputGram
 from hf_lrq.decomposition.incoherence import RandomHadamard
 from hf_lrq.decomposition.lowrank import LPLR, LowRankSolver, WhitenedSVD
-from hf_lrq.decomposition.qlr import Decomposition, Factors, decompose, outlier_start, svd_start, zero_start
+from hf_lrq.decomposition.qlr import Decomposition, decompose, outlier_start, svd_start, zero_start
 from hf_lrq.decomposition.quantizers import LDLQ, Quantizer, RoundToNearest
+from hf_lrq.decomposition.schedule import Schedule, alternating
 from hf_lrq.errors import CompressionError
 from hf_lrq.layout import LayerLayout
+from hf_lrq.matrices import Pair
 from hf_lrq.spec import LayerSpec
 
 SMALLEST_RMS, LARGEST_RMS = 1e-5, 1e4
@@ -26,13 +28,13 @@ class CompressedMatrix:
     """Q + L R of the rotated weight, and the rotations.
 
     Attributes:
-        decomposition: of U W V^T.
+        decomposition: what U W V^T became.
         rotate_in: V on the inputs, or None.
         rotate_out: U on the outputs, or None.
         layout: how the matrix lies on disk.
         damping: fraction of the mean diagonal that was added to the Gram.
         steps: what the damping had to do beyond its first attempt.
-        n_tokens: of the Gram; 0 is data-free.
+        n_tokens: tokens that the Gram averages; 0 is data-free.
     """
 
     decomposition: Decomposition
@@ -106,23 +108,27 @@ def compress_matrix(
     spec: LayerSpec,
     generator: torch.Generator,
     rotate_in: RandomHadamard | None = None,
+    schedule: Schedule | None = None,
 ) -> CompressedMatrix:
     """Compress one weight matrix as `spec` says.
 
     Args:
         W: [out, in] weight, any float dtype; computed in float32 on its device.
-        gram: of the inputs; None compresses without data (H = I).
+        gram: second moment of the inputs; None compresses without data (H = I).
         spec: what to do.
         generator: source of every random choice; equal states give equal bytes, with any number of threads.
         rotate_in: rotation of the inputs, to share it between matrices; None draws one.
+        schedule: what to do instead of the `iters`, `refinements` and `marginal_damping` of the spec; see
+            `decomposition.schedule`.
 
     Raises:
-        CompressionError: if W is not a matrix, is empty, or holds NaN or Inf; if the Gram is for another width.
+        CompressionError: if W is not a matrix, is empty, or holds NaN or Inf; if the Gram is for another width; if the
+            schedule ends with factors of another rank than the spec stores.
     """
     W = _checked(W)
     spec = spec.fitted(*W.shape)
     with _one_thread(W.device), torch.autocast(W.device.type, enabled=False):
-        return _compress(W, gram, spec, generator, rotate_in)
+        return _compress(W, gram, spec, generator, rotate_in, schedule)
 
 
 @contextlib.contextmanager
@@ -149,6 +155,7 @@ def _compress(
     spec: LayerSpec,
     generator: torch.Generator,
     rotate_in: RandomHadamard | None,
+    schedule: Schedule | None,
 ) -> CompressedMatrix:
     """See `compress_matrix`; W is float32 and finite."""
     gram = InputGram.identity(W.shape[1], W.device) if gram is None else gram
@@ -165,25 +172,29 @@ def _compress(
         rotate_in, rotated, H_rotated = None, W, H
     damped = InputGram(H_rotated, gram.n_tokens).damped(spec.damp_percent)
     rank = min(spec.rank, *W.shape)
-    run = functools.partial(
-        decompose, rotated, damped, _quantizer(spec), _solver(spec), generator, marginal_damping=spec.marginal_damping
-    )
-    starts: dict[str, Callable[[], Factors]] = {
+    run = functools.partial(decompose, rotated, damped, _quantizer(spec), _solver(spec), generator)
+    starts: dict[str, Callable[[], Pair]] = {
         "zero": lambda: zero_start(W),
         "svd": lambda: svd_start(rotated, damped, rank, generator),
         "outlier": lambda: _rotate_factors(outlier_start(W, H, rank), rotate_in, rotate_out),
     }
     init = spec.init
     if init == "auto":
-        trials = {name: run(start=make(), iters=1, refinements=0).proxy_loss for name, make in starts.items()}
+        short = schedule or _schedule(replace(spec, iters=1, refinements=0))
+        trials = {name: run(start=make(), schedule=short).proxy_loss for name, make in starts.items()}
         init = min(trials, key=trials.__getitem__)
-    decomposition = run(start=starts[init](), iters=spec.iters, refinements=spec.refinements)
+    decomposition = run(start=starts[init](), schedule=schedule or _schedule(spec))
+    if decomposition.low_rank.rank != rank:
+        raise CompressionError(
+            f"the schedule ended with factors of rank {decomposition.low_rank.rank}, the spec stores rank {rank}. "
+            'Add a Refit() to the schedule, or start from init="svd".'
+        )
     return CompressedMatrix(
         decomposition, rotate_in, rotate_out, spec.layout, damped.damping, damped.steps, gram.n_tokens
     )
 
 
-def _rotate_factors(factors: Factors, rotate_in: RandomHadamard | None, rotate_out: RandomHadamard | None) -> Factors:
+def _rotate_factors(factors: Pair, rotate_in: RandomHadamard | None, rotate_out: RandomHadamard | None) -> Pair:
     """Factors of U L R V^T."""
     L, R = factors
     if rotate_in is None or rotate_out is None:
@@ -216,3 +227,13 @@ def _quantizer(spec: LayerSpec) -> Quantizer:
 
 def _solver(spec: LayerSpec) -> LowRankSolver:
     return WhitenedSVD(spec.rank) if spec.factor_bits == 16 else LPLR(spec.rank, bits=spec.factor_bits)
+
+
+def _schedule(spec: LayerSpec) -> Schedule:
+    """What `iters`, `refinements` and `marginal_damping` stand for, and the sweep that comes last.
+
+    Without factors there is nothing to alternate with, and Q is swept last only where the spec wants sweeps at all.
+    """
+    if spec.rank:
+        return alternating(spec.iters, spec.refinements, spec.marginal_damping)
+    return alternating(1, 0, spec.marginal_damping, closing=bool(spec.sweeps or spec.refinements))

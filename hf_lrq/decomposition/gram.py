@@ -21,7 +21,7 @@ class GramAccumulator:
 
     Args:
         in_features: n.
-        device: of the total, [n, n] float64.
+        device: where the total is, [n, n] float64.
     """
 
     def __init__(self, in_features: int, device: torch.device | str | None = None):
@@ -160,6 +160,27 @@ class DampedGram:
     M: Tensor
     damping: float
     steps: tuple[str, ...] = field(default=())
+
+
+def marginalise(gram: DampedGram, R: Tensor, damping: float) -> Tensor:
+    """M (I - V V^T) M^T + damping * mean diagonal, V an orthonormal basis of the rows of R M.
+
+    With damping 0 and E = W - Q, tr(E H E^T) under this matrix is the exact loss of Q once L is refitted to E, R fixed:
+    errors that L will repair cost nothing. Without rows it is the Gram itself.
+
+    Args:
+        gram: H = M M^T.
+        R: [r, in] the right factor that is kept.
+        damping: fraction of the mean diagonal of the result before damping.
+    """
+    if len(R) == 0:
+        return gram.H
+    V = torch.linalg.qr((R @ gram.M).T).Q
+    projected = gram.M @ V  # [in, r]
+    H = gram.H - projected @ projected.T
+    # With as many ranks as inputs nothing is left of H but rounding errors; the floor keeps it positive definite.
+    H.diagonal().add_(damping * H.diagonal().mean().clamp(min=0) + 1e-5 * gram.H.diagonal().mean())
+    return (H + H.T) / 2
 
 
 def weighted_square(E: Tensor, H: Tensor) -> float:

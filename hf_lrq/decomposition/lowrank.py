@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_lrq.decomposition.gram import DampedGram
-from hf_lrq.matrices import LowRank, quantize_factor
+from hf_lrq.matrices import LowRank, Pair, quantize_factor
 
 EXACT_SIZE = 512  # Up to this many rows or columns a full SVD is as fast as iterating.
 OVERSAMPLING = 16
@@ -24,7 +24,7 @@ def truncated_svd(A: Tensor, rank: int, generator: torch.Generator) -> tuple[Ten
     Args:
         A: [m, n].
         rank: k, at most min(m, n).
-        generator: of the random start.
+        generator: draws the random start.
 
     Returns:
         U [m, k], sigma [k], Vt [k, n].
@@ -55,6 +55,10 @@ class LowRankSolver(ABC):
     def solve(self, residual: Tensor, gram: DampedGram, generator: torch.Generator) -> LowRank:
         """Factors of rank r for residual [out, in]."""
 
+    def store(self, L: Tensor, R: Tensor) -> LowRank:
+        """What is stored of float factors L [out, r] and R [r, in]: float16 values."""
+        return LowRank(quantize_factor(L, 16, rank_dim=1), quantize_factor(R, 16, rank_dim=0))
+
 
 @dataclass(frozen=True)
 class WhitenedSVD(LowRankSolver):
@@ -66,11 +70,10 @@ class WhitenedSVD(LowRankSolver):
 
     def solve(self, residual: Tensor, gram: DampedGram, generator: torch.Generator) -> LowRank:
         """See the class."""
-        L, R = whitened_factors(residual, gram, self.rank, generator)
-        return LowRank(quantize_factor(L, 16, rank_dim=1), quantize_factor(R, 16, rank_dim=0))
+        return self.store(*whitened_factors(residual, gram, self.rank, generator))
 
 
-def whitened_factors(A: Tensor, gram: DampedGram, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def whitened_factors(A: Tensor, gram: DampedGram, rank: int, generator: torch.Generator) -> Pair:
     """Balanced float32 L [out, r], R [r, in]: the best rank-r approximation of A in the metric of the Gram."""
     rank = min(rank, *A.shape)
     if rank == 0:
@@ -80,7 +83,7 @@ def whitened_factors(A: Tensor, gram: DampedGram, rank: int, generator: torch.Ge
     return balance(L, R)
 
 
-def balance(L: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
+def balance(L: Tensor, R: Tensor) -> Pair:
     """Rescale each rank so that its column of L and its row of R have the same root mean square; L R is unchanged."""
     left, right = L.square().mean(0).sqrt(), R.square().mean(1).sqrt()
     usable = (left > 0) & (right > 0)
@@ -128,6 +131,10 @@ class LPLR(LowRankSolver):
             L, R = balance(L_hat, R)
         assert best is not None, "iters is at least 1"
         return best
+
+    def store(self, L: Tensor, R: Tensor) -> LowRank:
+        """Codes of float factors L [out, r] and R [r, in], each rounded by itself."""
+        return LowRank(quantize_factor(L, self.bits, rank_dim=1), quantize_factor(R, self.bits, rank_dim=0))
 
 
 def _solve_symmetric(G: Tensor, B: Tensor) -> Tensor:

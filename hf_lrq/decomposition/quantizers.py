@@ -34,6 +34,12 @@ class Quantizer(ABC):
     def refine(self, W: Tensor, H: Tensor, previous: QuantizedMatrix) -> QuantizedMatrix:
         """Improve codes that were found for a slightly different W or H; the loss does not rise."""
 
+    def zero(self, W: Tensor) -> QuantizedMatrix:
+        """Q = 0 of the shape of W: any codes, and scales of zero."""
+        packed = torch.zeros(self.book.packed_shape(*W.shape), dtype=torch.uint8, device=W.device)
+        scales = self.scales(torch.zeros_like(W)).to(torch.float16)
+        return QuantizedMatrix(packed, scales, self.codebook, W.shape[1], self.group_size)
+
     @property
     def book(self) -> Codebook:
         """The codebook itself."""

@@ -1,17 +1,17 @@
 """Measurements of a compressed model: perplexity, divergence from the original, distance of outputs, exact size."""
 
+from hf_lrq.evaluation.files import compressed_layers, size_of_headers
 from hf_lrq.evaluation.likelihood import Comparison, Estimate, Perplexity, compare, perplexity
-from hf_lrq.evaluation.outputs import OutputError, output_error
-from hf_lrq.evaluation.sizes import Part, Size, compressed_layers, size, size_of_headers
+from hf_lrq.evaluation.outputs import OutputDistance, output_error
+from hf_lrq.evaluation.sizes import Part, Size, size
 from hf_lrq.evaluation.summary import Evaluation, evaluate, evaluate_outputs
-from hf_lrq.evaluation.windows import EvaluationError, is_causal, position_limit
+from hf_lrq.evaluation.windows import is_causal, position_limit
 
 __all__ = [
     "Comparison",
     "Estimate",
     "Evaluation",
-    "EvaluationError",
-    "OutputError",
+    "OutputDistance",
     "Part",
     "Perplexity",
     "Size",

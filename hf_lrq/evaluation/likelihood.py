@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_lrq.errors import EvaluationError
 from hf_lrq.evaluation.windows import (
-    EvaluationError,
     Plan,
     Window,
     as_tokens,
@@ -19,8 +19,8 @@ from hf_lrq.evaluation.windows import (
     plan_windows,
 )
 
-Progress = Callable[[int, int], None]  # (windows done, windows in all)
-CHUNK = 1 << 24  # Logits turned to float32 at a time: 64 MiB per temporary, whatever the vocabulary.
+WindowProgress = Callable[[int, int], None]  # Gets (windows done, windows in all).
+CHUNK = 1 << 24  # How many logits are turned to float32 at a time: 64 MiB per temporary, whatever the vocabulary.
 TOP = 5
 
 
@@ -30,7 +30,7 @@ class Estimate:
 
     Attributes:
         mean: sum over tokens / number of tokens.
-        standard_error: over windows, which are nearly independent while the tokens of one are not; None for one window.
+        standard_error: estimated from windows, nearly independent unlike the tokens in one; None for one window.
     """
 
     mean: float
@@ -50,7 +50,7 @@ class Estimate:
         return cls(mean, math.sqrt(spread * len(sums) / (len(sums) - 1)) / total)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """All figures as JSON values."""
         return {"mean": self.mean, "standard_error": self.standard_error}
 
 
@@ -60,7 +60,7 @@ class Perplexity:
 
     Attributes:
         nats: -ln p(token | tokens before it in the window), mean over scored tokens.
-        tokens: scored, which is all but the first.
+        tokens: number of tokens scored: all but the first.
         window, stride: see `windows.strided_windows`.
     """
 
@@ -71,11 +71,11 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        """exp(nats per token)."""
+        """exp(nats per token); infinite beyond exp(700)."""
         return math.exp(self.nats.mean) if self.nats.mean < 700 else math.inf
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """All figures as JSON values."""
         return {
             "perplexity": self.perplexity,
             "nats_per_token": self.nats.mean,
@@ -91,7 +91,7 @@ class Comparison:
     """A compressed model q beside its original p, on the same windows of a text.
 
     Attributes:
-        compressed, original: perplexities.
+        compressed, original: perplexity of each.
         nats_rise: ln perplexity(q) - ln perplexity(p); its standard error is paired, so smaller than that of either.
         kl: KL(p || q) = sum_v p(v) ln(p(v) / q(v)), nats per token.
         reverse_kl: KL(q || p).
@@ -108,7 +108,7 @@ class Comparison:
     top5_agreement: Estimate
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """All figures as JSON values."""
         return {name: getattr(self, name).to_dict() for name in self.__dataclass_fields__}
 
 
@@ -117,7 +117,7 @@ def perplexity(
     tokens: Tensor,
     window: int | None = None,
     stride: int | None = None,
-    progress: Progress | None = None,
+    progress: WindowProgress | None = None,
 ) -> Perplexity:
     """Perplexity of a causal language model on one text.
 
@@ -128,7 +128,7 @@ def perplexity(
         model: called as `model(input_ids).logits`; its mode and the global random state are left as they are.
         tokens: [n] or [1, n] ids.
         window: tokens the model sees; None takes the model's limit, at most 2048.
-        stride: None takes half the window.
+        stride: tokens from one window to the next; None takes half the window.
         progress: called after each window.
 
     Raises:
@@ -158,7 +158,7 @@ def compare(
     tokens: Tensor,
     window: int | None = None,
     stride: int | None = None,
-    progress: Progress | None = None,
+    progress: WindowProgress | None = None,
 ) -> Comparison:
     """A compressed model against its original on one text, see `Comparison`.
 
@@ -170,7 +170,7 @@ def compare(
         tokens, window, stride, progress: as in `perplexity`.
 
     Raises:
-        EvaluationError: as `perplexity`, or if the vocabularies differ.
+        EvaluationError: where `perplexity` raises it, or if the vocabularies differ.
     """
     tokens = as_tokens(tokens)
     plan = plan_windows((model, reference), tokens, window, stride)
@@ -224,7 +224,7 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _compare_rows(p_logits: Tensor, q_logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-    """Per token [rows]: nats of p, nats of q, KL, reverse KL, top-1 agreement, top-5 agreement."""
+    """(nats of p, nats of q, KL, reverse KL, top-1 agreement, top-5 agreement) of each token, [rows] each."""
     log_p, log_q = torch.log_softmax(p_logits.float(), -1), torch.log_softmax(q_logits.float(), -1)
     k = min(TOP, log_p.shape[-1])
     p_best, q_best = log_p.topk(k).indices, log_q.topk(k).indices

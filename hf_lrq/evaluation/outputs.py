@@ -8,19 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_lrq.evaluation.windows import EvaluationError, device_of, evaluating
+from hf_lrq.errors import EvaluationError
+from hf_lrq.evaluation.windows import device_of, evaluating
 
 Batch = Tensor | Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class OutputError:
+class OutputDistance:
     """Distance of the outputs of two models on the same batches.
 
     Attributes:
         relative_error: ||Y - Y_0||_F / ||Y_0||_F over all positions, Y_0 from the original.
         cosine: mean cosine similarity of the outputs, position by position.
-        positions: compared; padding is not.
+        positions: number of positions compared, without padding.
         output: which output was compared, "logits" or "last_hidden_state".
     """
 
@@ -30,18 +31,18 @@ class OutputError:
     output: str
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """All figures as JSON values."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
-def output_error(model: nn.Module, reference: nn.Module, batches: Iterable[Batch]) -> OutputError:
+def output_error(model: nn.Module, reference: nn.Module, batches: Iterable[Batch]) -> OutputDistance:
     """Compare the logits, or else the last hidden states, of a compressed model and its original.
 
     Args:
         model: the compressed model.
         reference: the original; its dtype and device may differ.
-        batches: each a tensor of ids [batch, n] or the keyword arguments of one call. An `attention_mask` of the shape
-            of the outputs' leading axes excludes padding.
+        batches: tensors of ids [batch, n], or keyword arguments of one call each. An `attention_mask` of the shape of
+            the outputs' leading axes excludes padding.
 
     Raises:
         EvaluationError: if there is no batch, or the outputs have no common name or shape.
@@ -70,7 +71,7 @@ def output_error(model: nn.Module, reference: nn.Module, batches: Iterable[Batch
     if math.isnan(squared_error):
         raise EvaluationError(f"{type(model).__name__} or its original returns NaN. Try bfloat16 or float32.")
     relative = math.sqrt(squared_error / squared_norm) if squared_norm else math.inf if squared_error else 0.0
-    return OutputError(relative, cosine / positions, positions, name)
+    return OutputDistance(relative, cosine / positions, positions, name)
 
 
 def _output(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[str, Tensor]:
@@ -88,7 +89,7 @@ def _moved(inputs: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 
 
 def _rows(output: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-    """[positions, width] float32 without padding."""
+    """The rows of an output that are not padding, [positions, width] float32."""
     mask = inputs.get("attention_mask")
     if mask is not None and mask.shape == output.shape[:-1]:
         return output[mask.bool().to(output.device)].float()

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_lrq.evaluation.likelihood import Comparison, Perplexity, Progress, compare, perplexity
-from hf_lrq.evaluation.outputs import Batch, OutputError, output_error
+from hf_lrq.evaluation.likelihood import Comparison, Perplexity, WindowProgress, compare, perplexity
+from hf_lrq.evaluation.outputs import Batch, OutputDistance, output_error
 from hf_lrq.evaluation.sizes import Size, size
 
 
@@ -18,22 +18,22 @@ class Evaluation:
 
     Attributes:
         size: where the bytes are.
-        perplexity: of the compressed model.
-        comparison: with the original, on the same text.
-        outputs: distance of the outputs, for models without a perplexity.
+        perplexity: perplexity of the compressed model.
+        comparison: comparison with the original, on the same text.
+        outputs: distance from the outputs of the original, for models without a perplexity.
         text: what the text was, in words.
-        seconds: the measurements took.
+        seconds: how long the measurements took.
     """
 
     size: Size
     perplexity: Perplexity | None = None
     comparison: Comparison | None = None
-    outputs: OutputError | None = None
+    outputs: OutputDistance | None = None
     text: str | None = None
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """All figures as JSON values."""
         parts = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return {name: part.to_dict() if hasattr(part, "to_dict") else part for name, part in parts.items()}
 
@@ -45,7 +45,7 @@ def evaluate(
     window: int | None = None,
     stride: int | None = None,
     text: str | None = None,
-    progress: Progress | None = None,
+    progress: WindowProgress | None = None,
 ) -> Evaluation:
     """Perplexity and size of a causal language model, and its divergence from the original where there is one.
 

@@ -8,15 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_lrq.errors import LRQError
+from hf_lrq.errors import EvaluationError
 
 LARGEST_DEFAULT_WINDOW = 2048
 _POSITION_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len")
 _PROBE_TOKENS = 8
-
-
-class EvaluationError(LRQError, ValueError):
-    """A text or a model cannot be evaluated as asked: too few tokens, no next-token logits, another vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,7 @@ def strided_windows(n_tokens: int, window: int, stride: int) -> list[Window]:
     Args:
         n_tokens: length of the text, at least 2.
         window: tokens the model sees at a time, at least 2.
-        stride: from 1 to window - 1.
+        stride: tokens from one window to the next, from 1 to window - 1.
 
     Raises:
         EvaluationError: if a number is out of its range.
@@ -76,7 +72,7 @@ class Plan:
 
     Attributes:
         windows: in the order of the text.
-        window, stride: defaults filled in.
+        window, stride: the numbers that were used, in tokens.
     """
 
     windows: list[Window]
@@ -85,7 +81,7 @@ class Plan:
 
     @property
     def counts(self) -> list[int]:
-        """Scored tokens of each window."""
+        """Number of scored tokens in each window."""
         return [part.scored for part in self.windows]
 
 
@@ -93,10 +89,10 @@ def plan_windows(models: Sequence[nn.Module], tokens: Tensor, window: int | None
     """`strided_windows` for these models: defaults filled in, the text and the models' limits checked.
 
     Args:
-        models: all of them will see the same windows.
+        models: the models that will see these windows.
         tokens: [n] ids, see `as_tokens`.
-        window: None takes the smallest limit of positions, at most 2048.
-        stride: None takes half the window.
+        window: tokens in a window; None takes the smallest limit of positions, at most 2048.
+        stride: tokens from one window to the next; None takes half the window.
 
     Raises:
         EvaluationError: if a model cannot see so many tokens or has no such token.
@@ -153,7 +149,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients inside; every module's own mode comes back afterwards."""
+    """Put models into evaluation mode, without gradients; afterwards every module is in its own mode again."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         for model in models:

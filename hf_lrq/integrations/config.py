@@ -240,7 +240,7 @@ class LRQConfig(QuantizationConfigMixin):
         """All options that a report names: what decides over the compressed model, but for data and tokenizer."""
         return {name: getattr(self, name) for name in _DEFAULTS if name not in _NOT_REPORTED}
 
-    def with_wish(self, wish: "LRQConfig | None") -> "LRQConfig":
+    def with_user_options(self, wish: "LRQConfig | None") -> "LRQConfig":
         """The config of a checkpoint together with what the user passed beside it.
 
         Raises:

@@ -27,7 +27,7 @@ def names_in_files(names: Iterable[str], model: Any) -> dict[str, str]:
     return {name: rename_source_key(name, renamings, [])[0] for name in names}
 
 
-def sparing(conversions: Iterable[Any], keys: Collection[str]) -> list[Any]:
+def without_rearranging(conversions: Iterable[Any], keys: Collection[str]) -> list[Any]:
     """The conversions without those that would split, merge or permute one of the tensors `keys`.
 
     A weight may lie in pieces or in another order in files of the original model. That order means nothing to codes:
@@ -36,10 +36,10 @@ def sparing(conversions: Iterable[Any], keys: Collection[str]) -> list[Any]:
     return [entry for entry in conversions if not _rearranges(entry, keys)]
 
 
-def spare_on_save(model: Any, keys: Collection[str]) -> None:
+def keep_arrangement(model: Any, keys: Collection[str]) -> None:
     """Keep `save_pretrained` from undoing, on the tensors `keys`, what loading did to the uncompressed weights."""
     used = _used(model)
-    kept = sparing(used, keys)
+    kept = without_rearranging(used, keys)
     if len(kept) < len(used):
         model._weight_conversions = kept
 

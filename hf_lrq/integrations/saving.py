@@ -12,13 +12,14 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard, try_to_load_from_cache
 from transformers import PreTrainedModel
 
-from hf_lrq.checkpoint import QUANT_METHOD, read_headers, staged_directory
+from hf_lrq.checkpoint import QUANT_METHOD, header_of, read_config, read_headers, staged_directory
 from hf_lrq.errors import LRQError
-from hf_lrq.evaluation import Evaluation, size_of_headers
+from hf_lrq.evaluation import Evaluation, Size, size_of_headers
+from hf_lrq.integrations.provenance import Provenance
 from hf_lrq.report import REPORT_NAME, base_card, build_report, write_report
 
 CARD_NAME = "README.md"
-MAX_PAPER_BYTES = 100_000_000
+LARGEST_PASSED_ON = 100_000_000  # Bytes of a report or card of somebody else.
 
 
 def save(
@@ -48,27 +49,27 @@ def save(
         CheckpointError: if `out` is taken.
         LRQError: if the model is not compressed.
     """
-    quantizer = _quantizer_of(model)
+    origin = _provenance_of(model)
     if report is not None:
-        quantizer.report = report
+        origin.report = report
     if evaluation is not None:
-        if quantizer.report is None:
+        if origin.report is None:
             raise LRQError(
                 "this model was loaded compressed and has no report that an evaluation could be added to. Save it "
                 "without evaluation=, or pass report= as well."
             )
-        quantizer.evaluation = evaluation
+        origin.evaluation = evaluation
     if base_model is not None:
-        quantizer.base_model = base_model
+        origin.base_model = base_model
     with staged_directory(out, overwrite) as staging:
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         type(model).save_pretrained(model, staging)
-        write_papers(model, staging, ask_hub=True)
+        write_report_and_card(model, staging, ask_hub=True)
     return Path(out)
 
 
-def write_papers(model: Any, directory: Path, ask_hub: bool = False) -> None:
+def write_report_and_card(model: Any, directory: Path, ask_hub: bool = False) -> None:
     """Write `quantization_report.json` and `README.md` beside the saved weights.
 
     A model that was loaded compressed has no report of its own: it passes on the files it came with.
@@ -76,25 +77,24 @@ def write_papers(model: Any, directory: Path, ask_hub: bool = False) -> None:
     Args:
         ask_hub: fetch the metadata of the original's card from the Hub if it is not at hand.
     """
-    quantizer = _quantizer_of(model)
-    if quantizer.report is None:
-        _pass_on(quantizer.source, directory)
+    origin = _provenance_of(model)
+    if origin.report is None:
+        _pass_on(origin.source, directory)
         return
-    files = _weight_files(directory)
-    record = build_report(
-        quantizer.report,
-        recipe={name: value for name, value in quantizer.recipe.items() if name != "seed"},
-        seed=quantizer.recipe["seed"],
-        evaluation=quantizer.evaluation,
-        size=size_of_headers(read_headers(files), sum(file.stat().st_size for file in files)) if files else None,
-        base_model=quantizer.base_model,
-        base_card=_card_of(quantizer.base_model, ask_hub),
+    document = build_report(
+        origin.report,
+        recipe={name: value for name, value in origin.recipe.items() if name != "seed"},
+        seed=origin.recipe["seed"],
+        evaluation=origin.evaluation,
+        size=_size_of(directory),
+        base_model=origin.base_model,
+        base_card=_card_of(origin.base_model, ask_hub),
         architecture=type(model).__name__,
     )
     card = directory / CARD_NAME
     # Without a report beside it, the card is somebody's own: it stays.
     own = card.read_bytes() if card.is_file() and not (directory / REPORT_NAME).is_file() else None
-    write_report(directory, record)
+    write_report(directory, document)
     if own is not None:
         card.write_bytes(own)
 
@@ -105,7 +105,7 @@ def bind_saving(model: Any) -> None:
     On the instance, as the class belongs to transformers; a deep copy of the model gets methods of its own.
     """
     model.save_pretrained = MethodType(save_pretrained, model)
-    model.push_to_hub = MethodType(push_to_hub_with_papers, model)
+    model.push_to_hub = MethodType(push_with_report_and_card, model)
 
 
 def unbind_saving(model: Any) -> None:
@@ -125,15 +125,15 @@ def save_pretrained(
     # An adapter, or a process that is not the main one, writes no weights of the model.
     if not kwargs.get("is_main_process", True) or getattr(model, "_hf_peft_config_loaded", False):
         return
-    write_papers(model, directory, ask_hub=push_to_hub)
+    write_report_and_card(model, directory, ask_hub=push_to_hub)
     if push_to_hub:
         # Not the directory itself: there may be more in it than the model.
         to_hub |= {name: kwargs[name] for name in ("token", "max_shard_size") if name in kwargs}
-        push_to_hub_with_papers(model, to_hub.pop("repo_id", directory.name), **to_hub)
+        push_with_report_and_card(model, to_hub.pop("repo_id", directory.name), **to_hub)
 
 
 @functools.wraps(PreTrainedModel.push_to_hub)
-def push_to_hub_with_papers(
+def push_with_report_and_card(
     model: Any,
     repo_id: str,
     *,
@@ -152,7 +152,7 @@ def push_to_hub_with_papers(
         return str(type(model).push_to_hub(model, repo_id, max_shard_size=max_shard_size, tags=tags, **options))
     with tempfile.TemporaryDirectory() as folder:
         type(model).save_pretrained(model, folder, max_shard_size=max_shard_size)
-        write_papers(model, Path(folder), ask_hub=True)
+        write_report_and_card(model, Path(folder), ask_hub=True)
         return _upload(Path(folder), repo_id, tags=tags, **options)
 
 
@@ -179,14 +179,23 @@ def _upload(
     )
 
 
-def _quantizer_of(model: Any) -> Any:
+def _provenance_of(model: Any) -> Provenance:
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is None or quantizer.quantization_config.quant_method != QUANT_METHOD:
         raise LRQError(
-            f"this {type(model).__name__} is not compressed. Call hf_lrq.compress_pretrained(model), or load it with "
+            f"this {type(model).__name__} is not compressed. Call hf_lrq.compress(model), or load it with "
             "from_pretrained(..., quantization_config=LRQConfig())."
         )
-    return quantizer
+    provenance: Provenance = quantizer.provenance
+    return provenance
+
+
+def _size_of(directory: Path) -> Size | None:
+    """Measured; None where no weights were written."""
+    files, header = _weight_files(directory), header_of(read_config(directory))
+    if not files or header is None:
+        return None
+    return size_of_headers(read_headers(files), sum(file.stat().st_size for file in files), header)
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -213,5 +222,5 @@ def _pass_on(source: Path | None, directory: Path) -> None:
         found = source / name if source is not None else None
         if found is None or not found.is_file() or (directory / name).exists():
             continue
-        if found.stat().st_size <= MAX_PAPER_BYTES:
+        if found.stat().st_size <= LARGEST_PASSED_ON:
             shutil.copyfile(found, directory / name)

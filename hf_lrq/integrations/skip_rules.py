@@ -3,7 +3,6 @@
 import dis
 import functools
 import inspect
-import re
 from collections import Counter
 from collections.abc import Sequence
 from types import CodeType
@@ -11,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from hf_lrq.calibration.targets import has_fused_experts, is_conv1d, name_matches
+from hf_lrq.patterns import name_matches
+from hf_lrq.work import sites_of
 
 ROUTERS = ("gate", "router", "wg", "shared_expert_gate")
 
@@ -25,18 +25,12 @@ _HARMLESS_READS = {
 }
 
 
-def is_candidate(module: nn.Module) -> bool:
-    """Whether the module is of a kind that can be compressed: linear, transposed linear, or fused experts."""
-    # Not isinstance: subclasses of nn.Linear often have a forward of their own.
-    return type(module) is nn.Linear or is_conv1d(module) or has_fused_experts(module)
-
-
 def skip_reasons(model: Any, patterns: Sequence[str] = ()) -> dict[str, str]:
     """Name of each candidate module to leave alone -> reason.
 
     Args:
         model: a PreTrainedModel; weights may be on the meta device.
-        patterns: the user's own, see `calibration.targets.name_matches`.
+        patterns: the user's own, see `patterns.name_matches`.
     """
     modules = dict(model.named_modules())
     places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
@@ -45,7 +39,7 @@ def skip_reasons(model: Any, patterns: Sequence[str] = ()) -> dict[str, str]:
     head = _output_embeddings(model)
     found = {}
     for name, module in modules.items():
-        if not is_candidate(module):
+        if not sites_of(name, module):
             continue
         parent, _, child = name.rpartition(".")
         if (pattern := name_matches(name, patterns)) is not None:
@@ -65,11 +59,6 @@ def skip_reasons(model: Any, patterns: Sequence[str] = ()) -> dict[str, str]:
         elif getattr(module, "has_post_expert_norm", False):
             found[name] = "fused experts with a norm after each expert are not supported"
     return found
-
-
-def exactly(name: str) -> str:
-    """A pattern for `name_matches` that matches this module alone, not those inside it nor namesakes elsewhere."""
-    return f"^{re.escape(name)}$"
 
 
 def _listed(model: Any, attribute: str) -> list[str]:

@@ -22,7 +22,7 @@ def chosen(device: torch.device, backend: str = "auto") -> Any:
     """The package of the backend for tensors on `device`, None for the torch reference.
 
     Args:
-        device: of the tensors.
+        device: where the tensors are.
         backend: "auto" takes what is there; a name insists on it; "torch" is the reference.
 
     Raises:
@@ -70,7 +70,7 @@ def explain(x: Tensor, layer: Operands, backend: str = "auto", activation: str =
 
 
 def has_backend(device: torch.device) -> bool:
-    """Whether one runs on `device`. Without, a search for the paths of a trellis takes a hundred times as long."""
+    """Whether a backend runs on `device`. Without, a search for paths of a trellis takes a hundred times as long."""
     return chosen(device) is not None
 
 

@@ -1,9 +1,13 @@
 """What a compressed layer is computed from, as one value."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
+
+from hf_lrq.factors import concatenated, stored_pairs
+from hf_lrq.layout import LayerLayout
+from hf_lrq.matrices import Pair
 
 
 class Operands(NamedTuple):
@@ -25,9 +29,35 @@ class Operands(NamedTuple):
     group_size: int
     block: int
 
+    @classmethod
+    def of(
+        cls,
+        tensors: Mapping[str, Tensor],
+        layout: LayerLayout,
+        bias: Tensor | None = None,
+        pair: Pair | None = None,
+    ) -> "Operands":
+        """What a layer of `layout` is computed from.
+
+        Args:
+            tensors: name -> stored tensor, see `layout.LayerLayout.tensors`; those of the layout.
+            layout: of the tensors.
+            bias: [out] or None.
+            pair: float factors that are applied in the place of the stored ones.
+        """
+        get = tensors.get
+        if pair is None and "ft_L" in tensors:
+            # One product with all ranks, as floats, needs the rotations only once.
+            pair = concatenated(stored_pairs(tensors))
+        L, R = pair or (get("lr_L"), get("lr_R"))
+        L_scale, R_scale = (get("lr_L_scale"), get("lr_R_scale")) if pair is None else (None, None)
+        own = (tensors["weight"], tensors["scales"], get("rot_in"), get("rot_out"))
+        form = (layout.codebook, layout.group_size, layout.rotation_block)
+        return cls(*own, L, R, L_scale, R_scale, bias, *form)
+
     @property
     def out_features(self) -> int:
-        """Rows without padding."""
+        """Number of rows without padding."""
         return self.scales.shape[0]
 
     @property
@@ -38,7 +68,7 @@ class Operands(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """Ranks of L R."""
+        """Number of ranks of L R."""
         if self.R is None:
             return 0
         return self.R.shape[0] if self.R_scale is None else self.R_scale.shape[0]
@@ -48,7 +78,7 @@ TENSORS = 9  # Fields that are tensors.
 
 
 def by_field(layers: Sequence[Operands]) -> tuple[list[Tensor | None], ...]:
-    """Fields of several layers of one format as the grouped operator takes them: a list for each that is a tensor."""
+    """Fields of several layers of one format as the grouped operator takes them: for each tensor field, a list."""
     return tuple(list(field) for field in zip(*(layer.tensors for layer in layers), strict=True))
 
 

@@ -47,7 +47,7 @@ def _linear_group(x: Tensor, *arguments: Any) -> list[Tensor]:
 
 
 def _refuse_gradients(x: Tensor, layers: Sequence[Operands]) -> None:
-    """A graph that was captured without gradients can come here with them, and they would be lost."""
+    """Refuse inputs that need gradients: a graph captured without them can get such inputs, and would lose them."""
     if any(_wants_gradient(x, layer) for layer in layers):
         raise RuntimeError(
             "this graph of compressed layers was captured without gradients and has none. Capture it with an input or "
@@ -140,7 +140,7 @@ def linear(x: Tensor, layer: Operands, backend: str = "auto", activation: str = 
 
     Args:
         x: [..., in], float.
-        layer: its tensors.
+        layer: the tensors of the layer.
         backend: see `dispatch.BACKENDS`.
         activation: "float", or "int8": Q meets inputs that are rounded to 8 bits after the rotation, with one scale per
             256 columns, where the backend gains by it. Never where a gradient is wanted.
@@ -164,8 +164,8 @@ def linear_group(
 
     Args:
         x: [..., in], float.
-        layers: of one codebook, group size and block; together they are computed where their rot_in are equal (on GPUs:
-            one tensor, as values cannot be read without waiting).
+        layers: layers of one codebook, group size and block; computed together where their rot_in are equal (on
+            GPUs: one tensor, as values cannot be read without waiting).
 
     Returns:
         One tensor [..., out] per layer.
@@ -186,7 +186,7 @@ def linear_group(
 
 
 def _cast(x: Tensor) -> Tensor:
-    """Under autocast x in its dtype, unless it is float64: in the operator products would be cast one by one."""
+    """x in the dtype of autocast where that is on, unless x is float64; in the operator each product would be cast."""
     kind = x.device.type
     if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return x

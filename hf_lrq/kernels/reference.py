@@ -29,7 +29,7 @@ def hadamard(x: Tensor, largest: int) -> Tensor:
 
     Args:
         x: [..., n].
-        largest: largest block; see `layout.hadamard_block` for the block that n gets.
+        largest: size of the largest block; see `layout.hadamard_block` for the block that n gets.
     """
     block = hadamard_block(x.shape[-1], largest)
     if block == 1 or x.numel() == 0:
@@ -43,7 +43,7 @@ def lrq_linear(x: Tensor, layer: Operands) -> Tensor:
 
     Args:
         x: [..., in], any float dtype.
-        layer: as stored.
+        layer: its tensors, as stored.
 
     Returns:
         [..., out].

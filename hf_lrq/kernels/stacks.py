@@ -10,7 +10,7 @@ def side_by_side(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The same values in one new buffer: contiguous views of it, one after the other.
 
     Args:
-        tensors: of one dtype and device, equal in all axes but the first.
+        tensors: tensors of one dtype and device, equal in all axes but the first.
     """
     return list(torch.cat([tensor.detach() for tensor in tensors]).split([len(tensor) for tensor in tensors]))
 
@@ -22,7 +22,7 @@ def can_stand_side_by_side(tensors: Sequence[Tensor]) -> bool:
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor | None:
-    """All of them as one tensor along the first axis, without a copy; None where they do not lie like that."""
+    """All tensors as one along the first axis, without a copy; None where they do not lie one after the other."""
     first, end = tensors[0], tensors[0].data_ptr()
     storage = first.untyped_storage().data_ptr()
     for tensor in tensors:

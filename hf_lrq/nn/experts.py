@@ -5,8 +5,8 @@ from torch import Tensor, nn
 
 from hf_lrq.decomposition.compress_matrix import CompressedMatrix
 from hf_lrq.kernels import Operands, linear
-from hf_lrq.layout import LayerLayout
-from hf_lrq.nn.linear import TENSOR_NAMES, LRQLinear, check_same_layout, dense_pair
+from hf_lrq.layout import TENSOR_NAMES, LayerLayout
+from hf_lrq.nn.linear import LRQLinear, check_same_layout
 
 
 class LRQExpertStack(nn.Module):
@@ -52,23 +52,18 @@ class LRQExpertStack(nn.Module):
         Raises:
             ValueError: if the layouts differ; the stack is then unchanged.
         """
-        own = {name: p[expert] for name in TENSOR_NAMES if (p := getattr(self, name)) is not None}
-        check_same_layout(matrix, self.layout, own)
+        check_same_layout(matrix, self.layout, self.stored_tensors(expert))
         for name, tensor in matrix.tensors().items():
             getattr(self, name).data[expert].copy_(tensor)
 
     def forward(self, x: Tensor, expert: int) -> Tensor:
         """[tokens, in] -> [tokens, out] through one expert."""
-        one = {name: None if (t := getattr(self, name)) is None else t[expert] for name in TENSOR_NAMES}
-        layout = self.layout
-        L, R, L_scale, R_scale = (one[name] for name in ("lr_L", "lr_R", "lr_L_scale", "lr_R_scale"))
-        if one["ft_L"] is not None:
-            L, R = dense_pair(one, self.out_features, self.in_features, self.scales)
-            L_scale = R_scale = None
-        own = (self.weight[expert], self.scales[expert], one["rot_in"], one["rot_out"])
-        form = (layout.codebook, layout.group_size, layout.rotation_block)
-        operands = Operands(*own, L, R, L_scale, R_scale, None, *form)
+        operands = Operands.of(self.stored_tensors(expert), self.layout)
         return linear(x, operands, self.backend, "float" if self.training else self.activation)
+
+    def stored_tensors(self, expert: int) -> dict[str, Tensor]:
+        """Name -> tensor of the format, of one expert."""
+        return {name: stack[expert] for name in TENSOR_NAMES if (stack := getattr(self, name)) is not None}
 
     def runs_on(self, dtype: torch.dtype = torch.float32) -> str:
         """See `LRQLinear.runs_on`; what holds for one expert holds for all."""
@@ -79,9 +74,8 @@ class LRQExpertStack(nn.Module):
     def layer(self, expert: int) -> LRQLinear:
         """One expert as a layer of its own (a copy)."""
         single = LRQLinear(self.in_features, self.out_features, False, self.layout, device=self.weight.device)
-        for name in TENSOR_NAMES:
-            if (own := getattr(self, name)) is not None:
-                getattr(single, name).data.copy_(own.data[expert])
+        for name, tensor in self.stored_tensors(expert).items():
+            getattr(single, name).data.copy_(tensor.detach())
         return single
 
     @torch.no_grad()

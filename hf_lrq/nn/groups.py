@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from hf_lrq.kernels import linear_group
 from hf_lrq.kernels.stacks import can_stand_side_by_side, side_by_side
-from hf_lrq.nn.linear import TENSOR_NAMES, LRQLinear
+from hf_lrq.layout import TENSOR_NAMES
+from hf_lrq.nn.linear import LRQLinear
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """The compressed linear layer: y = rot_out * H_out(Q z + L (R z)) + bias, z = H_in(rot_in * x)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -8,17 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from hf_lrq.decomposition.compress_matrix import CompressedMatrix
+from hf_lrq.factors import concatenated, dense_pair, in_float16
 from hf_lrq.kernels import Operands, explain, hadamard, linear
-from hf_lrq.layout import LayerLayout
-from hf_lrq.matrices import QuantizedMatrix, dense_factor
-
-FACTOR_NAMES = ("lr_L", "lr_R", "lr_L_scale", "lr_R_scale", "ft_L", "ft_R")
-TENSOR_NAMES = ("weight", "scales", "rot_in", "rot_out", *FACTOR_NAMES)
-
-Pair = tuple[Tensor, Tensor]  # L [out, r], R [r, in].
+from hf_lrq.layout import FACTOR_NAMES, TENSOR_NAMES, LayerLayout
+from hf_lrq.matrices import Pair, QuantizedMatrix
 
 
-class Group(Protocol):
+class FusedGroup(Protocol):
     """Layers that are computed together, as one of them knows them; see `groups.LinearGroup`."""
 
     def output(self, member: "LRQLinear", x: Tensor, adapted: bool) -> Tensor | None:
@@ -53,7 +49,7 @@ class LRQLinear(nn.Linear):
 
     backend = "auto"
     activation = "float"
-    group: "Group | None" = None
+    group: "FusedGroup | None" = None
 
     scales: nn.Parameter
     rot_in: nn.Parameter | None
@@ -151,7 +147,7 @@ class LRQLinear(nn.Linear):
         Raises:
             ValueError: if the layouts differ; the layer is then unchanged.
         """
-        check_same_layout(matrix, self.layout, {n: p for n in TENSOR_NAMES if (p := getattr(self, n)) is not None})
+        check_same_layout(matrix, self.layout, self.stored_tensors())
         for name, tensor in matrix.tensors().items():
             getattr(self, name).data.copy_(tensor)
 
@@ -199,16 +195,12 @@ class LRQLinear(nn.Linear):
 
     def operands(self, adapt: Callable[[Tensor, Tensor], Pair] | None = None) -> Operands:
         """What the layer is computed from; for `adapt` see `forward`."""
-        L: Tensor | None = self.lr_L
-        R: Tensor | None = self.lr_R
-        L_scale, R_scale = self.lr_L_scale, self.lr_R_scale
-        if adapt is not None or self.ft_L is not None:
-            # One product with all ranks, as floats, needs the rotations only once.
-            L, R = self.low_rank() if adapt is None else adapt(*self.low_rank())
-            L_scale = R_scale = None
-        tensors = (self.weight, self.scales, self.rot_in, self.rot_out, L, R, L_scale, R_scale, self.bias)
-        layout = self.layout
-        return Operands(*tensors, layout.codebook, layout.group_size, layout.rotation_block)
+        pair = None if adapt is None else adapt(*self.low_rank())
+        return Operands.of(self.stored_tensors(), self.layout, self.bias, pair)
+
+    def stored_tensors(self) -> dict[str, Tensor]:
+        """Name -> tensor of the format; without the bias."""
+        return {name: tensor for name in TENSOR_NAMES if (tensor := getattr(self, name)) is not None}
 
     def runs_on(self, dtype: torch.dtype = torch.float32) -> str:
         """The backend that computes this layer for inputs of `dtype`, or "torch" and why it is not a faster one."""
@@ -274,7 +266,7 @@ class LRQLinear(nn.Linear):
             return
         if self.ft_L is not None and self.ft_R is not None:
             L, R = concatenated([(self.ft_L, self.ft_R), (L, R)])
-        L, R = _in_float16(L, R)
+        L, R = in_float16(L, R)
         layout = replace(self.layout, ft_rank=L.shape[1])
         self.restore(StoredFactors(layout, {**self._factor_tensors(), "ft_L": _frozen(L), "ft_R": _frozen(R)}))
 
@@ -287,7 +279,7 @@ class LRQLinear(nn.Linear):
         Raises:
             FloatingPointError: if they are not finite in float16; the layer is then unchanged.
         """
-        L, R = _in_float16(L, R)
+        L, R = in_float16(L, R)
         layout = replace(self.layout, rank=L.shape[1], factor_bits=16, ft_rank=0)
         stored = {"lr_L": _frozen(L), "lr_R": _frozen(R)} if L.shape[1] else {}
         self.restore(StoredFactors(layout, {**dict.fromkeys(FACTOR_NAMES), **stored}))
@@ -385,52 +377,6 @@ def _described(tensor: Tensor | None) -> str:
         return "absent"
     # A layer can have been cast; codes never are.
     return f"{'float' if tensor.is_floating_point() else tensor.dtype} {tuple(tensor.shape)}"
-
-
-def dense_pair(tensors: Mapping[str, Tensor | None], out_features: int, in_features: int, like: Tensor) -> Pair:
-    """L [out, r] and R [r, in] of stored factors, the second pair appended; without any, empty ones like `like`."""
-    pairs = []
-    if tensors["lr_L"] is not None and tensors["lr_R"] is not None:
-        L, R = tensors["lr_L"], tensors["lr_R"]
-        pairs.append((dense_factor(L, tensors["lr_L_scale"], 1), dense_factor(R, tensors["lr_R_scale"], 0)))
-    if tensors["ft_L"] is not None and tensors["ft_R"] is not None:
-        pairs.append((tensors["ft_L"], tensors["ft_R"]))
-    return concatenated(pairs) if pairs else (like.new_empty(out_features, 0), like.new_empty(0, in_features))
-
-
-def concatenated(pairs: Sequence[Pair]) -> Pair:
-    """One pair whose product is the sum of the products."""
-    if len(pairs) == 1:
-        return pairs[0]
-    return torch.cat([L for L, _ in pairs], 1), torch.cat([R for _, R in pairs], 0)
-
-
-def least_ranks(L: Tensor, R: Tensor) -> Pair:
-    """The same product in at most min(out, in) ranks: multiplied out where there are more."""
-    out_features, in_features = L.shape[0], R.shape[1]
-    if L.shape[1] <= min(out_features, in_features):
-        return L, R
-    product = L @ R
-    if out_features <= in_features:
-        return torch.eye(out_features, dtype=L.dtype, device=L.device), product
-    return product, torch.eye(in_features, dtype=R.dtype, device=R.device)
-
-
-@torch.no_grad()
-def _in_float16(L: Tensor, R: Tensor) -> Pair:
-    """The product as it can be stored.
-
-    What is small in one factor and large in the other would lose digits, so each rank is balanced; by a power of two,
-    which changes no digit.
-    """
-    L, R = least_ranks(L.float(), R.float())
-    left, right = L.square().mean(0).sqrt(), R.square().mean(1).sqrt()
-    usable = (left > 0) & (right > 0)
-    exponent = torch.where(usable, (right / left).log2() / 2, torch.zeros_like(left)).round().int()
-    L, R = torch.ldexp(L, exponent).half(), torch.ldexp(R, -exponent.unsqueeze(1)).half()
-    if not (torch.isfinite(L).all() and torch.isfinite(R).all()):
-        raise FloatingPointError("the factors hold NaN, Inf, or values beyond the range of float16 (65504).")
-    return L.contiguous(), R.contiguous()
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

@@ -5,11 +5,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from hf_lrq.checks import check_choice
 from hf_lrq.decomposition import LPLR, InputGram, generator_for
 from hf_lrq.errors import SpecError
-from hf_lrq.nn.linear import FACTOR_NAMES, LRQLinear, StoredFactors
+from hf_lrq.layout import FACTOR_BITS, FACTOR_NAMES
+from hf_lrq.nn.linear import LRQLinear, StoredFactors
 
-FACTOR_BITS = (16, 8, 4)
 RIDGE = 1e-6  # Of the data-free Gram, which needs none.
 
 
@@ -47,8 +48,7 @@ def refit_factors(model: nn.Module, rank: int | None = None, factor_bits: int = 
     Raises:
         SpecError: if rank or factor_bits is out of range.
     """
-    if factor_bits not in FACTOR_BITS:
-        raise SpecError(f"factor_bits must be 16, 8 or 4, got {factor_bits!r}.")
+    check_choice("factor_bits", factor_bits, FACTOR_BITS)
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise SpecError(f"rank must be an integer of at least 1, or None, got {rank!r}.")
     records = []

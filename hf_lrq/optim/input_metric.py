@@ -25,7 +25,7 @@ from torch import Tensor
 from hf_lrq.optim.sharding import placed_like, replicate_beside
 
 GRAM_DAMPING = 1e-2  # As in calibration, where directions below it are noise.
-ROUNDING = 1e-6  # Of the largest eigenvalue at most: how far below zero a float32 Gram's least one may come to lie.
+ROUNDING = 1e-6  # How far below zero rounding may put an eigenvalue of a float32 Gram, as a fraction of the largest.
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -33,7 +33,7 @@ class InputMetric:
     """H and its inverse, damped.
 
     Attributes:
-        H, inverse: [in, in]; or their diagonals, [in].
+        H, inverse: H and H⁻¹, [in, in]; or their diagonals, [in].
     """
 
     H: Tensor
@@ -41,14 +41,14 @@ class InputMetric:
 
     @classmethod
     def of(cls, gram: Tensor, width: int, damping: float = GRAM_DAMPING, name: str = "a pair") -> "InputMetric":
-        """From the Gram of what R is multiplied with.
+        """The metric from the Gram of what R is multiplied with.
 
         Args:
             gram: [in, in], or the diagonal [in] for inputs that are taken to be uncorrelated; any float dtype, computed
                 with in float64.
-            width: in.
-            damping: in (0, 1]; 1 leaves the mean eigenvalue alone of H.
-            name: for messages.
+            width: number of inputs of R.
+            damping: in (0, 1]; with 1, nothing of H is left but its mean eigenvalue.
+            name: what messages call the pair.
 
         Raises:
             ValueError: if the Gram has another shape, is not finite, symmetric or positive semi-definite, is zero, or

@@ -1,227 +1,206 @@
-"""Parameter groups of a model: factors in pairs, found by how modules hold them, and everything else as usual."""
+"""What a parameter group may hold, and how the pairs in it are found.
 
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+A group with `paired=True` lists its factors as L0, R0, L1, R1, ...; their position, and nothing else, says which belong
+together. Wrappers replace the entries of `group["params"]` (accelerate does under FSDP2), so nobody keeps references.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_lrq.errors import did_you_mean
-from hf_lrq.optim.groups import METRICS, FactorPair, Group, check_pair
-from hf_lrq.optim.input_metric import GRAM_DAMPING, InputMetric, check_shape
+from hf_lrq.optim.input_metric import InputMetric
 
-# The attributes in which modules hold the two factors of a product: first L [.., out, r], then R [.., r, in]. Each is a
-# parameter, a module with a `weight`, or (PEFT) a dictionary from adapter names to one of these.
-FACTOR_ATTRIBUTES = (
-    ("lr_L", "lr_R"),
-    ("lrq_L", "lrq_R"),
-    ("lora_B", "lora_A"),
-    ("lora_embedding_B", "lora_embedding_A"),
-)
+ParamGroup = dict[str, Any]
 
-PEFT_PREFIX = "base_model.model."  # What PEFT puts before the names of the modules of a model.
-
-# Parameters that transformers' Trainer does not decay either.
-NO_DECAY_NAME = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
-NO_DECAY_MODULES = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+H_AWARE = "h_aware"
+FORMER_NAMES = {"pre": "one_sided"}  # A saved state may call a preconditioner by its former name.
+METRICS = "metrics"  # Key of a group: an InputMetric for each pair. Not in a state_dict: it is as large as a layer.
 
 
-def factor_pairs(model: nn.Module, attributes: Iterable[tuple[str, str]] = FACTOR_ATTRIBUTES) -> list[FactorPair]:
-    """Every pair of floating-point factors in `model` of which at least one requires a gradient.
+@dataclass(frozen=True)
+class FactorPair:
+    """The factors of a product s L R that is (a part of) a weight.
 
-    Found are compressed layers and expert stacks with 16-bit factors, adapters that train such factors, and PEFT's LoRA
-    on linear and embedding layers, with its scaling as it is now. Factors that several modules share are found once.
-
-    Left out are convolutions and adapters that keep the factors of many experts in one matrix, because L R is not one
-    matrix product there; and ranks above both sides of their matrix, whose Grams are singular by construction.
-
-    Args:
-        model: any module.
-        attributes: names under which modules hold L and R.
+    Attributes:
+        L: [..., out, r].
+        R: [..., r, in].
+        scaling: s; alpha / r in a LoRA adapter.
+        name: what messages call the pair.
+        metric: the metric of the inputs of R, for precond="h_aware".
     """
-    return [pair for _, _, _, pair in held_pairs(model, attributes)]
+
+    L: Tensor
+    R: Tensor
+    scaling: float = 1.0
+    name: str = "pair"
+    metric: InputMetric | None = None
 
 
-def held_pairs(
-    model: nn.Module, attributes: Iterable[tuple[str, str]]
-) -> Iterator[tuple[str, nn.Module, str, FactorPair]]:
-    """Name of a module, the module, adapter ("" for none), and pair, for what `factor_pairs` finds."""
-    found: set[tuple[int, int]] = set()
-    attributes = tuple(attributes)
-    for path, module in model.named_modules():
-        for left, right in attributes:
-            for adapter, L, R in factors_of(module, left, right):
-                trained = is_matrix_product(module, adapter, L, R) and (L.requires_grad or R.requires_grad)
-                if trained and (id(L), id(R)) not in found:
-                    found.add((id(L), id(R)))
-                    scaling = float(by_adapter(module, "scaling", adapter, 1.0))
-                    name = ".".join(part for part in (path, left, adapter) if part)
-                    yield path, module, adapter, FactorPair(L, R, scaling, name)
-
-
-def with_metrics(
-    model: nn.Module, attributes: Iterable[tuple[str, str]], grams: Mapping[str, Any], damping: float
-) -> list[FactorPair]:
-    """What `factor_pairs` finds, each pair with the metric of its inputs; see `riemannian_param_groups`.
+def pairs_of(group: ParamGroup) -> list[FactorPair]:
+    """The pairs of a paired group, by position.
 
     Raises:
-        ValueError: if a pair has no Gram, or one that does not fit.
+        ValueError: if the parameters do not pair up.
     """
+    params = group["params"]
+    if len(params) % 2:
+        raise ValueError(
+            f"A paired group has {len(params)} parameters, but pairs are listed as L0, R0, L1, R1, ... "
+            "Put a parameter that is no factor into a group without `paired`. If a wrapper joins parameters "
+            "(DeepSpeed), use precondition_gradients with any optimizer instead."
+        )
     pairs = []
-    for path, module, adapter, pair in held_pairs(model, attributes):
-        layer = path if path in grams else path.removeprefix(PEFT_PREFIX)
-        if layer not in grams:
-            known = ", ".join(list(grams)[:3]) or "none"
-            raise ValueError(
-                f"{pair.name} has no Gram: `grams` has no {layer!r}.{did_you_mean(layer, grams)} It has {len(grams)} "
-                f"entries: {known}, ... Names are those of the modules that hold factors."
-            )
-        if pair.R.ndim > 2:
-            raise ValueError(f'{pair.name} is a stack of products; "h_aware" is for single ones.')
-        width, given = pair.R.shape[-1], grams[layer]
-        gram = (given if isinstance(given, Tensor) else given.H).to(pair.R.device)
-        check_shape(gram, width, pair.name)
-        # Factors that stand between rotations meet rotated inputs; modules that hold such ones say which.
-        rotate = getattr(module, "factor_gram", None)
-        if rotate is not None:
-            gram = rotate(torch.diag(gram) if gram.ndim == 1 else gram, adapter)
-        pairs.append(replace(pair, metric=InputMetric.of(gram, width, damping, pair.name)))
+    metrics = group.get(METRICS) or [None] * (len(params) // 2)
+    for i in range(0, len(params), 2):
+        name = pair_name(group, i // 2)
+        pairs.append(FactorPair(params[i], params[i + 1], group["scaling"], name, metrics[i // 2]))
+        check_pair(pairs[-1])
     return pairs
 
 
-def factors_of(module: nn.Module, left: str, right: str) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(adapter, L, R) for each pair under two attributes of one module; the adapter is "" where there are none."""
-    lefts, rights = (entries(getattr(module, attribute, None)) for attribute in (left, right))
-    for adapter, L in lefts.items():
-        if adapter in rights:
-            yield adapter, L, rights[adapter]
+def check_pair(pair: FactorPair) -> None:
+    """Complain about factors that cannot be multiplied.
+
+    Raises:
+        ValueError: naming the pair and its shapes.
+    """
+    L, R = pair.L, pair.R
+    if not (L.is_floating_point() and R.is_floating_point()):
+        raise ValueError(
+            f"{pair.name} has factors of {L.dtype} and {R.dtype}; only floating-point factors can be trained."
+        )
+    seen = f"{pair.name} has L of shape {list(L.shape)} and R of shape {list(R.shape)}"
+    if L.ndim < 2 or R.ndim < 2:
+        raise ValueError(
+            f"{seen}; a factor has at least two dimensions. If a wrapper flattens parameters (DeepSpeed, FSDP1), "
+            "use precondition_gradients with any optimizer instead."
+        )
+    if L.shape[:-2] != R.shape[:-2] or L.shape[-1] != R.shape[-2]:
+        raise ValueError(
+            f"{seen}; the product needs L [..., out, r] and R [..., r, in]. Pairs are listed as L0, R0, L1, R1, ... "
+            "In PEFT's names L is lora_B and R is lora_A."
+        )
+    if L.shape[-1] > max(L.shape[-2], R.shape[-1]):
+        raise ValueError(
+            f"{seen}, so the rank {L.shape[-1]} is larger than both sides of the product. "
+            "If the two are swapped, list L [..., out, r] first; otherwise lower the rank."
+        )
+    if L.device != R.device:
+        raise ValueError(f"{pair.name} has L on {L.device} and R on {R.device}; move both to one device.")
 
 
-def entries(held: Any) -> dict[str, Tensor]:
-    """The tensors under one attribute, by adapter name."""
-    if isinstance(held, nn.ModuleDict | nn.ParameterDict | Mapping):
-        return {name: tensor for name, value in held.items() for tensor in entries(value).values()}
-    tensor = getattr(held, "weight", None) if isinstance(held, nn.Module) else held
-    return {"": tensor} if isinstance(tensor, Tensor) else {}
+def pair_name(group: ParamGroup, index: int) -> str:
+    """'Pair 3', with the name of its layer where the group has one."""
+    if names := group.get("names"):
+        return f"Pair {index} ({names[index]})"
+    if names := group.get("param_names"):
+        return f"Pair {index} ({names[2 * index]}, {names[2 * index + 1]})"
+    return f"Pair {index}"
 
 
-def by_adapter(module: nn.Module, attribute: str, adapter: str, default: Any) -> Any:
-    """module.attribute[adapter] where there is such a dictionary and adapter."""
-    held = getattr(module, attribute, None)
-    return held.get(adapter, default) if isinstance(held, Mapping) else default
+def parameter_name(group: ParamGroup, index: int) -> str:
+    """How messages call one entry of group["params"]."""
+    if group["paired"]:
+        return f"{'LR'[index % 2]} of {pair_name(group, index // 2).replace('Pair', 'pair')}"
+    names = group.get("names") or group.get("param_names")
+    return f"parameter {index} ({names[index]})" if names else f"parameter {index}"
 
 
-def is_matrix_product(module: nn.Module, adapter: str, L: Tensor, R: Tensor) -> bool:
-    """Whether the module multiplies L by R, as matrices or stacks of them, and the rank is a rank."""
-    return (
-        L.is_floating_point()
-        and R.is_floating_point()
-        and 2 <= L.ndim == R.ndim <= 3
-        and L.shape[:-2] == R.shape[:-2]
-        and L.shape[-1] == R.shape[-2] == by_adapter(module, "r", adapter, R.shape[-2])
-        and L.shape[-1] <= max(L.shape[-2], R.shape[-1])
-    )
+# What each number in a group must satisfy, in words and as a function.
+RULES = {
+    "lr": ("a number, at least 0", lambda x: float(x) >= 0),
+    "lr_ratio": ("positive", lambda x: 0 < x < math.inf),
+    "weight_decay": ("at least 0", lambda x: x >= 0),
+    "damping": ("positive: a fraction of the mean eigenvalue of a Gram, 1e-6 for example", lambda x: 0 < x < math.inf),
+    "refresh": ("an integer, at least 1", lambda x: isinstance(x, int) and not isinstance(x, bool) and x >= 1),
+    "scaling": ("a finite number other than 0", lambda x: x != 0 and math.isfinite(x)),
+    "betas": ("two numbers in [0, 1)", lambda x: len(x) == 2 and all(0 <= beta < 1 for beta in x)),
+    "eps": ("at least 0", lambda x: x >= 0),
+    "momentum": ("in [0, 1)", lambda x: 0 <= x < 1),
+    "trust": ("positive, or None", lambda x: x is None or x > 0),
+    "clip_projected": ("positive, or None", lambda x: x is None or x > 0),
+}
 
 
-def riemannian_param_groups(
-    model: nn.Module,
-    lr: float | None = None,
-    weight_decay: float = 0.0,
-    factor_weight_decay: float = 0.0,
-    lr_ratio: float | None = None,
-    pairs: Iterable[FactorPair | tuple[Tensor, Tensor]] = (),
-    attributes: Iterable[tuple[str, str]] = FACTOR_ATTRIBUTES,
-    grams: Mapping[str, Any] | None = None,
-    gram_damping: float = GRAM_DAMPING,
-) -> list[Group]:
-    """Groups for `RiemannianAdamW` and `RiemannianSGD`: pairs of factors, a group for each scaling, then the rest.
+def use_present_names(group: ParamGroup) -> None:
+    """Replace the former name of a preconditioner, in place."""
+    group["precond"] = FORMER_NAMES.get(group["precond"], group["precond"])
 
-    Factors are not decayed by default. Decay on both shrinks their product, and in a compressed layer that product is
-    part of the pretrained weight: it would be forgotten. For adapters that started at zero, where decay pulls back to
-    the pretrained weight, pass `factor_weight_decay`. The rest follows transformers: no decay for biases and norms.
+
+def check_group(group: ParamGroup, preconditioners: tuple[str, ...]) -> None:
+    """Complain about a group before the first step does.
 
     Args:
-        model: see `factor_pairs`.
-        lr: of all groups; None for the optimizer's.
-        weight_decay: of plain parameters that are neither biases nor norms.
-        factor_weight_decay: of factors.
-        lr_ratio: learning rate of L over that of R; None for the optimizer's.
-        pairs: further ones, which the structure of the model does not show; a tuple is (L, R).
-        attributes: names under which modules hold L and R.
-        grams: for precond="h_aware" (experimental), name of a module -> Gram of its inputs: an `InputGram`, a tensor
-            [in, in], or the diagonal [in]. `calibration.input_grams` measures them. Names may be those that the modules
-            had before PEFT wrapped the model. Equal in every process; not part of checkpoints of the optimizer.
-        gram_damping: fraction of the mean eigenvalue that each Gram is shrunk towards.
-
-    Returns:
-        Groups in the order of the model's modules, the same in every process. A frozen factor is listed beside its
-        trained partner, whose preconditioner needs it.
+        group: a group with all its options.
+        preconditioners: the values that `precond` may have.
 
     Raises:
-        ValueError: if there is no pair at all, one factor would be in two pairs, or a Gram is missing or does not fit.
+        ValueError: naming what is wrong.
     """
-    attributes = tuple(attributes)
-    found = factor_pairs(model, attributes) if grams is None else with_metrics(model, attributes, grams, gram_damping)
-    for i, pair in enumerate(pairs):
-        found.append(pair if isinstance(pair, FactorPair) else FactorPair(*pair, name=f"pairs[{i}]"))
-    if not found:
-        wanted = ", ".join(f"{left} and {right}" for left, right in attributes)
+    for option, (allowed, holds) in RULES.items():
+        if option in group and not holds(group[option]):
+            raise ValueError(f"{option} is {group[option]}; it must be {allowed}.")
+    if group["precond"] not in preconditioners:
+        hint = did_you_mean(str(group["precond"]), preconditioners)
+        raise ValueError(f"Unknown precond {group['precond']!r}. Known: {', '.join(preconditioners)}.{hint}")
+    if group.get("nesterov") and group["momentum"] == 0:
+        raise ValueError("nesterov=True needs a momentum; 0.9 is usual.")
+    entries = len(group["params"]) // 2 if group["paired"] else len(group["params"])
+    if (names := group.get("names")) is not None and len(names) != entries:
+        kind = "pairs" if group["paired"] else "parameters"
+        raise ValueError(f"A group has {len(names)} names for {entries} {kind}; give one for each, or none.")
+    if group["paired"]:
+        check_metrics(group)
+        pairs_of(group)
+
+
+def check_metrics(group: ParamGroup) -> None:
+    """Complain about Grams that are missing, or that nothing would use.
+
+    Raises:
+        ValueError: naming the pair.
+    """
+    metrics = group.get(METRICS)
+    if group["precond"] != H_AWARE:
+        if metrics is not None:
+            raise ValueError(f"Grams are given, but precond={group['precond']!r} has no use for them; set {H_AWARE!r}.")
+        return
+    pairs = len(group["params"]) // 2
+    if metrics is None or len(metrics) != pairs:
+        seen = "none" if metrics is None else len(metrics)
         raise ValueError(
-            f"{type(model).__name__} has no trainable floating-point factors under {wanted}. "
-            "Unfreeze them, add an adapter, or pass `pairs`; without factors use torch.optim.AdamW. If a wrapper has "
-            "flattened them (FSDP1, DeepSpeed), use FSDP2 or precondition_gradients."
+            f"precond={H_AWARE!r} needs the Gram of the inputs of each of {pairs} pairs, got {seen}. "
+            "Pass `grams` to riemannian_param_groups."
         )
-    owners = owners_of(found)
-
-    common: Group = {} if lr is None else {"lr": lr}
-    ratio: Group = {} if lr_ratio is None else {"lr_ratio": lr_ratio}
-    paired: dict[float, Group] = {}
-    for pair in found:
-        options = {"scaling": pair.scaling, "weight_decay": factor_weight_decay, **common, **ratio}
-        group = paired.setdefault(pair.scaling, {"params": [], "names": [], "paired": True, **options})
-        group["params"] += [pair.L, pair.R]
-        group["names"].append(pair.name)
-        if grams is not None:
-            group.setdefault(METRICS, []).append(pair.metric)
-
-    decayed: Group = {"params": [], "names": [], "paired": False, "weight_decay": weight_decay, **common}
-    spared: Group = {"params": [], "names": [], "paired": False, "weight_decay": 0.0, **common}
-    kept = decayed_names(model)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and id(parameter) not in owners:
-            group = decayed if name in kept else spared
-            group["params"].append(parameter)
-            group["names"].append(name)
-    return [*paired.values(), *(group for group in (decayed, spared) if group["params"])]
+    for i, metric in enumerate(metrics):
+        if metric is None:
+            raise ValueError(f"{pair_name(group, i)} has no Gram; give its FactorPair a `metric`.")
+        width = group["params"][2 * i + 1].shape[-1]
+        if metric.H.shape[-1] != width:
+            raise ValueError(
+                f"{pair_name(group, i)} has an R of width {width}, but a Gram of width {metric.H.shape[-1]}."
+            )
 
 
-def owners_of(pairs: list[FactorPair]) -> dict[int, str]:
-    """The name of the pair that each factor (by identity) belongs to.
+def check_same_pairing(groups: list[ParamGroup], saved: list[Mapping[str, Any]]) -> None:
+    """Complain about a saved state whose groups are paired in another way.
 
     Raises:
-        ValueError: if a factor belongs to two, or does not fit its partner.
+        ValueError: naming the group.
     """
-    owners: dict[int, str] = {}
-    for pair in pairs:
-        check_pair(pair)
-        for side, factor in (("L", pair.L), ("R", pair.R)):
-            if id(factor) in owners:
-                raise ValueError(
-                    f"{side} of {pair.name} also belongs to {owners[id(factor)]}; a factor can be preconditioned for "
-                    "one product only. Leave one of the pairs out, or use precondition_in_graph."
-                )
-        owners[id(pair.L)] = owners[id(pair.R)] = pair.name
-    return owners
-
-
-def decayed_names(model: nn.Module) -> set[str]:
-    """Names of the parameters that weight decay applies to."""
-    names = set()
-    for path, module in model.named_modules():
-        for name, _ in module.named_parameters(recurse=False):
-            full = f"{path}.{name}" if path else name
-            if not isinstance(module, NO_DECAY_MODULES) and not NO_DECAY_NAME.search(full.lower()):
-                names.add(full)
-    return names
+    for number, (group, other) in enumerate(zip(groups, saved, strict=False)):
+        if other.get("paired") != group["paired"]:
+            raise ValueError(
+                f"Group {number} has paired={group['paired']}, in the saved state it has paired={other.get('paired')}. "
+                "The state belongs to another optimizer or to other groups; build the groups as they were when saving."
+            )
+        needed, given = other.get("precond") == H_AWARE, group.get(METRICS) is not None
+        if group["paired"] and needed != given:
+            raise ValueError(
+                f"Group {number} has {'Grams' if given else 'no Grams'}, in the saved state it has precond="
+                f"{other.get('precond')!r}. Grams are not saved: pass the same `grams` as then, or none."
+            )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hf_lrq.optim.sharding import placed_like, replicate_beside, replicated
 
-DAMPING = 1e-6  # About ten float32 roundings, of the mean eigenvalue. Much more undoes the preconditioning.
+DAMPING = 1e-6  # About ten float32 roundings of the mean eigenvalue. Much more undoes the preconditioning.
 MAX_ATTEMPTS = 16
 
 
@@ -96,7 +96,7 @@ class Whitening:
     Rescaling each rank by a factor of its own changes neither.
 
     Attributes:
-        K: [..., r, r], of the *other* factor.
+        K: [..., r, r], inverse root of the Gram of the *other* factor.
         left: whether the gradient is that of L.
     """
 
@@ -104,19 +104,19 @@ class Whitening:
     left: bool
 
     def unbind(self) -> list["Whitening"]:
-        """One for each entry of the first axis."""
+        """A whitening for each entry of the first axis."""
         return [Whitening(K, self.left) for K in self.K.unbind(0)]
 
     def whiten(self, X: Tensor, out: Tensor | None = None) -> Tensor:
-        """[..., out, r] or [..., r, in], as the factor; sharded as X is. Written to `out` if that is given."""
+        """X whitened, in the shape of the factor and sharded as X is. Written to `out` if that is given."""
         return self._times(X, self.K.mT if self.left else self.K, out)
 
     def unwhiten(self, X: Tensor, out: Tensor | None = None) -> Tensor:
-        """From whitened coordinates back to those of the factor."""
+        """X brought back from whitened coordinates to those of the factor."""
         return self._times(X, self.K if self.left else self.K.mT, out)
 
     def precondition(self, X: Tensor, out: Tensor | None = None) -> Tensor:
-        """Both: X times the damped inverse Gram."""
+        """X whitened and then unwhitened, which multiplies it by the damped inverse Gram."""
         return self._times(X, self.K.mT @ self.K, out)
 
     def _times(self, X: Tensor, matrix: Tensor, out: Tensor | None) -> Tensor:

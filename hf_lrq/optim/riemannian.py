@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from hf_lrq.optim.batches import Batch, working_copies
-from hf_lrq.optim.paired import PairedOptimizer, Params
+from hf_lrq.optim.base import PairedOptimizer, Params
+from hf_lrq.optim.low_bits import working_copies
 from hf_lrq.optim.precondition import DAMPING
 from hf_lrq.optim.sharding import local
+from hf_lrq.optim.update_batches import UpdateBatch
 
 
 class RiemannianAdamW(PairedOptimizer):
@@ -23,15 +24,16 @@ class RiemannianAdamW(PairedOptimizer):
     or, by hand, `RiemannianAdamW([{"params": [L0, R0, L1, R1], "paired": True}, {"params": others}])`. Groups without
     `paired` are torch's AdamW, bit for bit.
 
-    Three ways to treat a pair:
-    - "pre": Adam of the preconditioned gradient; the method of the paper. Where L R is ill-conditioned and starts far
-      from the solution this is worth orders of magnitude. Adam divides by the gradient's size afterwards, which
+    `precond` is how a pair is treated:
+    - "one_sided": Adam of the preconditioned gradient; the method of the paper. Where L R is ill-conditioned and starts
+      far from the solution this is worth orders of magnitude. Adam divides by the gradient's size afterwards, which
       brings the dependence on the split back: keep factors balanced (|L| about |R|).
     - "two_sided": Adam of the *whitened* gradient, and the step is whitened once more. Unchanged when ranks are
       rescaled between L and R, so factors may stay unbalanced (quantized ones must). The learning rate is a distance
       in W: a step of L moves W by about lr · sqrt(out · r), however large the factors are.
-    - "h_aware" (experimental): "pre" in the metric of the layer's inputs, whose Grams `riemannian_param_groups` takes,
-      see `input_metric`. For inputs that are ill-conditioned; it costs two products with an [in, in] matrix per pair.
+    - "h_aware" (experimental): "one_sided" in the metric of the layer's inputs, whose Grams `riemannian_param_groups`
+      takes, see `input_metric`. For inputs that are ill-conditioned; it costs two products with an [in, in] matrix per
+      pair.
     - "none": AdamW; for comparison.
 
     Weight decay is decoupled. On both factors it shrinks L R by (1 - lr * weight_decay)² and pulls them towards equal
@@ -42,8 +44,8 @@ class RiemannianAdamW(PairedOptimizer):
             the Grams as s², so that the step on W of "two_sided" does not depend on it); `names`, one for each pair,
             for messages.
         lr: learning rate of R and of plain parameters.
-        betas, eps, weight_decay: of AdamW.
-        precond: see above.
+        betas, eps, weight_decay: as in AdamW.
+        precond: how pairs are treated, see above.
         damping: fraction of the mean eigenvalue that is added to each Gram. 1e-4 is safer with 16-bit factors.
         refresh: steps that one preconditioner serves, after the first hundred. Factors move little in one; the steps
             between are cheaper by the Grams and their factorization. It takes 4 r² bytes for each factor, saved with
@@ -59,7 +61,7 @@ class RiemannianAdamW(PairedOptimizer):
         ValueError: if an option is out of range, or the factors of a paired group do not pair up.
     """
 
-    PRECONDITIONERS: ClassVar[tuple[str, ...]] = ("pre", "two_sided", "h_aware", "none")
+    PRECONDITIONERS: ClassVar[tuple[str, ...]] = ("one_sided", "two_sided", "h_aware", "none")
 
     def __init__(
         self,
@@ -68,7 +70,7 @@ class RiemannianAdamW(PairedOptimizer):
         betas: Sequence[float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        precond: str = "pre",
+        precond: str = "one_sided",
         damping: float = DAMPING,
         refresh: int = 1,
         lr_ratio: float = 1.0,
@@ -91,7 +93,7 @@ class RiemannianAdamW(PairedOptimizer):
         }
         super().__init__(params, options)
 
-    def _update(self, batch: Batch, grads: list[Tensor]) -> None:
+    def _update(self, batch: UpdateBatch, grads: list[Tensor]) -> None:
         group, lr, (beta1, beta2) = batch.group, batch.lr, batch.group["betas"]
         two_sided = group["precond"] == "two_sided" and batch.whitening is not None
         grads = batch.whiten(grads) if two_sided else batch.precondition(grads)
@@ -112,7 +114,7 @@ class RiemannianAdamW(PairedOptimizer):
             else:
                 adam(values, grads, average, lr)
 
-    def _steps(self, batch: Batch) -> list[Tensor]:
+    def _steps(self, batch: UpdateBatch) -> list[Tensor]:
         """The number of steps before this one, for each parameter; kept as float32 on the CPU, as torch does."""
         for p in batch.params:
             if "step" not in self.state[p]:
@@ -125,9 +127,9 @@ class Average:
     """Adam's running averages; a step brings them and their count up to date.
 
     Attributes:
-        m, v: of the gradients and of their squares.
-        steps: how many there were, float32 on the CPU.
-        beta1, beta2, eps: of AdamW.
+        m, v: averages of the gradients and of their squares.
+        steps: number of steps so far, for each parameter; float32 on the CPU.
+        beta1, beta2, eps: as in AdamW.
     """
 
     m: list[Tensor]
@@ -157,7 +159,7 @@ def one_pass_fits(*tensors: list[Tensor]) -> bool:
 
 
 def one_pass_adam(values: list[Tensor], grads: list[Tensor], average: Average, lr: float) -> None:
-    """The same in one pass over memory, which is what a step costs on a CPU; other roundings."""
+    """`foreach_adam` in one pass over memory, which is what a step costs on a CPU; with other roundings."""
     adamw(
         values,
         grads,
@@ -186,17 +188,17 @@ class RiemannianSGD(PairedOptimizer):
     Args:
         params: as for any torch optimizer; options of a group as in `RiemannianAdamW`.
         lr: learning rate of R and of plain parameters; up to 2/3 for a quadratic loss with Hessian 1.
-        momentum: of the preconditioned gradient: buffer <- momentum * buffer + gradient.
+        momentum: buffer <- momentum * buffer + preconditioned gradient.
         nesterov: step along gradient + momentum * buffer.
         weight_decay: decoupled, as in AdamW and unlike torch's SGD.
-        precond: "pre", "h_aware" (see `RiemannianAdamW`), or "none" for plain SGD.
+        precond: "one_sided", "h_aware" (see `RiemannianAdamW`), or "none" for plain SGD.
         damping, refresh, lr_ratio, clip_projected, kahan: as in `RiemannianAdamW`.
 
     Raises:
         ValueError: if an option is out of range, or the factors of a paired group do not pair up.
     """
 
-    PRECONDITIONERS: ClassVar[tuple[str, ...]] = ("pre", "h_aware", "none")
+    PRECONDITIONERS: ClassVar[tuple[str, ...]] = ("one_sided", "h_aware", "none")
 
     def __init__(
         self,
@@ -205,7 +207,7 @@ class RiemannianSGD(PairedOptimizer):
         momentum: float = 0.0,
         nesterov: bool = False,
         weight_decay: float = 0.0,
-        precond: str = "pre",
+        precond: str = "one_sided",
         damping: float = DAMPING,
         refresh: int = 1,
         lr_ratio: float = 1.0,
@@ -226,7 +228,7 @@ class RiemannianSGD(PairedOptimizer):
         }
         super().__init__(params, options)
 
-    def _update(self, batch: Batch, grads: list[Tensor]) -> None:
+    def _update(self, batch: UpdateBatch, grads: list[Tensor]) -> None:
         group, lr, momentum = batch.group, batch.lr, batch.group["momentum"]
         grads = batch.precondition(grads)
         if momentum != 0:

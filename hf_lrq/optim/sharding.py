@@ -20,7 +20,7 @@ def is_sharded(x: Tensor) -> "TypeGuard[DTensor]":
     return DISTRIBUTED and isinstance(x, DTensor)
 
 
-def layout_of(x: Tensor) -> tuple[object, ...]:
+def placement_of(x: Tensor) -> tuple[object, ...]:
     """Something hashable that is equal for tensors which lie in the same way on the same devices."""
     return (x.device, x.device_mesh, x.placements) if is_sharded(x) else (x.device,)
 
@@ -38,7 +38,7 @@ def sharded_like(part: Tensor, x: Tensor) -> Tensor:
 
 
 def replicated(x: Tensor) -> Tensor:
-    """All of x, on every rank."""
+    """The whole of x, on every rank."""
     return x.full_tensor() if is_sharded(x) else x
 
 

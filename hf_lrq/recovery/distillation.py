@@ -1,4 +1,4 @@
-"""The distance between a student and its teacher: of the logits and of the last hidden states.
+"""The distance between a student and its teacher, in their logits and in their last hidden states.
 
 Source: RILQ (Lee et al., 2024) adds a loss on model outputs to one on hidden states; QuIP# (Tseng et al., 2024, §5)
 fine-tunes on the original's outputs alone.
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_lrq.calibration.batches import Batch
-from hf_lrq.recovery.errors import RecoveryError
+from hf_lrq.errors import RecoveryError
 from hf_lrq.recovery.teacher import Targets, outputs_of
 
 SMALLEST = 1e-6  # Probability of all tokens beyond the top k, about ten roundings of the sum that it is one minus.
@@ -46,7 +46,7 @@ def distances(student: nn.Module, batch: Batch, targets: Targets) -> tuple[Tenso
 
 
 def check_length(ours: int, theirs: int) -> None:
-    """Whether both have as many positions."""
+    """Complain about outputs for different numbers of positions."""
     if ours != theirs:
         raise RecoveryError(f"The teacher has outputs for {theirs} positions, the student for {ours}.")
 
@@ -58,8 +58,8 @@ def coarse_divergence(logits: Tensor, log_probs: Tensor, tokens: Tensor) -> Tens
     notices a student that moves probability to the rest.
 
     Args:
-        logits: [n, vocabulary] of the student.
-        log_probs, tokens: [n, k] of the teacher.
+        logits: [n, vocabulary], the student's.
+        log_probs, tokens: [n, k], the teacher's.
 
     >>> coarse_divergence(torch.zeros(1, 4), torch.tensor([[0.5]]).log(), torch.tensor([[2]])).round(decimals=4)
     tensor(0.1438)

@@ -1,4 +1,4 @@
-"""How a recovery is done."""
+"""The options of a recovery."""
 
 import math
 from dataclasses import dataclass
@@ -16,16 +16,16 @@ class RecoveryOptions:
         train: kinds of tensors to train: "factors" (L and R), "scales" (of the codes), "norms", "biases" (of compressed
             layers), "rotations" (their signs, which become numbers; PEFT's LoRA cannot be merged into such a layer).
         lr: learning rate of factors, see `RiemannianAdamW` with precond="two_sided".
-        vector_lr: of everything else, relative to the root mean square of each tensor.
-        epochs: passes over the batches at most.
+        vector_lr: learning rate of everything else, relative to the root mean square of each tensor.
+        epochs: most passes over the batches.
         top_k: logits of the teacher that are compared one by one; all others count as one.
-        hidden_weight: of the relative squared error of the last hidden states, beside the divergence of the logits.
+        hidden_weight: weight of the relative squared error of the last hidden states; that of the divergence is 1.
         held_out: fraction of the batches that is not trained on but decides when to stop; at least one batch.
-        evaluations: of the held-out batches, per epoch.
+        evaluations: how often the held-out batches are measured in an epoch.
         patience: evaluations without an improvement before it stops.
         warmup: fraction of all steps over which the rates rise; they then fall along a cosine to a tenth.
-        damping: of the preconditioner.
-        seed: of the choice of held-out batches and of the order of the others.
+        damping: damping of the preconditioner.
+        seed: decides which batches are held out, and the order of the others.
 
     Raises:
         SpecError: on an unknown kind or a value out of range.

@@ -1,17 +1,20 @@
-"""A bar for people who wait."""
+"""What is shown while a recovery runs: it calls a function after each step, which may draw a bar."""
 
+from collections.abc import Callable
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from hf_lrq.recovery.report import RecoveryStep
 
+RecoveryProgress = Callable[[RecoveryStep], None]
 
-class TqdmRecovery:
-    """A bar over the steps, with the least held-out loss beside it; to be passed as `progress`.
+
+class TqdmRecoveryProgress:
+    """A bar over the steps, with the least held-out loss beside it; a `RecoveryProgress`.
 
     Args:
-        stream: where it goes; None is standard error.
+        stream: where the bar is written; None is standard error.
     """
 
     def __init__(self, stream: TextIO | None = None):

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from hf_lrq.calibration.batches import Batch
+from hf_lrq.errors import RecoveryError
 from hf_lrq.evaluation.windows import evaluating
 from hf_lrq.optim import RiemannianAdamW
 from hf_lrq.recovery.distillation import distances
-from hf_lrq.recovery.errors import RecoveryError, RecoveryInterrupted
 from hf_lrq.recovery.options import RecoveryOptions
-from hf_lrq.recovery.report import Loss, RecoveryReport, RecoveryStep
+from hf_lrq.recovery.progress import RecoveryProgress
+from hf_lrq.recovery.report import Loss, RecoveryInterrupted, RecoveryReport, RecoveryStep
 from hf_lrq.recovery.teacher import Teacher, as_teacher, tokens_of
 from hf_lrq.recovery.trainable import Slot, State, Trainable
 
-LEAST_RATE = 0.1  # Of the full learning rate, at the end of the cosine.
+LEAST_RATE = 0.1  # Fraction of the full learning rate, at the end of the cosine.
 LEAST_GAIN = 1e-3  # Relative; a smaller one is no improvement.
-Progress = Callable[[RecoveryStep], None]
 
 
 def recover(
@@ -30,7 +30,7 @@ def recover(
     batches: Iterable[Batch],
     options: RecoveryOptions | None = None,
     held_out: Iterable[Batch] | None = None,
-    progress: Progress | None = None,
+    progress: RecoveryProgress | None = None,
 ) -> RecoveryReport:
     """Train what is cheap to store of a compressed model so that it says again what its original says.
 
@@ -40,20 +40,20 @@ def recover(
 
     The state with the least loss on the held-out batches is kept. It is rounded to what a checkpoint holds; factors
     stored as codes are refitted to codes, or keep those they had where that costs more than was gained. If the rounded
-    state is no better than the model was, the model is left as it was. So does an error before the first improvement;
-    later, the best state is put in place first.
+    state is no better than the model was, the model is left as it was. An error before the first improvement leaves it
+    as it was too; after a later one it has the best state.
 
     An interruption (Ctrl-C) ends the training and nothing else: the best state is rounded, measured and kept as above,
     then RecoveryInterrupted is raised, with the report. A second one meanwhile gives the model back as it was, at once.
 
     Args:
-        model: compressed; changed in place, and saved as before.
+        model: a compressed model; it is changed in place, and saved as before.
         teacher: the original model, on any device; or the folder of outputs recorded by `record_teacher`; or anything
             with `targets(batch)`.
         batches: token ids [batch, length] or keyword arguments of the model, see `calibration.batches.make_batches`.
         options: None takes the defaults.
-        held_out: batches to decide on; None holds some of `batches` out.
-        progress: told about each step, for example a `TqdmRecovery`.
+        held_out: batches that decide which state is best; None holds some of `batches` out.
+        progress: is told about each step, for example a `TqdmRecoveryProgress`.
 
     Raises:
         RecoveryError: if there is nothing to train or to train on, or the teacher does not fit.
@@ -78,7 +78,7 @@ def recover(
 def divided(
     batches: Sequence[Batch], held_out: Sequence[Batch] | None, options: RecoveryOptions, generator: torch.Generator
 ) -> tuple[Sequence[Batch], Sequence[Batch]]:
-    """Batches to train on, and to decide on.
+    """(batches to train on, held-out batches).
 
     Raises:
         RecoveryError: if either would be empty.
@@ -105,12 +105,12 @@ class Best:
 
 
 class Run:
-    """One recovery; the arguments are those of `recover`, looked at.
+    """One recovery; the arguments are those of `recover`, checked and completed.
 
     Attributes:
         before: held-out loss at the start.
         best: replaced as a whole, so that an interruption finds a state and its loss together.
-        steps, tokens: taken, and seen.
+        steps, tokens: steps taken and tokens seen so far.
     """
 
     before: Loss
@@ -126,14 +126,14 @@ class Run:
         held_out: Sequence[Batch],
         options: RecoveryOptions,
         generator: torch.Generator,
-        progress: Progress | None,
+        progress: RecoveryProgress | None,
     ):
         self.model, self.teacher, self.batches, self.held_out = model, teacher, batches, held_out
         self.options, self.generator, self.progress = options, generator, progress
         self.trainable = Trainable(model, options.train)
 
     def all(self) -> RecoveryReport:
-        """See `recover`."""
+        """Do everything that `recover` promises."""
         started = time.monotonic()
         self.before = before = self.measure()
         self.trainable.open()
@@ -176,7 +176,7 @@ class Run:
         return report
 
     def finish(self) -> Loss:
-        """Settle, and the held-out loss of what is left; an error or another interruption undoes everything."""
+        """Settle, then measure the held-out loss; an error or another interruption undoes everything."""
         try:
             self.settle()
             if not self.best.step:
@@ -204,7 +204,7 @@ class Run:
             raise
 
     def train(self) -> str:
-        """Why it ended; `best`, `steps` and `tokens` are kept up to date."""
+        """Train until there is a reason to stop, and return it; `best`, `steps` and `tokens` are kept up to date."""
         options = self.options
         groups = groups_of(self.trainable, options)
         optimizer = RiemannianAdamW(groups, precond="two_sided", damping=options.damping)
@@ -237,7 +237,7 @@ class Run:
         return "all steps"
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Total, divergence, hidden error, and the positions they are means over."""
+        """(total, divergence, hidden error, number of positions that these are means over)."""
         divergence, hidden, positions = distances(self.model, batch, self.teacher.targets(batch))
         total = divergence + self.options.hidden_weight * hidden
         if not total.isfinite():
@@ -247,7 +247,7 @@ class Run:
         return total, divergence, hidden, positions
 
     def measure(self) -> Loss:
-        """Over the held-out batches."""
+        """The mean loss over the held-out batches."""
         sums, count = torch.zeros(2, dtype=torch.float64), 0
         with evaluating(self.model):
             for batch in self.held_out:

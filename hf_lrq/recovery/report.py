@@ -21,14 +21,14 @@ class Loss:
 
 @dataclass(frozen=True)
 class RecoveryStep:
-    """The state after one step.
+    """Where a recovery stands after one step.
 
     Attributes:
-        step, steps: done, and in all.
-        tokens: trained on so far; a token that is seen twice counts twice.
-        loss: on the batch of this step.
+        step, steps: steps done, and steps in all.
+        tokens: tokens trained on so far; a token that is seen twice counts twice.
+        loss: loss on the batch of this step.
         held_out: loss on the held-out batches, where it was measured after this step.
-        best: the least of them so far.
+        best: least held-out loss so far.
     """
 
     step: int
@@ -45,17 +45,17 @@ class RecoveryReport:
 
     Attributes:
         before: held-out loss at the start.
-        trained: of the best state, in float32.
-        after: of the model as it is left: rounded, and where factors are codes, refitted to codes.
-        steps, best_step: taken, and the one whose state was kept; 0 is the start.
-        tokens: trained on; a token that is seen twice counts twice.
-        held_out_tokens: that the losses above are means over.
-        parameters: numbers that were trained.
+        trained: held-out loss of the best state, in float32.
+        after: held-out loss of the model as it is left: rounded, and where factors are codes, refitted to codes.
+        steps, best_step: number of steps taken, and the step whose state was kept; 0 is the start.
+        tokens: tokens trained on; a token that is seen twice counts twice.
+        held_out_tokens: tokens that the losses above are means over.
+        parameters: how many numbers were trained.
         refitted: matrices whose factors went back to codes; 0 also where they kept those they had, see `recover`.
         untouched: modules with factors that cannot be trained.
         stopped: "all steps", "no improvement", "interrupted", or "no gain": `after` would have been no better than
             `before`, and the model is as it was. So it is after an interruption that left nothing better.
-        seconds: of everything.
+        seconds: how long everything took.
     """
 
     before: Loss
@@ -73,9 +73,24 @@ class RecoveryReport:
 
     @property
     def gained(self) -> bool:
-        """Whether the model is another, and better, than before."""
+        """Whether the model was changed, and is better than before."""
         return self.after.total < self.before.total
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """The report as JSON values."""
         return {**asdict(self), "untouched": list(self.untouched)}
+
+
+class RecoveryInterrupted(KeyboardInterrupt):
+    """Somebody pressed Ctrl-C; the model holds the best state up to then, or is as it was if none was better.
+
+    Not an LRQError: like any KeyboardInterrupt it ends a program that does not ask for it.
+
+    Attributes:
+        report: what was done; `report.gained` says whether the model changed.
+    """
+
+    def __init__(self, report: RecoveryReport):
+        what = f"the best state, of step {report.best_step}, is kept" if report.gained else "the model is as it was"
+        super().__init__(f"Interrupted after {report.steps} steps; {what}.")
+        self.report = report

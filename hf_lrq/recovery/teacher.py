@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hf_lrq.calibration.batches import Batch
+from hf_lrq.errors import RecoveryError
 from hf_lrq.evaluation.windows import device_of
-from hf_lrq.recovery.errors import RecoveryError
 
-CHUNK = 1 << 24  # Logits turned to float32 at a time: 64 MiB.
+CHUNK = 1 << 24  # How many logits are turned to float32 at a time: 64 MiB.
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,9 +23,9 @@ class Targets:
     """What a teacher says about the n positions of a batch, padding left out; None where it has no such output.
 
     Attributes:
-        log_probs: [n, k] float32, of its k most likely tokens.
-        tokens: [n, k] int64, which these are.
-        hidden: [n, width] float, last hidden states.
+        log_probs: [n, k] float32, log-probabilities of its k most likely tokens.
+        tokens: [n, k] int64, the ids of these tokens.
+        hidden: [n, width] float, its last hidden states.
     """
 
     log_probs: Tensor | None
@@ -33,7 +33,7 @@ class Targets:
     hidden: Tensor | None
 
     def to(self, device: torch.device) -> "Targets":
-        """On a device."""
+        """The same targets on a device."""
         moved = {item.name: getattr(self, item.name) for item in fields(self)}
         return Targets(**{name: None if tensor is None else tensor.to(device) for name, tensor in moved.items()})
 
@@ -42,7 +42,7 @@ class Teacher(Protocol):
     """Anything that has targets for a batch."""
 
     def targets(self, batch: Batch) -> Targets:
-        """On any device."""
+        """What the teacher says about a batch; on any device."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +50,7 @@ class LiveTeacher:
     """A model that is asked for every batch anew.
 
     Attributes:
-        model: in evaluation mode, on a device of its own.
+        model: the model, in evaluation mode; on any device.
         top_k: logits to keep.
     """
 
@@ -59,7 +59,7 @@ class LiveTeacher:
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> Targets:
-        """On the device of the model."""
+        """What the model says about a batch; on its device."""
         logits, hidden = outputs_of(self.model, batch)
         log_probs = tokens = None
         if logits is not None:
@@ -72,13 +72,13 @@ class RecordedTeacher:
     """What `record_teacher` wrote.
 
     Attributes:
-        folder: a file for each batch, found by the batch's content.
+        folder: where there is a file for each batch, found by the batch's content.
     """
 
     folder: Path
 
     def targets(self, batch: Batch) -> Targets:
-        """On the CPU.
+        """What was recorded for a batch; on the CPU.
 
         Raises:
             RecoveryError: if this batch was not recorded.
@@ -103,9 +103,9 @@ def record_teacher(
     that are recorded already are passed over, so an interrupted recording goes on.
 
     Args:
-        teacher: on any device.
+        teacher: the original model, on any device.
         batches: see `calibration.batches.Batch`.
-        folder: made if it does not exist.
+        folder: where to write; made if it does not exist.
         top_k: logits to keep for each position.
     """
     target = Path(folder)
@@ -130,7 +130,7 @@ def record_teacher(
 
 
 def as_teacher(teacher: "nn.Module | str | os.PathLike[str] | Teacher", top_k: int) -> Teacher:
-    """A model, the folder of a recording, or something that is a teacher already.
+    """The teacher for a model, for the folder of a recording, or for something that is a teacher already.
 
     Raises:
         RecoveryError: if it is none of these.
@@ -167,7 +167,7 @@ def outputs_of(model: nn.Module, batch: Batch) -> tuple[Tensor | None, Tensor | 
 
 
 def rows(output: Tensor, mask: Tensor | None) -> Tensor:
-    """[n, width] of [batch, length, width], without padding."""
+    """The rows [n, width] of an output [batch, length, width] that are not padding."""
     return output.flatten(0, -2) if mask is None or mask.ndim != 2 else output[mask.bool()]
 
 
@@ -195,7 +195,7 @@ def file_of(batch: Batch) -> str:
 
 
 def tokens_of(batch: Batch) -> int:
-    """Tokens of a batch, padding left out."""
+    """Number of tokens in a batch, padding left out."""
     if isinstance(batch, Tensor):
         return batch.numel()
     mask = batch.get("attention_mask")

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from hf_lrq.errors import RecoveryError
+from hf_lrq.factors import dense_pair
 from hf_lrq.nn import LRQExpertStack, LRQLinear
-from hf_lrq.nn.linear import StoredFactors, dense_pair
+from hf_lrq.nn.linear import StoredFactors
 from hf_lrq.nn.refit import coded
-from hf_lrq.recovery.errors import RecoveryError
 
 Compressed = LRQLinear | LRQExpertStack
 State = list[Tensor]
@@ -24,15 +25,15 @@ class Slot:
     """One tensor that is trained.
 
     Attributes:
-        parameter: as the module holds it; float32 meanwhile.
-        original: its tensor before.
+        parameter: the parameter of the module; float32 while it is trained.
+        original: the tensor that it had before.
     """
 
     parameter: nn.Parameter
     original: Tensor
 
     def round(self) -> None:
-        """In the dtype it had.
+        """Round the parameter to the dtype it had.
 
         Raises:
             FloatingPointError: if that cannot hold it.
@@ -48,12 +49,12 @@ class Trainable:
     """What is trained of one model; `open` it, train, then `store` or `undo`, and `close` it.
 
     Attributes:
-        model: compressed.
-        kinds: of `options.KINDS`.
+        model: the compressed model.
+        kinds: which of `options.KINDS` are trained.
         pairs: (L, R) slots.
         vectors: slots of everything else.
         in_place: slots that are rounded where they are; the others are factors of a layer, which are stored as pairs.
-        layers: layer -> its factors before, of layers whose factors are trained.
+        layers: layers whose factors are trained -> the factors they had before.
         untouched: names of modules with factors that cannot be trained.
         refitted: layers whose factors were put back to codes.
     """
@@ -111,7 +112,7 @@ class Trainable:
             self.vectors += [slot_of(p) for p in tensors if p is not None]
 
     def slots(self) -> Iterator[Slot]:
-        """All of them."""
+        """All slots."""
         for L, R in self.pairs:
             yield L
             yield R
@@ -131,7 +132,7 @@ class Trainable:
         """Make everything what a checkpoint can hold: float16, and codes where factors were codes.
 
         Args:
-            generator: of the randomised decomposition of large layers.
+            generator: randomness for the decomposition of large layers.
 
         Raises:
             FloatingPointError: if something is beyond the range of its dtype.

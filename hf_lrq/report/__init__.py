@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_lrq.report.card import model_card
-from hf_lrq.report.record import (
+from hf_lrq.report.document import (
     REPORT_NAME,
     REPORT_VERSION,
     base_card,
@@ -34,8 +34,8 @@ def write_report(directory: str | Path, report: Mapping[str, Any]) -> None:
     """Write `quantization_report.json` and `README.md` into a folder, replacing what is there.
 
     Args:
-        directory: of the checkpoint; must exist.
-        report: from `build_report`.
+        directory: the folder of the checkpoint; must exist.
+        report: what `build_report` returned.
     """
     folder = Path(directory)
     write_atomically(folder / REPORT_NAME, report_text(report))

@@ -14,7 +14,7 @@ from hf_lrq.report.text import code_cell, human_bytes, plain, with_error
 NOT_MEASURED = "not measured"
 WORST_LAYERS = 10
 MODULES_PER_REASON = 5
-IDLE = ("dequantize",)  # Of the recipe: says nothing about what is stored.
+IDLE = ("dequantize",)  # Entries of the recipe that say nothing about what is stored.
 IDLE_WITHOUT_DATA = ("nsamples", "seqlen", "batch_size", "sequential")
 _AUTO_CLASSES = {
     "ForCausalLM": ("AutoModelForCausalLM", "text-generation"),
@@ -123,7 +123,7 @@ def _parts(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
 
 
 def _measurements(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(figure, original, compressed)."""
+    """Rows of (name of a figure, its value for the original, its value for the compressed model)."""
     evaluation = report["evaluation"] or {}
     own, both, outputs = (evaluation.get(name) for name in ("perplexity", "comparison", "outputs"))
     if outputs and not own:
@@ -172,7 +172,7 @@ def _calibration(report: Mapping[str, Any]) -> str:
 
 
 def _recovery(report: Mapping[str, Any]) -> str:
-    """What was done after the compression, where something was."""
+    """A sentence about the recovery after the compression; empty if there was none."""
     recovery = report.get("recovery")
     if not recovery or recovery["stopped"] == "no gain":
         return ""
@@ -184,7 +184,7 @@ def _recovery(report: Mapping[str, Any]) -> str:
 
 
 def _tokens(report: Mapping[str, Any]) -> int:
-    """Calibration tokens; 0 is data-free."""
+    """Number of calibration tokens; 0 means data-free."""
     return max((layer["n_tokens"] for layer in report["compression"]["layers"]), default=0)
 
 
@@ -213,7 +213,7 @@ def _worst_layers(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _skipped(report: Mapping[str, Any]) -> list[tuple[str, int, str]]:
-    """(reason, number of modules, the first of them)."""
+    """(reason, number of modules, names of the first of them)."""
     by_reason: dict[str, list[str]] = defaultdict(list)
     for name, reason in report["compression"]["skipped"].items():
         by_reason[reason].append(name)

@@ -8,9 +8,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from hf_lrq.calibration.targets import Target
-from hf_lrq.decomposition import CompressedMatrix
-from hf_lrq.integrations.layers import install_stack
 from hf_lrq.spec import CompressionSpec, LayerSpec
 
 VOCABULARY = 96
@@ -121,13 +118,6 @@ def quick() -> CompressionSpec:
         bits=3, rank=2, codebook="int", group_size=32, rounding="nearest", iters=1, refinements=0, sweeps=0
     )
     return CompressionSpec(default=layer)
-
-
-@pytest.fixture
-def install_experts() -> Callable[[nn.Module, Target, list[CompressedMatrix]], None]:
-    """What the transformers integration does with the stacks of fused experts."""
-
-    return install_stack
 
 
 class Block(nn.Module):

@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_lrq.calibration import CompressionReport, compress
+from hf_lrq.calibration import compress_model
 from hf_lrq.calibration.capture import ModelRunner, as_for_inference
-from hf_lrq.calibration.compress import _Compression
-from hf_lrq.calibration.replay import Group, Probe
+from hf_lrq.calibration.compress import _ModelWork
+from hf_lrq.calibration.probe import Probe, Section
 from hf_lrq.decomposition import InputGram
 from hf_lrq.spec import CompressionSpec
+from hf_lrq.work import CompressionReport, excluded, make_plan
 
 # Float32 products of a few hundred tokens, summed in float64 on one side and in float32 on the other.
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -28,7 +29,6 @@ def run(
     make_inputs: Callable[[str], list[Any]],
     skipped: Callable[[str], tuple[str, ...]],
     quick: CompressionSpec,
-    install_experts: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Run:
     """Compress a model of the architecture: the model, its report, the Grams of its matrices, and the groups."""
@@ -36,24 +36,18 @@ def run(
     def compressed(**options: Any) -> tuple[nn.Module, CompressionReport, Grams, list[list[str]]]:
         grams: Grams = {}
         groups: list[list[str]] = []
-        original = _Compression.compress
+        original = _ModelWork.compress
 
-        def spy(self: Any, title: str, targets: Any, found: Mapping[str, InputGram], defer: bool = False) -> None:
+        def spy(self: Any, title: str, targets: Any, found: Mapping[str, InputGram]) -> None:
             grams.update(found)
             groups.append([target.name for target in targets])
-            original(self, title, targets, found, defer)
+            original(self, title, targets, found)
 
         with monkeypatch.context() as patch:
-            patch.setattr(_Compression, "compress", spy)
+            patch.setattr(_ModelWork, "compress", spy)
             model = make_model(architecture)
-            report = compress(
-                model,
-                make_inputs(architecture),
-                quick,
-                skip=skipped(architecture),
-                install_experts=install_experts,
-                **options,
-            )
+            plan = make_plan(model, quick, excluded(model, skipped(architecture)))
+            report = compress_model(model, plan, make_inputs(architecture), **options)
         return model, report, grams, groups
 
     return compressed
@@ -138,15 +132,15 @@ def test_replayed_blocks_give_the_bytes_of_blocks_run_in_the_model(
     sequential: bool, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replayed, _, _, groups = run(sequential=sequential)
-    ordinary = Probe.groups
+    ordinary = Probe.sections
 
-    def without_replay(self: Probe) -> list[Group]:
+    def without_replay(self: Probe) -> list[Section]:
         found = ordinary(self)
-        for group in found:
-            group.obstacle = "this test forbids it" if group.stack is not None else None
+        for section in found:
+            section.obstacle = "this test forbids it" if section.stack is not None else None
         return found
 
-    monkeypatch.setattr(Probe, "groups", without_replay)
+    monkeypatch.setattr(Probe, "sections", without_replay)
     rerun, report, _, same_groups = run(sequential=sequential)
     assert sum("this test forbids it" in text for text in report.warnings) >= 1
     assert groups == same_groups

@@ -6,8 +6,8 @@ import pytest
 from torch import nn
 
 from hf_lrq.calibration.blocks import find_stacks, is_stateful
-from hf_lrq.calibration.targets import find_targets
 from hf_lrq.spec import CompressionSpec
+from hf_lrq.work import excluded, make_plan
 
 STACKS = {
     "llama": {"model.layers": 3},
@@ -23,7 +23,7 @@ STACKS = {
 
 def stacks_of(model: nn.Module, spec: CompressionSpec, skip: tuple[str, ...] = ()) -> dict[str, list[str]]:
     """Stack -> names of its blocks."""
-    found = find_stacks(model, find_targets(model, spec, skip).compressed)
+    found = find_stacks(model, list(make_plan(model, spec, excluded(model, skip)).specs))
     return {stack.name: list(stack.blocks) for stack in found}
 
 
@@ -80,7 +80,7 @@ def test_a_block_without_targets_belongs_to_its_stack(quick: CompressionSpec) ->
 
 def test_block_of_a_module(quick: CompressionSpec) -> None:
     model = nn.ModuleDict({"h": nn.ModuleList(Pair() for _ in range(11))})
-    (stack,) = find_stacks(model, find_targets(model, quick).compressed)
+    (stack,) = find_stacks(model, list(make_plan(model, quick).specs))
     assert stack.block_of("h.1.one") == "h.1"
     assert stack.block_of("h.10.one") == "h.10"
     assert stack.block_of("h") is None

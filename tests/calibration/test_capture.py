@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from hf_lrq.calibration.capture import InputRecorder, Masks, ModelRunner, as_for_inference
-from hf_lrq.calibration.targets import Target, find_targets
 from hf_lrq.errors import CalibrationError
 from hf_lrq.spec import CompressionSpec
+from hf_lrq.work import Site, excluded, make_plan
 
 Rows = dict[str, list[Tensor]]
 
 
-def seen_by(model: nn.Module, targets: list[Target], batch: Any, **options: bool) -> Rows:
+def seen_by(model: nn.Module, targets: list[Site], batch: Any, **options: bool) -> Rows:
     """What the targets see in a pass over one batch."""
     runner = ModelRunner(model, [batch])
     with torch.no_grad(), as_for_inference(model), InputRecorder(model, targets, **options) as recorder:
@@ -87,7 +87,7 @@ def test_linears_that_read_one_tensor_are_noted_with_one_tensor(
     make_model: Callable[[str], nn.Module], quick: CompressionSpec
 ) -> None:
     model = make_model("llama")
-    rows = seen_by(model, find_targets(model, quick).compressed, torch.arange(3, 20))
+    rows = seen_by(model, list(make_plan(model, quick).specs), torch.arange(3, 20))
     attention, mlp = "model.layers.0.self_attn.", "model.layers.0.mlp."
     assert rows[attention + "q_proj"][0] is rows[attention + "k_proj"][0]
     assert rows[attention + "q_proj"][0] is rows[attention + "v_proj"][0]
@@ -110,7 +110,7 @@ class Views(nn.Module):
 
 def test_views_of_the_same_values_are_one_input_and_changed_values_another(quick: CompressionSpec) -> None:
     model, x = Views(), torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
-    rows = seen_by(model, find_targets(model, quick).compressed, {"x": x})
+    rows = seen_by(model, list(make_plan(model, quick).specs), {"x": x})
     assert rows["a"][0] is rows["b"][0]
     torch.testing.assert_close(rows["a"][0], 2 * x, rtol=0, atol=0)
     torch.testing.assert_close(rows["c"][0], 2 * x + 1, rtol=0, atol=0)
@@ -120,7 +120,7 @@ def test_recording_can_stop_at_the_last_target(make_toy: Callable[[], nn.Module]
     model = make_toy()
     reached = []
     model.head.register_forward_hook(lambda *_: reached.append("head"))
-    targets = [target for target in find_targets(model, quick).compressed if target.name.startswith("blocks.0")]
+    targets = [target for target in make_plan(model, quick).specs if target.name.startswith("blocks.0")]
     rows = seen_by(model, targets, torch.arange(4), stop_early=True)
     assert rows.keys() == {"blocks.0.up", "blocks.0.down"}
     assert reached == []
@@ -133,7 +133,7 @@ def test_masked_positions_are_left_out(
     model = make_model(architecture)
     mask = torch.tensor([[1] * 9, [0] * 4 + [1] * 5])
     batch = {"input_ids": torch.arange(3, 21).reshape(2, 9), "attention_mask": mask}
-    targets = find_targets(model, quick, skip=["lm_head"]).compressed
+    targets = list(make_plan(model, quick, excluded(model, ["lm_head"])).specs)
     rows, plain = seen_by(model, targets, batch), by_plain_hooks(model, [t.name for t in targets], **batch)
     for name, calls in rows.items():
         if name == "pooler.dense":  # Reads one position of each sequence: no mask has its shape.
@@ -152,7 +152,7 @@ def test_each_side_of_an_encoder_decoder_has_its_mask(
         "decoder_input_ids": torch.arange(3, 11).reshape(2, 4),
         "decoder_attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]),
     }
-    rows = seen_by(model, find_targets(model, quick, skip=["lm_head"]).compressed, batch)
+    rows = seen_by(model, list(make_plan(model, quick, excluded(model, ["lm_head"])).specs), batch)
     decoder = "decoder.block.0.layer."
     counts = {name: len(calls[0]) for name, calls in rows.items()}
     assert counts["encoder.block.0.layer.0.SelfAttention.q"] == 7
@@ -170,7 +170,7 @@ def test_each_side_of_an_encoder_decoder_has_its_mask(
 
 def test_masks_reach_routed_tokens(make_model: Callable[[str], nn.Module], quick: CompressionSpec) -> None:
     model = make_model("mixtral")
-    targets = [t for t in find_targets(model, quick).compressed if t.kind == "experts"]
+    targets = [t for t in make_plan(model, quick).specs if t.routed]
     tokens, mask = torch.arange(3, 21).reshape(2, 9), torch.tensor([[1] * 9, [1] * 5 + [0] * 4])
     rows = seen_by(model, targets, {"input_ids": tokens, "attention_mask": mask})
     per_layer = [
@@ -187,7 +187,7 @@ def test_experts_are_fed_what_they_compute_with(make_model: Callable[[str], nn.M
     called: dict[str, Any] = {}
     experts.register_forward_pre_hook(lambda module, args: called.update(zip("xiw", args, strict=True)))
     experts.register_forward_hook(lambda module, args, output: called.update(out=output))
-    rows = seen_by(model, [t for t in find_targets(model, quick).compressed if t.name == name], torch.arange(3, 33))
+    rows = seen_by(model, [t for t in make_plan(model, quick).specs if t.name == name], torch.arange(3, 33))
     rebuilt = torch.zeros_like(called["x"])
     for expert in range(4):
         token, position = torch.where(called["i"] == expert)

@@ -1,20 +1,26 @@
 """The verb as a whole: what it replaces, what it refuses, what it falls back on and says."""
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_lrq.calibration import CompressionReport, compress
-from hf_lrq.calibration.compress import _Compression
-from hf_lrq.calibration.targets import Target
+from hf_lrq.calibration import compress_model
+from hf_lrq.calibration.compress import _ModelWork
 from hf_lrq.decomposition import InputGram, compress_matrix, generator_for, input_rotation, proxy_loss
 from hf_lrq.errors import CalibrationError, CompressionError
 from hf_lrq.nn import LRQLinear
 from hf_lrq.spec import CompressionSpec, LayerSpec
+from hf_lrq.work import CompressionReport, Site, excluded, make_plan
+
+
+def compress(
+    model: nn.Module, batches: Any, spec: CompressionSpec, skip: Sequence[str] = (), **options: Any
+) -> CompressionReport:
+    return compress_model(model, make_plan(model, spec, excluded(model, skip)), batches, **options)
 
 
 def state_bytes(model: nn.Module) -> dict[str, bytes]:
@@ -111,15 +117,15 @@ def test_calibrated_layers_beat_data_free_ones_under_the_same_gram(
 ) -> None:
     spec = CompressionSpec(default=LayerSpec(bits=2, rank=4, iters=1, refinements=0, sweeps=0))
     grams: dict[str, InputGram] = {}
-    ordinary = _Compression.compress
+    ordinary = _ModelWork.compress
 
-    def spy(self: Any, title: str, targets: Iterable[Target], found: Any, defer: bool = False) -> None:
+    def spy(self: Any, title: str, sites: Iterable[Site], found: Any) -> None:
         grams.update(found)
-        ordinary(self, title, targets, found, defer)
+        ordinary(self, title, sites, found)
 
     original, calibrated, free = make_model("gpt2"), make_model("gpt2"), make_model("gpt2")
     with monkeypatch.context() as patch:
-        patch.setattr(_Compression, "compress", spy)
+        patch.setattr(_ModelWork, "compress", spy)
         report = compress(calibrated, make_inputs("gpt2"), spec, skip=["lm_head"], sequential=sequential)
     compress(free, None, spec, skip=["lm_head"])
     assert len(report.layers) == 12
@@ -200,13 +206,13 @@ def test_modules_whose_inputs_are_zero_are_compressed_without_data_and_named(qui
 
 
 def test_an_expert_that_no_token_is_sent_to_is_compressed_without_data(
-    make_model: Callable[[str], nn.Module], quick: CompressionSpec, install_experts: Any
+    make_model: Callable[[str], nn.Module], quick: CompressionSpec
 ) -> None:
     model = make_model("mixtral")
     with torch.no_grad():  # A router that sees no difference between the experts sends all tokens to the same two.
         model.model.layers[1].mlp.gate.weight.zero_()
     tokens = torch.arange(3, 51)[None]
-    report = compress(model, [tokens], quick, skip=["lm_head"], install_experts=install_experts)
+    report = compress(model, [tokens], quick, skip=["lm_head"])
     idle = {layer.name for layer in report.layers if layer.n_tokens == 0}
     experts = "model.layers.1.mlp.experts"
     assert sum(name.startswith(f"{experts}.gate_up_proj") for name in idle) == 2
@@ -217,19 +223,6 @@ def test_an_expert_that_no_token_is_sent_to_is_compressed_without_data(
     names = [layer.name for layer in report.layers if layer.kind == "experts"]
     assert names[:8] == [f"model.layers.0.mlp.experts.{m}_proj.{e}" for m in ("gate_up", "down") for e in range(4)]
     model(tokens)
-
-
-def test_fused_experts_need_someone_to_install_them(
-    make_model: Callable[[str], nn.Module], quick: CompressionSpec
-) -> None:
-    model = make_model("mixtral")
-    report = compress(model, None, quick, skip=["lm_head"])
-    reason = report.skipped["model.layers.0.mlp.experts.gate_up_proj"]
-    assert reason == "fused experts need a caller that can install them"
-    assert report.compressed_parameters == sum(layer.shape[0] * layer.shape[1] for layer in report.layers)
-    assert len(report.layers) == 12
-    with pytest.raises(CompressionError, match="has no layer to compress but fused experts"):
-        compress(make_model("mixtral"), None, quick, skip=["lm_head", "self_attn"])
 
 
 def test_too_few_tokens_are_one_warning(make_toy: Callable[..., Any], quick: CompressionSpec) -> None:

@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from hf_lrq.calibration.grams import STRIP, GramStore
-from hf_lrq.calibration.workers import Workers
 from hf_lrq.errors import CalibrationError
+from hf_lrq.work import Threads
 
 
 def test_a_gram_is_the_mean_of_outer_products(generator: torch.Generator) -> None:
     n = 2 * STRIP + 37  # Two whole strips, and a bit.
     passes = [{"a": [torch.randn(tokens, n, generator=generator)]} for tokens in (50, 3, 70)]
     store = GramStore(["a"])
-    with Workers(2) as workers:
+    with Threads(2) as workers:
         store.add(passes[:2], [0, 1], workers)
         store.add(passes[2:], [2], workers)
     grams, without = store.finish()
@@ -27,7 +27,7 @@ def test_bytes_do_not_depend_on_threads_or_on_how_passes_are_grouped(generator: 
     results = []
     for threads, window in ((1, 1), (3, 1), (2, 2), (3, 4)):
         store = GramStore(["a"])
-        with Workers(threads) as workers:
+        with Threads(threads) as workers:
             for start in range(0, len(passes), window):
                 store.add(passes[start : start + window], range(start, start + window), workers)
         results.append(store.finish()[0]["a"].H)
@@ -40,7 +40,7 @@ def test_equal_inputs_share_a_sum_until_they_differ(generator: torch.Generator) 
 
     x, y, z = rows(), rows(), rows()
     store = GramStore(["q", "k", "o", "idle"])
-    with Workers(1) as workers:
+    with Threads(1) as workers:
         store.add([{"q": [x], "k": [x], "o": [y]}], [0], workers)
         assert store.shared == [("q", "k"), ("o",)]
         store.add([{"q": [x, y], "k": [x]}, {"o": [z]}], [1, 2], workers)
@@ -55,7 +55,7 @@ def test_equal_inputs_share_a_sum_until_they_differ(generator: torch.Generator) 
 
 def test_what_has_no_gram_says_why() -> None:
     store = GramStore(["zero", "empty"])
-    with Workers(1) as workers:
+    with Threads(1) as workers:
         store.add([{"zero": [torch.zeros(5, 4)], "empty": [torch.zeros(0, 4)]}], [0], workers)
     grams, without = store.finish()
     assert grams == {}
@@ -70,13 +70,13 @@ def test_values_that_are_not_finite_name_the_matrix_and_the_batch(value: float, 
     store = GramStore(["gate", "up"])
     good = torch.ones(6, STRIP + 8)
     passes = [{"gate": [good], "up": [good]}, {"gate": [bad], "up": [bad]}]
-    with Workers(2) as workers, pytest.raises(CalibrationError, match=r"^calibration batch 7 .*of gate, up that hold"):
+    with Threads(2) as workers, pytest.raises(CalibrationError, match=r"^calibration batch 7 .*of gate, up that hold"):
         store.add(passes, [6, 7], workers)
 
 
 def test_the_callers_thread_count_comes_back() -> None:
     before = torch.get_num_threads()
-    with Workers(3) as workers:
+    with Threads(3) as workers:
         assert workers.map(lambda _: torch.get_num_threads(), range(6)) == [1] * 6
         assert workers.map(lambda _: torch.is_grad_enabled(), [0]) == [False]
     assert torch.get_num_threads() == before
@@ -89,5 +89,5 @@ def test_the_first_failure_in_order_is_raised(one_by_one: bool) -> None:
             raise ValueError(f"item {item}")
         return item
 
-    with Workers(4) as workers, pytest.raises(ValueError, match="item 2"):
+    with Threads(4) as workers, pytest.raises(ValueError, match="item 2"):
         workers.map(work, range(8), one_by_one)

@@ -8,12 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hf_lrq.calibration import SilentProgress, TqdmProgress, compress
+from hf_lrq.calibration import SilentProgress, TqdmProgress, compress_model
 from hf_lrq.calibration.progress import peak_memory
 from hf_lrq.errors import CalibrationError
 from hf_lrq.spec import CompressionSpec
+from hf_lrq.work import CompressionReport, make_plan
+
+
+def compress(model: nn.Module, batches: Any, spec: CompressionSpec, **options: Any) -> CompressionReport:
+    return compress_model(model, make_plan(model, spec), batches, **options)
 
 
 def events(text: str) -> list[dict[str, Any]]:
@@ -25,7 +30,9 @@ def test_json_lines_tell_what_happens(
 ) -> None:
     file = tmp_path / "progress.jsonl"
     file.write_text("left over from another run\n")
-    report = compress(make_toy(), tokens, quick, progress=TqdmProgress(file, io.StringIO()))
+    report = compress_model(
+        model := make_toy(), make_plan(model, quick), tokens, progress=TqdmProgress(file, io.StringIO())
+    )
     start, *layers, end = events(file.read_text())
     assert start["event"] == "start"
     assert start["matrices"] == len(layers) == 7

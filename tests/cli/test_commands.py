@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from hf_lrq import LRQConfig
 from hf_lrq.calibration.batches import make_batches
 from hf_lrq.cli import self_test
 from hf_lrq.cli.measuring import bundled_text
@@ -187,6 +188,30 @@ def test_inspect_prints_tables(cli, compressed: Path) -> None:
     assert f"everything stored: {report['bits']['compressed_layers']:.3f}" in result.stdout
     assert f"whole file: {report['bits']['whole_file']:.3f}" in result.stdout
     assert f"codes and factors only: {report['bits']['caldera']:.3f}" in result.stdout
+
+
+def test_inspect_reads_stacks_of_experts_with_a_rank_of_their_own(cli, tmp_path: Path) -> None:
+    config = MixtralConfig(
+        vocab_size=32,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        MixtralForCausalLM(config).save_pretrained(tmp_path / "original")
+    options = LRQConfig(bits=2, codebook="e8p", rank=6, rank_pattern={"experts.down_proj": 3}, iters=1, sweeps=0)
+    model = MixtralForCausalLM.from_pretrained(tmp_path / "original", quantization_config=options)
+    model.save_pretrained(tmp_path / "compressed")
+    result = cli("inspect", tmp_path / "compressed", "--json")
+    assert result.exit_code == 0, result.output
+    modules = {module["name"].rpartition(".")[2]: module for module in json.loads(result.stdout)["modules"]}
+    down, gate_up = modules["qstack_down_proj"], modules["qstack_gate_up_proj"]
+    assert (down["experts"], down["rank"], down["out_features"], down["in_features"]) == (2, 3, 64, 96)
+    assert (gate_up["experts"], gate_up["rank"], gate_up["codebook"]) == (2, 6, "e8p2")
 
 
 def test_inspect_of_an_uncompressed_model_says_so(cli, original: Path) -> None:

@@ -130,7 +130,7 @@ def test_a_gated_model_is_told_from_a_missing_one(status: int, kind: type[HfHubH
 def test_a_full_disk_is_found_before_the_work(
     cli, original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_lrq.cli.quantize.compress_pretrained", lambda *arguments: 1 // 0)
+    monkeypatch.setattr("hf_lrq.cli.quantize.compress", lambda *arguments: 1 // 0)
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     message = cli.fails("quantize", original, "-o", tmp_path / "out", *DATA_FREE, "--rank", "4")
     assert "but its disk has room for 1.00 kB only. Make room, or choose a folder on another disk." in message

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_lrq.calibration.batches import make_batches
 from hf_lrq.cli.loading import load_tokenizer
-from hf_lrq.recovery import RecoveryOptions, RecoveryStep, TqdmRecovery, recover
+from hf_lrq.recovery import RecoveryOptions, RecoveryStep, TqdmRecoveryProgress, recover
 
 SMALL = ("--nsamples", 20, "--seqlen", 64, "--epochs", 3, "--device", "cpu", "--lr", 2e-4, "--vector-lr", 1e-3)
 
@@ -62,12 +62,12 @@ def test_an_interruption_saves_the_best_state_if_there_is_one(
 ) -> None:
     """Held-out batches are measured after every fourth step or so."""
 
-    class Interrupting(TqdmRecovery):
+    class Interrupting(TqdmRecoveryProgress):
         def __call__(self, state: RecoveryStep) -> None:
             if state.step == step:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr("hf_lrq.cli.recover.TqdmRecovery", Interrupting)
+    monkeypatch.setattr("hf_lrq.cli.recover.TqdmRecoveryProgress", Interrupting)
     before = {path.name: path.read_bytes() for path in compressed.iterdir()}
     out = tmp_path / "out"
     arguments = (*SMALL, "--dataset", text, "--eval-text", text)

@@ -16,12 +16,15 @@ PACKAGE = Path(__file__).resolve().parents[2] / "hf_lrq"
 # A member may import the rows above it and itself. A package folder is one member.
 ROWS = (
     ("errors",),
+    ("checks", "patterns", "safetensors_headers"),
     ("codebooks",),
     ("layout",),
     ("spec", "matrices"),
+    ("factors",),
     ("kernels", "presets"),
     ("decomposition", "optim"),
     ("nn",),
+    ("work",),
     ("calibration", "checkpoint", "evaluation"),
     ("recovery",),
     ("report",),

@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 
 import hf_lrq
+from hf_lrq import errors
 
 PUBLIC = [
+    "BackendError",
     "CalibrationError",
     "CheckpointError",
+    "CompressionError",
     "CompressionSpec",
+    "EvaluationError",
     "InputGram",
     "LRQAdapterConfig",
     "LRQConfig",
@@ -20,6 +24,7 @@ PUBLIC = [
     "LRQHfQuantizer",
     "LRQLinear",
     "LayerSpec",
+    "RecoveryError",
     "RecoveryOptions",
     "RiemannianAdamW",
     "RiemannianSGD",
@@ -27,7 +32,6 @@ PUBLIC = [
     "__version__",
     "compress",
     "compress_matrix",
-    "compress_pretrained",
     "evaluate",
     "fuse_layers",
     "precondition",
@@ -75,6 +79,25 @@ def test_public_methods_say_what_they_do(name: str) -> None:
         and not inspect.getdoc(getattr(value, attribute))
     ]
     assert mute == []
+
+
+def test_every_error_has_one_home_and_is_public() -> None:
+    """A caller can tell one failure from another by public names alone."""
+    public = {name for name in PUBLIC if name.endswith("Error")}
+    assert all(issubclass(getattr(hf_lrq, name), hf_lrq.LRQError) for name in public)
+    assert error_classes(Path(errors.__file__).read_text("utf-8")) == public
+    everywhere = [error_classes(path.read_text("utf-8")) for path in Path(hf_lrq.__file__).parent.rglob("*.py")]
+    assert set().union(*everywhere) == public
+
+
+def error_classes(source: str) -> set[str]:
+    """Names of classes that are errors by one of their names or bases."""
+    found = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)]
+    return {
+        node.name
+        for node in found
+        if any(name.endswith("Error") for name in (node.name, *(ast.unparse(base) for base in node.bases)))
+    }
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_lrq.decomposition import GramAccumulator, InputGram, proxy_loss
+from hf_lrq.decomposition.gram import marginalise
 from hf_lrq.errors import CalibrationError
 
 
@@ -123,3 +124,20 @@ def test_proxy_loss_is_the_relative_output_error(generator):
     H = InputGram.from_inputs(x).H
     expected = ((x @ (W - V).T).square().sum() / (x @ W.T).square().sum()).item()
     assert proxy_loss(W, V, H) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_marginalised_gram_is_the_loss_after_refitting_L(generator):
+    """min over L of tr((E - L R) H (E - L R)^T) = tr(E H_q E^T) for every E, with H_q undamped."""
+    x = torch.randn(2000, 96, generator=generator) @ torch.randn(96, 96, generator=generator)
+    gram = InputGram.from_inputs(x).damped(0.01)
+    R, E = torch.randn(8, 96, generator=generator), torch.randn(5, 96, generator=generator).double()
+    H_q = marginalise(gram, R, 0.0).double()
+    H, R = gram.H.double(), R.double()
+    refitted = E - E @ H @ R.T @ torch.linalg.inv(R @ H @ R.T) @ R
+    expected = ((refitted @ H) * refitted).sum()
+    torch.testing.assert_close(((E @ H_q) * E).sum(), expected, rtol=1e-3, atol=0)
+
+
+def test_without_a_row_the_marginalised_gram_is_the_gram(generator):
+    gram = InputGram.from_inputs(torch.randn(50, 6, generator=generator)).damped(0.01)
+    assert torch.equal(marginalise(gram, torch.zeros(0, 6), 0.2), gram.H)

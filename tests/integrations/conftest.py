@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from hf_lrq import LRQConfig, compress_pretrained
+from hf_lrq import LRQConfig, compress
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +51,7 @@ def trellis_llama() -> Callable[[], transformers.LlamaForCausalLM]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = transformers.LlamaForCausalLM(config).eval()
-        compress_pretrained(model, None, LRQConfig(bits=2, rank=4, iters=1, refinements=0, sweeps=0))
+        compress(model, None, LRQConfig(bits=2, rank=4, iters=1, refinements=0, sweeps=0))
         return model
 
     return make

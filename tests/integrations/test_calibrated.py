@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_lrq import LRQConfig, LRQLinear
 from hf_lrq.errors import CalibrationError, SpecError
-from hf_lrq.integrations.transformers import compress_pretrained
+from hf_lrq.integrations.compression import compress
 from hf_lrq.nn import LRQExpertStack
 
 
@@ -64,7 +64,7 @@ def test_in_place_gives_the_same_as_from_pretrained(
 ) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(original, quantization_config=LRQConfig(**fast, dataset=batches))
     model = AutoModelForCausalLM.from_pretrained(original)
-    report = compress_pretrained(model, batches, LRQConfig(**fast))
+    report = compress(model, batches, LRQConfig(**fast))
     assert report.calibration["tokens"] == 192
     loaded.save_pretrained(tmp_path / "a")
     model.save_pretrained(tmp_path / "b")

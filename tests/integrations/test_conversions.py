@@ -20,7 +20,7 @@ from transformers.core_model_loading import (
 from transformers.quantizers import HfQuantizer
 
 from hf_lrq import LRQConfig, LRQLinear
-from hf_lrq.integrations.conversions import names_in_model, sparing
+from hf_lrq.integrations.conversions import names_in_model, without_rearranging
 
 QKV = ["attn.q_proj.weight", "attn.k_proj.weight", "attn.v_proj.weight"]
 SPLIT = WeightConverter("attn.qkv.weight", QKV, operations=[Chunk(dim=0)])
@@ -33,7 +33,7 @@ RENAME = WeightRenaming("attn.query", "attn.q_proj")
 
 
 def test_compressed_tensors_are_not_rearranged() -> None:
-    kept = sparing([RENAME, SPLIT, MERGE], ["layers.0.attn.q_proj.weight"])
+    kept = without_rearranging([RENAME, SPLIT, MERGE], ["layers.0.attn.q_proj.weight"])
     assert kept == [RENAME, MERGE]
 
 
@@ -54,7 +54,7 @@ def _model_if_wanted() -> list[Any]:
 
 def test_other_tensors_are_rearranged_as_ever() -> None:
     keys = ["layers.0.mlp.up_proj.weight", "layers.0.mlp.experts.qstack_gate_up_proj.weight"]
-    assert sparing([RENAME, SPLIT, MERGE], keys) == [RENAME, SPLIT, MERGE]
+    assert without_rearranging([RENAME, SPLIT, MERGE], keys) == [RENAME, SPLIT, MERGE]
 
 
 def test_names_of_files_become_names_of_the_model() -> None:

@@ -9,9 +9,10 @@ import transformers
 from torch import nn
 
 from hf_lrq import LRQConfig
-from hf_lrq.integrations.experts import CompressedExperts, add_stacks, owns_stacks, remove_stacks, use_stacks
-from hf_lrq.integrations.transformers import compress_pretrained
+from hf_lrq.integrations.compression import compress
 from hf_lrq.nn import LRQExpertStack
+from hf_lrq.nn.fused_experts import CompressedExperts, owns_stacks, use_stacks
+from hf_lrq.work import sites_of
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
 
@@ -25,7 +26,7 @@ def tiny_mixtral(**options: Any) -> transformers.MixtralForCausalLM:
 @pytest.fixture
 def experts(fast: dict[str, Any]) -> nn.Module:
     model = tiny_mixtral(intermediate_size=64)
-    compress_pretrained(model, config=LRQConfig(**fast))
+    compress(model, config=LRQConfig(**fast))
     return model.model.layers[0].mlp.experts
 
 
@@ -57,7 +58,7 @@ def test_forward_is_the_weighted_sum_over_the_experts_of_each_token(experts: nn.
 
 
 def test_experts_are_named_by_stack_and_index(fast: dict[str, Any]) -> None:
-    report = compress_pretrained(tiny_mixtral(intermediate_size=64), config=LRQConfig(**fast))
+    report = compress(tiny_mixtral(intermediate_size=64), config=LRQConfig(**fast))
     names = [layer.name for layer in report.layers if layer.kind == "experts"]
     stacks = [f"model.layers.0.mlp.experts.{matrix}" for matrix in ("gate_up_proj", "down_proj")]
     assert names == [f"{stack}.{expert}" for stack in stacks for expert in range(3)]
@@ -69,7 +70,7 @@ def test_on_the_fly_gives_the_same_bytes_as_in_place(fast: dict[str, Any], tmp_p
     loaded = transformers.MixtralForCausalLM.from_pretrained(
         tmp_path / "original", quantization_config=LRQConfig(**fast)
     )
-    compress_pretrained(model, config=LRQConfig(**fast))
+    compress(model, config=LRQConfig(**fast))
     model.save_pretrained(tmp_path / "a")
     loaded.save_pretrained(tmp_path / "b")
     first, second = (tmp_path / name / "model.safetensors" for name in "ab")
@@ -83,7 +84,7 @@ def test_a_module_of_which_one_stack_would_not_gain_is_left_alone(fast: dict[str
     # With rank 16, the factors of the down projection [32, 4] are as large as itself; [8, 32] gains.
     model = tiny_mixtral(intermediate_size=4)
     config = LRQConfig(**{**fast, "rank": 0}, rank_pattern={"down_proj": 16})
-    report = compress_pretrained(model, config=config)
+    report = compress(model, config=config)
     assert report.skipped["model.layers.0.mlp.experts.gate_up_proj"] == "only one of its two stacks would gain"
     assert not any(isinstance(module, LRQExpertStack) for module in model.modules())
 
@@ -91,14 +92,18 @@ def test_a_module_of_which_one_stack_would_not_gain_is_left_alone(fast: dict[str
 def test_stacks_can_be_added_and_removed() -> None:
     module = tiny_mixtral(intermediate_size=64).model.layers[0].mlp.experts
     original, layout = type(module), LRQConfig(rank=2).spec.default.layout
-    add_stacks(module, dict.fromkeys(("gate_up_proj", "down_proj"), layout), keep_weights=True)
+    sites = sites_of("experts", module)
+    for site in sites:
+        site.empty(module, layout, keep_parameter=True)
     assert "gate_up_proj" in module._parameters
-    add_stacks(module, dict.fromkeys(("gate_up_proj", "down_proj"), layout), keep_weights=False)
+    for site in sites:
+        site.empty(module, layout, keep_parameter=False)
     assert "gate_up_proj" not in module._parameters
     for stack in (module.qstack_gate_up_proj, module.qstack_down_proj):
         for parameter in stack.parameters():
             parameter.data.zero_()
-    remove_stacks(module, torch.bfloat16)
+    for site in sites:
+        site.uncompressed(module, torch.bfloat16)
     assert type(module) is original
     assert module.gate_up_proj.dtype == torch.bfloat16
     assert not owns_stacks(module)

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from hf_lrq import LRQConfig, LRQLinear
 from hf_lrq.errors import CheckpointError, CompressionError, SpecError
-from hf_lrq.integrations.transformers import compress_pretrained
+from hf_lrq.integrations.compression import compress
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -65,7 +65,7 @@ def test_in_place_gives_the_same_bytes_as_on_the_fly(
     original: Path, compressed: Path, fast: dict[str, Any], tmp_path: Path, rng_untouched: None
 ) -> None:
     model = LlamaForCausalLM.from_pretrained(original)
-    report = compress_pretrained(model, config=LRQConfig(**fast))
+    report = compress(model, config=LRQConfig(**fast))
     model.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == (compressed / "model.safetensors").read_bytes()
     assert header(tmp_path) == header(compressed)
@@ -176,7 +176,7 @@ def test_a_weight_that_is_not_finite_is_named(
     # Nothing that transformers would say about missing weights hides the reason.
     assert "MISSING" not in caplog.text
     with pytest.raises(CompressionError, match=message):
-        compress_pretrained(LlamaForCausalLM.from_pretrained(folder), config=LRQConfig(**fast))
+        compress(LlamaForCausalLM.from_pretrained(folder), config=LRQConfig(**fast))
 
 
 def test_a_model_with_nothing_to_compress_is_refused(original: Path, fast: dict[str, Any]) -> None:
@@ -187,7 +187,7 @@ def test_a_model_with_nothing_to_compress_is_refused(original: Path, fast: dict[
 
 def test_compressing_twice_is_refused(original: Path, compressed: Path, fast: dict[str, Any]) -> None:
     with pytest.raises(SpecError, match="LlamaForCausalLM is quantized already"):
-        compress_pretrained(AutoModelForCausalLM.from_pretrained(compressed))
+        compress(AutoModelForCausalLM.from_pretrained(compressed))
 
 
 def test_a_head_that_is_not_in_the_checkpoint_is_initialised(
@@ -200,7 +200,7 @@ def test_a_head_that_is_not_in_the_checkpoint_is_initialised(
         assert type(model.score) is torch.nn.Linear
         assert 0 < model.score.weight.std() < 0.1
         assert model.score.weight.requires_grad
-        assert model.hf_quantizer.targets.skipped["score"].startswith("not in the checkpoint")
+        assert model.hf_quantizer.inventory.left_alone["score"].startswith("not in the checkpoint")
         model.save_pretrained(tmp_path / folder.name)
         again = kind.from_pretrained(tmp_path / folder.name)
         assert torch.equal(logits(again, tokens), logits(model, tokens))

@@ -120,7 +120,7 @@ def test_an_interrupted_save_leaves_the_old_model(
 
 
 def test_an_uncompressed_model_is_refused(original: Path, tmp_path: Path) -> None:
-    with pytest.raises(LRQError, match=r"this LlamaForCausalLM is not compressed. Call hf_lrq.compress_pretrained"):
+    with pytest.raises(LRQError, match=r"this LlamaForCausalLM is not compressed. Call hf_lrq.compress"):
         save(AutoModelForCausalLM.from_pretrained(original), tmp_path / "out")
     assert names(tmp_path) == set()
 

@@ -144,7 +144,7 @@ def test_every_linear_layer_is_compressed_or_named(outcomes: dict[str, Outcome],
     model, (*_, count, alone) = outcomes[name].model, MODELS[name]
     assert sum(isinstance(module, LRQLinear | LRQExpertStack) for module in model.modules()) == count
     assert set(model.config.quantization_config.to_dict()["modules_to_not_convert"]) == alone
-    assert set(model.hf_quantizer.targets.skipped) == alone
+    assert set(model.hf_quantizer.inventory.left_alone) == alone
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_lrq import InputGram, LayerSpec, LRQConfig, compress_matrix
 from hf_lrq.calibration.batches import make_batches
 from hf_lrq.evaluation import compare
-from hf_lrq.integrations.transformers import compress_pretrained
+from hf_lrq.integrations.compression import compress
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TINY_LM = EXAMPLES / "tiny_lm"
@@ -42,7 +42,7 @@ def rise(tiny):
         key = (calibrated, *sorted(recipe.items()))
         if key not in known:
             compressed = copy.deepcopy(model)
-            report = compress_pretrained(compressed, batches if calibrated else None, LRQConfig(**{**FAST, **recipe}))
+            report = compress(compressed, batches if calibrated else None, LRQConfig(**{**FAST, **recipe}))
             result = compare(compressed, model, tokens, window=512, stride=256)
             known[key] = result.nats_rise.mean, result.kl.mean, report.bits_per_weight
         return known[key]

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from hf_lrq.decomposition import compress_matrix
+from hf_lrq.factors import concatenated, least_ranks
+from hf_lrq.layout import FACTOR_NAMES
 from hf_lrq.nn import LRQExpertStack, LRQLinear
-from hf_lrq.nn.linear import FACTOR_NAMES, concatenated, least_ranks
 from hf_lrq.spec import LayerSpec
 
 VARIANTS = [{}, {"rank": 0}, {"factor_bits": 8}, {"factor_bits": 4, "rank": 3}, {"rotation": "none"}]

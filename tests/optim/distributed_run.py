@@ -1,6 +1,6 @@
 """One of two processes that train a small model under DDP and FSDP2; prints, as JSON, how far they end from one alone.
 
-Run by test_distributed.py as `python distributed_run.py <folder for the rendezvous> <rank>`. All in float64, so that a
+Run by test_sharding.py as `python distributed_run.py <folder for the rendezvous> <rank>`. All in float64, so that a
 difference is a mistake and not rounding.
 """
 
@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hf_lrq.optim import (
     RiemannianAdamW,
     RiemannianSGD,
-    paired,
+    base,
     precondition_gradients,
     precondition_in_graph,
     riemannian_param_groups,
@@ -31,7 +31,7 @@ from hf_lrq.optim import (
 RANKS = 2
 STEPS = 3
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-    "pre": lambda groups: RiemannianAdamW(groups, lr=0.01, damping=1e-3),
+    "one_sided": lambda groups: RiemannianAdamW(groups, lr=0.01, damping=1e-3),
     "two_sided": lambda groups: RiemannianAdamW(groups, lr=0.01, precond="two_sided", clip_projected=0.1, trust=0.05),
     "kept": lambda groups: RiemannianAdamW(groups, lr=0.01, precond="two_sided", refresh=2),
     "sgd": lambda groups: RiemannianSGD(groups, lr=0.1, momentum=0.9, nesterov=True, clip_projected=0.1),
@@ -129,14 +129,14 @@ def check_all(rank: int) -> dict[str, Any]:
 
     # accelerate: the optimizer first, then the shards are put into its groups.
     model = build()
-    optimizer = OPTIMIZERS["pre"](riemannian_param_groups(model))
+    optimizer = OPTIMIZERS["one_sided"](riemannian_param_groups(model))
     position = {id(p): name for name, p in model.named_parameters()}
     shard(model)
     sharded = dict(model.named_parameters())
     for group in optimizer.param_groups:
         group["params"] = [sharded[position[id(p)]] for p in group["params"]]
     train(model, optimizer, rank)
-    reference = alone(OPTIMIZERS["pre"])
+    reference = alone(OPTIMIZERS["one_sided"])
     found["fsdp2 swapped"] = distance(model, reference)
 
     # A checkpoint between two halves, through torch.distributed.checkpoint's view of the state.
@@ -188,7 +188,7 @@ def check_all(rank: int) -> dict[str, Any]:
 
     # A gradient that is broken on one rank alone must stop both, or the other would wait for ever.
     model = shard(build())
-    optimizer = OPTIMIZERS["pre"](riemannian_param_groups(model))
+    optimizer = OPTIMIZERS["one_sided"](riemannian_param_groups(model))
     x, y = next(batches(rank))
     (model(x) - y).square().mean().backward()
     if rank == 0:
@@ -204,7 +204,7 @@ def check_all(rank: int) -> dict[str, Any]:
 
 def main(folder: str, rank: int) -> None:
     torch.set_num_threads(1)
-    paired.FRESH_STEPS = 0
+    base.FRESH_STEPS = 0
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
     print(json.dumps(check_all(rank)), flush=True)
     dist.barrier()  # Neither goes while the other still needs it.

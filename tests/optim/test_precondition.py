@@ -1,9 +1,9 @@
-"""The preconditioner as a function, and inside the graph."""
+"""The preconditioner as a function."""
 
 import pytest
 import torch
 
-from hf_lrq.optim import precondition, precondition_in_graph
+from hf_lrq.optim import precondition
 from hf_lrq.optim.precondition import Whitening, inverse_root, left_gram, right_gram
 
 
@@ -118,47 +118,7 @@ def test_factors_that_are_not_finite_are_refused(factors):
         precondition(grad_L, grad_R, L, R)
 
 
-def test_in_graph_gives_the_preconditioned_gradients_and_an_unchanged_output(generator):
-    x, y = draw(generator, 5, 9), draw(generator, 5, 7)
-    L, R = draw(generator, 7, 3).requires_grad_(), draw(generator, 3, 9).requires_grad_()
-
-    def gradients(L_used, R_used):
-        out = x @ (0.5 * L_used @ R_used).T
-        return out, torch.autograd.grad((out - y).square().sum(), (L, R))
-
-    plain, raw = gradients(L, R)
-    same, preconditioned = gradients(*precondition_in_graph(L, R, 1e-4, scaling=0.5))
-    assert torch.equal(same, plain)
-    torch.testing.assert_close(preconditioned, precondition(*raw, L, R, 1e-4, scaling=0.5))
-
-
-def test_in_graph_adds_up_over_micro_batches(generator):
-    """The preconditioner is linear, so accumulated gradients equal the gradient of the whole batch."""
-    x = draw(generator, 8, 9)
-    L, R = draw(generator, 7, 3).requires_grad_(), draw(generator, 3, 9).requires_grad_()
-    for part in (x, x[:4], x[4:]):
-        L_used, R_used = precondition_in_graph(L, R)
-        (part @ (L_used @ R_used).T).square().sum().backward()
-        if part is x:
-            whole = L.grad.clone(), R.grad.clone()
-            L.grad = R.grad = None
-    torch.testing.assert_close((L.grad, R.grad), whole)
-
-
-def test_in_graph_trains_one_factor_beside_a_frozen_one(generator):
-    L, R = draw(generator, 7, 3), draw(generator, 3, 9).requires_grad_()
-    L_used, R_used = precondition_in_graph(L, R)
-    (L_used @ R_used).square().sum().backward()
-    product = 2 * L.T @ (L @ R)
-    torch.testing.assert_close(R.grad, precondition(torch.zeros_like(L), product.detach(), L, R.detach())[1])
-
-
 @pytest.mark.parametrize("damping", [0.0, -1e-3, float("nan"), float("inf")])
 def test_damping_is_positive(factors, damping):
     with pytest.raises(ValueError, match=r"damping is .*; it must be positive, 1e-06 for example"):
         precondition(*factors, damping=damping)
-
-
-def test_in_graph_needs_damping(generator):
-    with pytest.raises(ValueError, match=r"damping is 0; it must be positive"):
-        precondition_in_graph(draw(generator, 7, 3), draw(generator, 3, 9), 0)

@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor
 
 from hf_lrq import LRQConfig
-from hf_lrq.integrations.transformers import compress_pretrained
+from hf_lrq.integrations.compression import compress
 
 VOCABULARY = 96
 SHAPE: dict[str, Any] = {
@@ -62,7 +62,7 @@ def compressed(_made: dict[Any, Any], original: Callable[..., Any]) -> Callable[
         if (kind, factor_bits) not in _made:
             model = copy.deepcopy(original(kind))
             config = LRQConfig(bits=2, rank=3, factor_bits=factor_bits, iters=1, rounding="nearest")
-            compress_pretrained(model, None, config)
+            compress(model, None, config)
             _made[kind, factor_bits] = model.eval()
         return copy.deepcopy(_made[kind, factor_bits])
 

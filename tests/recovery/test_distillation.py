@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_lrq.recovery import RecordedTeacher, RecoveryError, record_teacher
+from hf_lrq.errors import RecoveryError
+from hf_lrq.recovery import RecordedTeacher, record_teacher
 from hf_lrq.recovery.distillation import coarse_divergence, distances
 from hf_lrq.recovery.teacher import LiveTeacher, as_teacher, file_of, tokens_of, top_log_probs
 

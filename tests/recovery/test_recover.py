@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import hf_lrq
+from hf_lrq.errors import RecoveryError
 from hf_lrq.nn import LRQExpertStack, LRQLinear
 from hf_lrq.nn.refit import coded
 from hf_lrq.recovery import (
-    RecoveryError,
     RecoveryInterrupted,
     RecoveryOptions,
     RecoveryStep,

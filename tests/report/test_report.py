@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from hf_lrq.calibration.records import CompressionReport, LayerRecord
-from hf_lrq.evaluation import Comparison, Estimate, Evaluation, OutputError, Part, Perplexity, Size
+from hf_lrq.evaluation import Comparison, Estimate, Evaluation, OutputDistance, Part, Perplexity, Size
 from hf_lrq.report import base_card, build_report, model_card, report_text, write_report
+from hf_lrq.work.records import CompressionReport, LayerRecord
 
 RECIPE = {"bits": 2, "rank": 4, "dataset": "bundled", "rank_pattern": {"q_proj|k_proj": 8}, "bits_pattern": None}
 
@@ -244,7 +244,7 @@ def test_card_admits_what_was_not_measured(compression: CompressionReport) -> No
 def test_card_of_a_model_without_perplexity_shows_the_output_error(
     compression: CompressionReport, evaluation: Evaluation
 ) -> None:
-    outputs = OutputError(relative_error=0.0625, cosine=0.998, positions=128, output="last_hidden_state")
+    outputs = OutputDistance(relative_error=0.0625, cosine=0.998, positions=128, output="last_hidden_state")
     measured = dataclasses.replace(evaluation, perplexity=None, comparison=None, outputs=outputs)
     text = model_card(built(compression, evaluation=measured, architecture="BertModel")).content
     assert "| relative error of the last hidden state | 0 | 0.0625 |" in text

@@ -8,10 +8,11 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from hf_lrq.factors import concatenated, dense_pair
 from hf_lrq.integrations.peft.merging import MergesIntoFactors
 from hf_lrq.integrations.peft.modes import Mode
+from hf_lrq.matrices import Pair
 from hf_lrq.nn import LRQLinear
-from hf_lrq.nn.linear import Pair, concatenated, dense_pair
 
 TRAINED = ("lrq_L", "lrq_R", "lrq_U", "lrq_V", "lrq_C", "lrq_turn")
 KEPT = ("lrq_P", "lrq_N")

@@ -14,8 +14,8 @@ from hf_lrq.errors import SpecError
 from hf_lrq.integrations.peft.merging import MergesIntoFactors
 from hf_lrq.integrations.peft.offloading import check_none_is_offloaded
 from hf_lrq.integrations.peft.targets import layers_of
+from hf_lrq.matrices import Pair
 from hf_lrq.nn import LRQLinear
-from hf_lrq.nn.linear import Pair
 
 # Value of init_lora_weights (its beginning) -> what it does that codes do not allow.
 REFUSED_INITS = {

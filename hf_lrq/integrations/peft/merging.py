@@ -7,8 +7,10 @@ from typing import Any
 from peft.tuners.tuners_utils import check_adapters_to_merge
 
 from hf_lrq.errors import SpecError
+from hf_lrq.factors import concatenated
+from hf_lrq.matrices import Pair
 from hf_lrq.nn import LRQLinear
-from hf_lrq.nn.linear import Pair, StoredFactors, concatenated
+from hf_lrq.nn.linear import StoredFactors
 
 
 class MergesIntoFactors:

@@ -9,13 +9,14 @@ from torch import nn
 
 from hf_lrq.decomposition import generator_for
 from hf_lrq.errors import CheckpointError, SpecError, did_you_mean
+from hf_lrq.factors import concatenated, least_ranks
 from hf_lrq.integrations.peft.config import LRQAdapterConfig
 from hf_lrq.integrations.peft.layer import LRQAdapterLayer, LRQAdapterLinear
 from hf_lrq.integrations.peft.offloading import check_none_is_offloaded
 from hf_lrq.integrations.peft.peft_type import PREFIX
 from hf_lrq.integrations.peft.targets import chosen_layers, fingerprints, layers_of, ranks_of
+from hf_lrq.matrices import Pair
 from hf_lrq.nn import LRQLinear
-from hf_lrq.nn.linear import Pair, concatenated, least_ranks
 
 
 class LRQAdapterModel(BaseTuner):

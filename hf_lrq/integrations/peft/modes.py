@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from hf_lrq.errors import SpecError, did_you_mean
-from hf_lrq.nn.linear import Pair, concatenated
+from hf_lrq.factors import concatenated
+from hf_lrq.matrices import Pair
 
 SMALLEST_SINGULAR_VALUE = 1e-6  # Of the largest: directions below it are noise of float32, and are not turned.
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from hf_lrq.errors import BackendError
+
 SOURCES = Path(__file__).parent / "csrc"
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-fno-math-errno", "-w")
@@ -22,17 +24,13 @@ VERSION_SECONDS = 20
 BUILD_SECONDS = 300
 
 
-class BuildError(Exception):
-    """No library could be made; the message says why and what to do."""
-
-
 @dataclass(frozen=True)
 class Compiler:
     """A C compiler that answered when asked for its version.
 
     Attributes:
         command: the words to run it with.
-        identity: its path and first line of version; part of the key of what it built.
+        identity: its path and first line of version; part of the key under which the cache keeps what it built.
     """
 
     command: tuple[str, ...]
@@ -43,13 +41,13 @@ def find_compiler() -> Compiler:
     """The compiler that CC names, else the first of cc, gcc and clang on the PATH.
 
     Raises:
-        BuildError: if there is none, or it does not say its version.
+        BackendError: if there is none, or it does not say its version.
     """
     wanted = os.environ.get("CC")
     try:
         candidates = [shlex.split(wanted)] if wanted else [[name] for name in COMPILERS]
     except ValueError as error:
-        raise BuildError(f"CC={wanted!r} cannot be split into words ({error}). Set CC to a C compiler.") from None
+        raise BackendError(f"CC={wanted!r} cannot be split into words ({error}). Set CC to a C compiler.") from None
     for words in candidates:
         path = shutil.which(words[0]) if words else None
         if path is not None:
@@ -58,17 +56,17 @@ def find_compiler() -> Compiler:
             lines = version.splitlines()
             return Compiler(command, f"{shlex.join(command)}\n{lines[0] if lines else ''}")
     names = wanted or ", ".join(COMPILERS)
-    raise BuildError(f"no C compiler ({names}) on the PATH. Install gcc or clang, or set CC.")
+    raise BackendError(f"no C compiler ({names}) on the PATH. Install gcc or clang, or set CC.")
 
 
 def cached_library(defines: tuple[str, ...] = ()) -> Path:
     """Path of the library of this package's C files, built now if the cache has none.
 
     Args:
-        defines: further flags.
+        defines: further flags for the compiler.
 
     Raises:
-        BuildError: if it cannot be built.
+        BackendError: if it cannot be built.
     """
     compiler = find_compiler()
     flags = (*FLAGS, *defines)
@@ -96,7 +94,7 @@ def cache_directory() -> Path:
 
 @cache
 def _private_directory() -> "tempfile.TemporaryDirectory[str]":
-    """Removed when this process ends."""
+    """A directory for this process alone, removed when it ends."""
     return tempfile.TemporaryDirectory(prefix="hf_lrq-", ignore_cleanup_errors=True)
 
 
@@ -133,7 +131,7 @@ def _build(compiler: Compiler, flags: tuple[str, ...], path: Path) -> None:
                 try:
                     _compile(compiler, (*flags, *fallback), library)
                     break
-                except BuildError:
+                except BackendError:
                     if number == len(FALLBACKS) - 1:
                         raise
             os.chmod(library, 0o700)
@@ -141,11 +139,11 @@ def _build(compiler: Compiler, flags: tuple[str, ...], path: Path) -> None:
                 os.fsync(file.fileno())
             os.replace(library, path)
     except OSError as error:
-        raise BuildError(f"the library could not be stored in {path.parent}: {error}. Set HF_LRQ_CACHE.") from None
+        raise BackendError(f"the library could not be stored in {path.parent}: {error}. Set HF_LRQ_CACHE.") from None
 
 
 def _compile(compiler: Compiler, flags: tuple[str, ...], library: Path) -> None:
-    """All files at a time, since one after another they take long, and a library of them."""
+    """Compile all files at once, since one after another they take long, and link them to a library."""
     sources = _files("*.c")
     objects = [str(library.with_name(f"{source.stem}.o")) for source in sources]
     commands = [
@@ -156,14 +154,14 @@ def _compile(compiler: Compiler, flags: tuple[str, ...], library: Path) -> None:
         list(pool.map(lambda command: _run(command, BUILD_SECONDS), commands))
     _run((*compiler.command, *flags, "-shared", "-o", str(library), *objects, "-lm"), BUILD_SECONDS)
     if not library.exists():
-        raise BuildError(f"{compiler.command[0]} wrote no library. Set CC to another compiler.")
+        raise BackendError(f"{compiler.command[0]} wrote no library. Set CC to another compiler.")
 
 
 def _run(command: tuple[str, ...], seconds: int) -> str:
     """Standard output of `command`, run without a shell.
 
     Raises:
-        BuildError: if it cannot be run, fails, or takes longer than `seconds`.
+        BackendError: if it cannot be run, fails, or takes longer than `seconds`.
     """
     name = command[0]
     try:
@@ -177,10 +175,12 @@ def _run(command: tuple[str, ...], seconds: int) -> str:
             errors="replace",
         )
     except subprocess.TimeoutExpired:
-        raise BuildError(f"{name} did not finish in {seconds} s. Set CC to another compiler.") from None
+        raise BackendError(f"{name} did not finish in {seconds} s. Set CC to another compiler.") from None
     except OSError as error:
-        raise BuildError(f"{name} cannot be run: {error}. Set CC to another compiler.") from None
+        raise BackendError(f"{name} cannot be run: {error}. Set CC to another compiler.") from None
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]
-        raise BuildError(f"{name} failed with status {done.returncode}: {lines[0][:200]}. Set CC to another compiler.")
+        raise BackendError(
+            f"{name} failed with status {done.returncode}: {lines[0][:200]}. Set CC to another compiler."
+        )
     return done.stdout

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from hf_lrq.kernels.cpu.build import BuildError, cached_library
+from hf_lrq.errors import BackendError
+from hf_lrq.kernels.cpu.build import cached_library
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def open_library(path: Path) -> Library:
     """Load a library that `build` made.
 
     Raises:
-        BuildError: if the system cannot load it.
+        BackendError: if the system cannot load it.
     """
     try:
         handle = ctypes.CDLL(str(path))
@@ -75,7 +76,7 @@ def open_library(path: Path) -> Library:
             function.restype, function.argtypes = result, arguments
             functions[name.removeprefix("hf_lrq_")] = function
     except (OSError, AttributeError) as error:
-        raise BuildError(f"{path} cannot be loaded: {error}. Delete it, or set HF_LRQ_CACHE.") from None
+        raise BackendError(f"{path} cannot be loaded: {error}. Delete it, or set HF_LRQ_CACHE.") from None
     return Library(path, **functions)
 
 
@@ -86,7 +87,7 @@ def load(check: Callable[[Library], str | None]) -> Library | str:
     names the compiler and HF_LRQ_CACHE the directory of what was built.
 
     Args:
-        check: what a freshly opened library must pass; returns what is wrong with it.
+        check: returns what is wrong with a freshly opened library, None if nothing is.
     """
     if os.environ.get("HF_LRQ_CPU_KERNELS") == "0":
         return "HF_LRQ_CPU_KERNELS is 0"
@@ -96,7 +97,7 @@ def load(check: Callable[[Library], str | None]) -> Library | str:
         library = open_library(cached_library())
         library.limit_isa(_tier_limit())
         wrong = check(library)
-    except BuildError as error:
+    except BackendError as error:
         wrong = str(error)
     except Exception as error:  # Whatever a check stumbles over, layers are computed.
         wrong = f"their check failed with {type(error).__name__}: {error}."
@@ -111,12 +112,12 @@ def load(check: Callable[[Library], str | None]) -> Library | str:
 def _tier_limit() -> int:
     wanted = os.environ.get("HF_LRQ_ISA", TIERS[-1])
     if wanted not in TIERS:
-        raise BuildError(f"HF_LRQ_ISA={wanted!r} is unknown. Known: {', '.join(TIERS)}.")
+        raise BackendError(f"HF_LRQ_ISA={wanted!r} is unknown. Known: {', '.join(TIERS)}.")
     return TIERS.index(wanted)
 
 
 class Loader:
-    """Loads once, on first use, whichever thread comes first."""
+    """Loads the library once, when the first thread asks for it."""
 
     def __init__(self, check: Callable[[Library], str | None]) -> None:
         self._check = check

@@ -128,7 +128,7 @@ class _Prepared:
 
     Attributes:
         record: the part of `Call` that is the layer's.
-        rows: of the layer.
+        rows: number of rows of the layer.
         copies: tensors that the record points to and nobody else holds.
     """
 
@@ -162,7 +162,7 @@ def _prepared(layer: Operands, columns: int) -> _Prepared:
 
 
 def _prepare(layer: Operands, columns: int) -> _Prepared:
-    """Checks all that the library believes."""
+    """A layer as the library takes it, after checking everything that the library does not check itself."""
     rows, rank = layer.out_features, 0
     if layer.L is not None and layer.R is not None:
         rank = layer.rank
@@ -192,7 +192,7 @@ def _prepare(layer: Operands, columns: int) -> _Prepared:
 
 
 def many_tokens(library: Library, codebook: str, dtype: torch.dtype) -> int:
-    """Tokens from which `by_matrix_products` is faster."""
+    """Number of tokens from which `by_matrix_products` is faster."""
     return MANY_TOKENS[library.tier_name][get_codebook(codebook).family][ORDER.index(dtype)]
 
 
@@ -283,7 +283,7 @@ def new_output(x: Tensor, rows: int) -> Tensor:
 
 
 def _place(tensor: Tensor | None) -> tuple[int, int]:
-    """Address and kind; 0 where there is no tensor."""
+    """(address of a tensor, kind of its dtype); (0, 0) where there is none."""
     return (0, 0) if tensor is None else (tensor.data_ptr(), KINDS[tensor.dtype])
 
 
@@ -304,5 +304,5 @@ def _expect(tensor: Tensor, *shape: int) -> None:
 
 
 def _useful_threads(products: int) -> int:
-    """As many as torch may use, but no more than have a tenth of a millisecond of work."""
+    """As many threads as torch may use, but no more than have a tenth of a millisecond of work each."""
     return min(torch.get_num_threads(), 1 + (products >> 22))

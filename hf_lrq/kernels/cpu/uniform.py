@@ -23,7 +23,7 @@ def decode(
     """Rows [start, stop), rounded once to `dtype`: [stop - start, in]; in `out` if given.
 
     Args:
-        scales: of all rows, [out] or [out, groups]; None gives the levels of the codebook.
+        scales: scales of all rows, [out] or [out, groups]; None gives the levels of the codebook.
         group_size: columns that share a scale, where there are groups.
     """
     book, codes = get_codebook(codebook), weight.contiguous()

@@ -14,7 +14,7 @@ class Decoder:
     """A codebook as kernels see it.
 
     Attributes:
-        name: of the codebook.
+        name: name of the codebook.
         bits: bits per weight.
         load, products, column: see `decode`.
         mix, spread: how activations are laid out, see `activations`.

@@ -108,7 +108,7 @@ class Shape:
 
     Attributes:
         codebook: name of the family and bits.
-        rows, columns: of the layer.
+        rows, columns: shape of the layer.
         vectors: tokens times digits, rounded up to a power of two above 3.
     """
 
@@ -119,7 +119,7 @@ class Shape:
 
     @classmethod
     def of(cls, codebook: str, rows: int, columns: int, vectors: int) -> "Shape":
-        """With `vectors` in its bucket."""
+        """The shape, with `vectors` rounded up as above."""
         return cls(codebook, rows, columns, vectors if vectors <= 3 else 1 << (vectors - 1).bit_length())
 
 

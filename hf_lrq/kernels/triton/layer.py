@@ -30,8 +30,8 @@ class Codes:
     Attributes:
         weight: uint8, tiles [row blocks, tiles, bytes] or rows [out, tiles of 8, bits].
         scales: [out], or [out, groups].
-        decoder: of the codebook.
-        columns: without padding.
+        decoder: the decoder of the codebook.
+        columns: number of columns without padding.
         group_size: columns per group of `scales`.
     """
 
@@ -43,17 +43,17 @@ class Codes:
 
     @property
     def rows(self) -> int:
-        """Rows without padding."""
+        """Number of rows without padding."""
         return self.scales.shape[0]
 
     @property
     def groups(self) -> int:
-        """Groups of 256 columns."""
+        """Number of groups of 256 columns."""
         return -(-self.columns // GROUP)
 
     @property
     def column_tiles(self) -> int:
-        """Tiles of 16 columns, the last one perhaps not full."""
+        """Number of tiles of 16 columns, the last one perhaps not full."""
         return -(-self.columns // 16)
 
     @property
@@ -80,7 +80,7 @@ class Codes:
 
     @property
     def scale_groups(self) -> int:
-        """Groups of scales per row."""
+        """Number of scales per row."""
         return self.scales.shape[1] if self.scales.ndim == 2 else 1
 
 
@@ -171,7 +171,7 @@ def gemv(
     *,
     assembly: bool,
 ) -> Partials:
-    """Partial sums for one to three tokens x [tokens, columns]; block: of the input transform, at most 256."""
+    """Partial sums for one to three tokens x [tokens, columns]; block: that of the input transform, at most 256."""
     tokens, decoder = len(x), codes.decoder
     buffers = (
         Prepared.empty(tokens, digits, codes, x.device)
@@ -256,7 +256,7 @@ def reduce(
     """Fill out [tokens, rows] from partial sums.
 
     Args:
-        block: of the output transform, at most 256.
+        block: block size of the output transform, at most 256.
         ends: rows at which each layer of a group but the last ends, multiples of what a program computes. R and its
             scales then have the ranks of all of them, L those of one.
     """

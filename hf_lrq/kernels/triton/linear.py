@@ -119,9 +119,9 @@ def lrq_linear_group(x: Tensor, layers: Sequence[Operands], activation: str) -> 
 
 
 def stacked(layers: Sequence[Operands]) -> Operands | None:
-    """The layers as one whose rows, and ranks, are those of all; None where they do not lie like that in memory.
+    """The layers as one whose rows, and ranks, are those of all; None where their tensors lie otherwise in memory.
 
-    Of the one, block is that of the outputs of each.
+    Its block is the one that each layer's outputs have.
     """
     first = layers[0]
     block = hadamard_block(first.out_features, first.block)

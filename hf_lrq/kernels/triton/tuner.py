@@ -40,7 +40,7 @@ def tune(
         device: a GPU.
         vectors: tokens times digits to tune for: 1 to 3 for the GEMV, more for the tensor-core product.
         path: the file, by default where `launches.tuned_path` looks for it.
-        measure: seconds of one launch; by default timed on `device`.
+        measure: returns the seconds of one launch; by default it is timed on `device`.
 
     Returns:
         The table that was written.

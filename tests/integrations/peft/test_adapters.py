@@ -11,7 +11,7 @@ from peft import PeftModel, PeftType, get_peft_model
 
 from hf_lrq import LRQLinear
 from hf_lrq.integrations.peft import LRQAdapterConfig, LRQAdapterLinear
-from hf_lrq.nn.linear import TENSOR_NAMES
+from hf_lrq.layout import TENSOR_NAMES
 
 MODES = ["all", "head:2", "append:3", "core:diag", "core:full", "core:rotate", "spectral", "spectral:2"]
 UP = "model.layers.0.mlp.up_proj"

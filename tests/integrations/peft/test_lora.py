@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from hf_lrq import LRQConfig, LRQLinear
 from hf_lrq.errors import SpecError
 from hf_lrq.integrations.peft import lora
-from hf_lrq.nn.linear import TENSOR_NAMES
+from hf_lrq.layout import TENSOR_NAMES
 
 UP = "model.layers.0.mlp.up_proj"
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*corda_config. is not specified")

@@ -56,7 +56,7 @@ def test_enough_ranks_cost_nothing(base: Any, logits: Any) -> None:
     torch.testing.assert_close(logits(model), before, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(("options", "message"), [({"rank": 0}, "at least 1"), ({"factor_bits": 2}, "16, 8 or 4")])
+@pytest.mark.parametrize(("options", "message"), [({"rank": 0}, "at least 1"), ({"factor_bits": 2}, "one of 4, 8, 16")])
 def test_what_cannot_be_stored_is_refused(base: Any, options: Any, message: str) -> None:
     with pytest.raises(hf_lrq.SpecError, match=message):
         hf_lrq.refit_factors(base(), **options)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hf_lrq.codebooks import get_codebook
+from hf_lrq.errors import BackendError
 from hf_lrq.kernels import Operands, cpu
 from hf_lrq.kernels.cpu import build, library, linear, selfcheck
 
@@ -22,7 +23,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> library.Library:
         patch.setenv("HF_LRQ_CACHE", str(tmp_path_factory.mktemp("cache")))
         try:
             path = build.cached_library(("-DHF_LRQ_POISON",))
-        except build.BuildError as error:
+        except BackendError as error:
             pytest.skip(f"no C compiler: {error}")
     return library.open_library(path)
 

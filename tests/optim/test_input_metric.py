@@ -66,20 +66,20 @@ def test_the_number_of_steps_does_not_depend_on_the_condition_of_the_inputs(gene
     counts = [steps_to_solve(condition, "h_aware", 0.5, generator) for condition in (1, 100, 1e4)]
     assert max(counts) - min(counts) <= 2  # They start at slightly other distances.
     assert max(counts) <= 22  # 1e-12 of the loss is 1e-6 of the error: 20 halvings.
-    plain = [steps_to_solve(100, "pre", lr, generator) for lr in (0.03, 0.1, 0.2, 0.3)]
+    plain = [steps_to_solve(100, "one_sided", lr, generator) for lr in (0.03, 0.1, 0.2, 0.3)]
     assert min(plain) > 3 * max(counts)
     # The control: with white inputs both are equally fast.
-    assert abs(steps_to_solve(1, "pre", 0.5, generator) - counts[0]) <= 2
+    assert abs(steps_to_solve(1, "one_sided", 0.5, generator) - counts[0]) <= 2
 
 
 @pytest.mark.parametrize("factory", [RiemannianAdamW, RiemannianSGD])
 @pytest.mark.parametrize("gram", [torch.eye(SIZE), torch.ones(SIZE)], ids=["matrix", "diagonal"])
-def test_with_white_inputs_it_is_pre(generator: torch.Generator, factory: type, gram: Tensor) -> None:
+def test_with_white_inputs_it_is_one_sided(generator: torch.Generator, factory: type, gram: Tensor) -> None:
     """To the rounding of sums that are added up in another order."""
     L, R = torch.randn(SIZE, RANK, generator=generator), torch.randn(RANK, SIZE, generator=generator)
     models = Product(L, R), Product(L, R)
     aware = factory(riemannian_param_groups(models[0], grams={"": gram}), lr=1e-2, precond="h_aware")
-    plain = factory(riemannian_param_groups(models[1]), lr=1e-2, precond="pre")
+    plain = factory(riemannian_param_groups(models[1]), lr=1e-2, precond="one_sided")
     for _ in range(3):
         for x, y in zip(models[0].parameters(), models[1].parameters(), strict=True):
             x.grad = torch.randn(x.shape, generator=generator)
@@ -185,7 +185,7 @@ def test_grams_are_found_by_the_names_of_the_modules(generator: torch.Generator,
 
 
 def optimizer_for(model: nn.Module, grams: dict[str, Tensor] | None) -> RiemannianAdamW:
-    precond = "pre" if grams is None else "h_aware"
+    precond = "one_sided" if grams is None else "h_aware"
     return RiemannianAdamW(riemannian_param_groups(model, grams=grams), lr=1e-2, precond=precond)
 
 
@@ -222,9 +222,9 @@ def test_a_state_for_grams_is_not_loaded_without_them(generator: torch.Generator
     with_grams, without = (optimizer_for(Product(L, R), grams) for grams in ({"": torch.eye(9)}, None))
     with pytest.raises(ValueError, match=r"Group 0 has no Grams, in the saved state it has precond='h_aware'"):
         without.load_state_dict(with_grams.state_dict())
-    with pytest.raises(ValueError, match=r"Group 0 has Grams, in the saved state it has precond='pre'"):
+    with pytest.raises(ValueError, match=r"Group 0 has Grams, in the saved state it has precond='one_sided'"):
         with_grams.load_state_dict(without.state_dict())
-    assert without.param_groups[0]["precond"] == "pre"
+    assert without.param_groups[0]["precond"] == "one_sided"
 
 
 # --- what is refused

@@ -1,4 +1,4 @@
-"""The checkpoint format, version 1: this docstring is its specification, this module checks and writes it.
+"""The checkpoint format, version 1: this docstring is its specification, this module reads, checks and makes headers.
 
 A checkpoint is what `save_pretrained` of transformers writes: `config.json`, and safetensors files with an index where
 there are several. Nothing in it is executed on loading, and no other file is read by it: `quantization_report.json` and
@@ -57,53 +57,27 @@ what they call a module in memory, not in what they call it in files.) Loading i
 range, a tensor of another shape or dtype, a missing or an additional tensor of a compressed module is an error.
 """
 
-import contextlib
-import json
-import math
-import os
-import secrets
-import shutil
-import struct
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-import torch
-
+from hf_lrq.checks import check_integer, shown
 from hf_lrq.codebooks import get_codebook
 from hf_lrq.errors import CheckpointError, SpecError, did_you_mean
-from hf_lrq.layout import LayerLayout, TensorLayout
-from hf_lrq.spec import MAX_RANK, LayerSpec
+from hf_lrq.layout import BITS, LayerLayout, TensorLayout
+from hf_lrq.safetensors_headers import Headers, dtype_name
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "hf_lrq"
 MAX_MODULES = 1_000_000
 MAX_NAME = 1024
-MAX_HEADER_BYTES = 100_000_000  # The limit of the safetensors library.
 SHOWN_OFFENDERS = 10
-_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin")
-_SAVED_FOLDERS = ("additional_chat_templates",)  # Of a tokenizer.
 
 # What was merged into one module says nothing about the others: ft_rank has no default for all of them.
 LAYOUT_KEYS = tuple(item.name for item in fields(LayerLayout) if item.name != "ft_rank")
 _LAYER_KEYS = (*LAYOUT_KEYS, "bits")
 _MODULE_KEYS = (*_LAYER_KEYS, "ft_rank")
 _KEYS = ("quant_method", "format_version", *_LAYER_KEYS, "modules_to_not_convert", "modules")
-
-_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -167,10 +141,10 @@ def parse_header(data: Mapping[str, Any]) -> QuantizationHeader:
     default = _parse_layout("quantization_config", {key: data[key] for key in _LAYER_KEYS})
     skipped = data["modules_to_not_convert"]
     if not isinstance(skipped, list) or not all(isinstance(name, str) for name in skipped):
-        raise CheckpointError(f"modules_to_not_convert must be a list of module names, got {_shown(skipped)}.")
+        raise CheckpointError(f"modules_to_not_convert must be a list of module names, got {shown(skipped)}.")
     modules = data["modules"]
     if not isinstance(modules, Mapping):
-        raise CheckpointError(f"modules must be an object of module names, got {_shown(modules)}.")
+        raise CheckpointError(f"modules must be an object of module names, got {shown(modules)}.")
     for count, kind in ((len(skipped), "modules_to_not_convert"), (len(modules), "modules")):
         if count > MAX_MODULES:
             raise CheckpointError(f"{kind} has {count} entries; at most {MAX_MODULES} are allowed.")
@@ -183,11 +157,11 @@ def parse_header(data: Mapping[str, Any]) -> QuantizationHeader:
 
 def _check_version(data: Mapping[str, Any]) -> None:
     if data.get("quant_method") != QUANT_METHOD:
-        raise CheckpointError(f"quant_method must be {QUANT_METHOD!r}, got {_shown(data.get('quant_method'))}.")
+        raise CheckpointError(f"quant_method must be {QUANT_METHOD!r}, got {shown(data.get('quant_method'))}.")
     version = data.get("format_version")
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
         raise CheckpointError(
-            f"format_version must be an integer from 1 to {FORMAT_VERSION}, got {_shown(version)}. "
+            f"format_version must be an integer from 1 to {FORMAT_VERSION}, got {shown(version)}. "
             "The config.json of this checkpoint is damaged or was written by hand."
         )
     if version > FORMAT_VERSION:
@@ -202,7 +176,7 @@ def _check_keys(where: str, data: Mapping[str, Any], known: Iterable[str], requi
     for key in data:
         if key not in known:
             raise CheckpointError(
-                f"{where} has the unknown key {_shown(key)}.{did_you_mean(str(key), known)} "
+                f"{where} has the unknown key {shown(key)}.{did_you_mean(str(key), known)} "
                 f"Known keys: {', '.join(known)}."
             )
     missing = [key for key in required if key not in data]
@@ -213,96 +187,22 @@ def _check_keys(where: str, data: Mapping[str, Any], known: Iterable[str], requi
 def _parse_override(name: str, changes: Any, default: LayerLayout) -> LayerLayout:
     where = f"modules[{name!r}]"
     if not isinstance(changes, Mapping):
-        raise CheckpointError(f"{where} must be an object, got {_shown(changes)}.")
+        raise CheckpointError(f"{where} must be an object, got {shown(changes)}.")
     _check_keys(where, changes, known=_MODULE_KEYS, required=())
-    ft_rank = changes.get("ft_rank", 0)
-    if isinstance(ft_rank, bool) or not isinstance(ft_rank, int) or not 0 <= ft_rank <= MAX_RANK:
-        raise CheckpointError(f"{where}: ft_rank must be an integer from 0 to {MAX_RANK}, got {_shown(ft_rank)}.")
-    own = {key: value for key, value in changes.items() if key != "ft_rank"}
-    return replace(_parse_layout(where, {**_layer_dict(default), **own}), ft_rank=ft_rank)
+    return _parse_layout(where, {**_layer_dict(default), **changes})
 
 
 def _parse_layout(where: str, values: Mapping[str, Any]) -> LayerLayout:
+    bits = values["bits"]
     try:
-        if not isinstance(values["codebook"], str):
-            raise SpecError(f"codebook must be a name, got {_shown(values['codebook'])}.")
-        book = get_codebook(values["codebook"])
-        spec = LayerSpec(**{**values, "codebook": book.family})
+        check_integer("bits", bits, *BITS)
+        layout = LayerLayout(**{key: value for key, value in values.items() if key != "bits"})
     except SpecError as error:
         raise CheckpointError(f"{where}: {error}") from None
-    if spec.bits != book.bits:
-        raise CheckpointError(f"{where}: bits is {spec.bits}, but codebook {book.name!r} has {book.bits} per weight.")
-    return spec.layout
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-Headers = dict[str, tuple[str, tuple[int, ...]]]
-
-
-def read_headers(files: Iterable[str | os.PathLike[str]]) -> Headers:
-    """Name -> (safetensors dtype, shape) of every tensor, from the headers alone: no tensor is read.
-
-    Raises:
-        CheckpointError: if a file is missing, truncated, damaged or not safetensors, or if two files hold the same
-            tensor.
-    """
-    found: Headers = {}
-    for file in files:
-        for name, entry in _read_header(Path(file)).items():
-            if name in found:
-                raise CheckpointError(f"tensor {name!r} is in {file} and in another file. Save the model again.")
-            found[name] = entry
-    return found
-
-
-def _read_header(file: Path) -> Headers:
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing. {_ANOTHER_COPY}")
-    actual = file.stat().st_size
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 0 < length <= MAX_HEADER_BYTES:
-            raise CheckpointError(f"{file} ({actual} bytes) is not a safetensors file. {_ANOTHER_COPY}")
-        if 8 + length > actual:
-            raise CheckpointError(
-                f"{file} is truncated: the header alone takes {8 + length} bytes, the file has {actual}. "
-                f"{_ANOTHER_COPY}"
-            )
-        text = stream.read(length)
-    try:
-        table = json.loads(text)
-        table.pop("__metadata__", None)
-        entries = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in table.items()}
-        end = max((stop for *_, stop in entries.values()), default=0)
-        consistent = all(_spans(*entry) for entry in entries.values())
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise CheckpointError(f"the header of {file} cannot be read. {_ANOTHER_COPY}") from None
-    if not consistent:
-        raise CheckpointError(f"the header of {file} gives a tensor another length than its shape. {_ANOTHER_COPY}")
-    if 8 + length + end != actual:
-        raise CheckpointError(f"{file} should have {8 + length + end} bytes, it has {actual}. {_ANOTHER_COPY}")
-    return {name: (dtype, shape) for name, (dtype, shape, *_) in entries.items()}
-
-
-_ANOTHER_COPY = "Download or copy it again."
-
-
-def _spans(dtype: str, shape: tuple[int, ...], start: int, stop: int) -> bool:
-    """Whether the offsets are as long as dtype and shape say; dtypes unknown here are the library's to judge."""
-    if dtype not in _DTYPES:
-        return stop >= start
-    return stop - start == math.prod(shape) * _DTYPES[dtype].itemsize
-
-
-def float_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a safetensors dtype where that is a common floating one, else float32."""
-    dtype = _DTYPES.get(name, torch.float32)
-    return dtype if dtype.is_floating_point else torch.float32
+    stored = get_codebook(layout.codebook).bits
+    if bits != stored:
+        raise CheckpointError(f"{where}: bits is {bits}, but codebook {layout.codebook!r} has {stored} per weight.")
+    return layout
 
 
 def check_headers(expected: Mapping[str, TensorLayout], found: Headers) -> None:
@@ -319,12 +219,12 @@ def check_headers(expected: Mapping[str, TensorLayout], found: Headers) -> None:
     modules = {name.rpartition(".")[0] for name in expected}
     offenders = []
     for name, tensor in expected.items():
-        wanted = f"{_DTYPE_NAMES.get(tensor.dtype, tensor.dtype)} {list(tensor.shape)}"
+        wanted = f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
         if name not in found:
             offenders.append(f"{name}: expected {wanted}, missing")
             continue
         dtype, shape = found[name]
-        if _DTYPES.get(dtype) != tensor.dtype or shape != tensor.shape:
+        if (dtype, shape) != (dtype_name(tensor.dtype), tensor.shape):
             offenders.append(f"{name}: expected {wanted}, found {dtype} {list(shape)}")
     for name, (dtype, shape) in found.items():
         if name not in expected and name.rpartition(".")[0] in modules:
@@ -336,103 +236,3 @@ def check_headers(expected: Mapping[str, TensorLayout], found: Headers) -> None:
             f"{len(offenders)} tensors do not match config.json and the model:\n  " + "\n  ".join(lines) + "\n"
             "Files and config.json are of different checkpoints, or one was edited. Download or copy both again."
         )
-
-
-@contextlib.contextmanager
-def staged_directory(out: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
-    """A temporary directory beside `out` that takes its place when the block ends well, and vanishes when it does not.
-
-    Args:
-        out: where the files are to be; made with its parents.
-        overwrite: replace a directory that holds a model.
-
-    Yields:
-        The directory to write to.
-
-    Raises:
-        CheckpointError: see `check_free`.
-    """
-    target = Path(out).resolve()
-    check_free(out, overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
-    staging.mkdir()
-    try:
-        yield staging
-        for path in sorted(staging.rglob("*")):
-            _flush(path)
-        _flush(staging)
-        check_free(out, overwrite)
-        _take_place(staging, target)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-
-
-def check_free(out: str | os.PathLike[str], overwrite: bool = False) -> None:
-    """Make sure that `staged_directory` may put a model at `out`: worth asking before hours are spent on the model.
-
-    Raises:
-        CheckpointError: if `out` exists and is not an empty directory, unless it holds nothing but a model and
-            `overwrite` is set; or if it is a mount point, which cannot be replaced.
-    """
-    target = Path(out).resolve()
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise CheckpointError(f"{out} is a file; a model is saved to a folder. Choose another name.")
-    if os.path.ismount(target):
-        raise CheckpointError(
-            f"{out} is a mount point, which cannot be replaced as a whole. Choose a folder in it, for example "
-            f"{Path(out) / 'model'}."
-        )
-    content = {path.name for path in target.iterdir()}
-    if not content:
-        return
-    if not overwrite:
-        raise CheckpointError(
-            f"{out} is not empty. Choose another folder, or replace the model in it with --overwrite "
-            "(overwrite=True in Python)."
-        )
-    # What is not a model was hardly meant: replacing it would delete somebody's files.
-    if "config.json" not in content or not any(name.endswith(_WEIGHTS) for name in content):
-        raise CheckpointError(
-            f"{out} is not empty and holds no model (config.json with weights beside it), so it is not replaced. "
-            "Choose another folder."
-        )
-    folders = sorted(path.name for path in target.iterdir() if path.is_dir() and path.name not in _SAVED_FOLDERS)
-    if folders:
-        raise CheckpointError(
-            f"{out} holds folders that are no part of a model ({', '.join(folders[:3])}), so it is not replaced. "
-            "Choose another folder."
-        )
-
-
-def _take_place(staging: Path, target: Path) -> None:
-    """Rename `staging` to `target`; what was there is deleted only afterwards, and put back if the renaming fails."""
-    if not target.exists():
-        staging.rename(target)
-    else:
-        old = staging.with_suffix(".old")
-        target.rename(old)
-        try:
-            staging.rename(target)
-        except BaseException:
-            old.rename(target)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    _flush(target.parent)
-
-
-def _flush(path: Path) -> None:
-    """Ask the system to put a file or directory on the disk."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
-        return  # Windows cannot open directories.
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass  # Some file systems cannot; their files are as safe as they get.
-    finally:
-        os.close(descriptor)

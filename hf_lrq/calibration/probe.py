@@ -1,15 +1,8 @@
-"""Running the blocks of a model one at a time, on inputs that were recorded once.
+"""Passes over a few batches that show in what order a model runs, and which of its blocks can run by themselves."""
 
-One pass of the model notes how each block is called. Arguments that are outputs of the block before become
-placeholders; all others (masks, position embeddings) are kept as they are. From then on the blocks run by themselves:
-what a block returns, compressed or not, is the input of the next. This is exact where nothing but identities happens
-between the blocks, which a `Probe` finds out.
-"""
-
-import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -19,85 +12,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from hf_lrq.calibration.blocks import Stack
-from hf_lrq.calibration.capture import ModelRunner, StopPass
-from hf_lrq.calibration.targets import Target
-
-Path = tuple[Any, ...]  # Of keys and indices, from a nested value to a tensor in it.
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # Positional and keyword.
-Outputs = dict[Path, Tensor]
-Chain = frozenset[tuple[Path, Path]]  # Which arguments of a block are which outputs of the block before.
-
-
-@dataclass(frozen=True)
-class FromPrevious:
-    """Stands for an output of the block before."""
-
-    path: Path
-
-
-def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Everything in nested tuples, lists and mappings that is none of these, with its path."""
-    if isinstance(value, tuple | list):
-        for index, item in enumerate(value):
-            yield from leaves(item, (*path, index))
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from leaves(item, (*path, key))
-    else:
-        yield path, value
-
-
-def outputs_of(value: Any) -> Outputs:
-    """The tensors that a block returned."""
-    return {path: leaf for path, leaf in leaves(value) if isinstance(leaf, Tensor)}
-
-
-def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
-    """The same nested value with each leaf changed; containers of other types than these are leaves."""
-    if type(value) in (tuple, list):
-        return type(value)(_mapped(item, change) for item in value)
-    if type(value) is dict:
-        return {key: _mapped(item, change) for key, item in value.items()}
-    return change(value)
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """How a block was called."""
-
-    arguments: Arguments
-
-    @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], previous: Outputs) -> "Call":
-        """With placeholders for the outputs of the block before."""
-        paths = {id(tensor): path for path, tensor in previous.items()}
-
-        def placeholder(leaf: Any) -> Any:
-            return FromPrevious(paths[id(leaf)]) if id(leaf) in paths else leaf
-
-        return cls((_mapped(args, placeholder), _mapped(kwargs, placeholder)))
-
-    @property
-    def chain(self) -> Chain:
-        """The placeholders."""
-        return frozenset((path, leaf.path) for path, leaf in leaves(self.arguments) if isinstance(leaf, FromPrevious))
-
-    def needed(self, outputs: Outputs) -> Outputs:
-        """Those of the outputs of the block before that this call takes."""
-        return {path: outputs[path] for _, path in self.chain}
-
-    def run(self, block: nn.Module, previous: Outputs) -> Outputs:
-        """Call the block, with the outputs of the one before where they belong."""
-
-        def filled(leaf: Any) -> Any:
-            return previous[leaf.path] if isinstance(leaf, FromPrevious) else leaf
-
-        args, kwargs = _mapped(self.arguments, filled)
-        return outputs_of(block(*args, **kwargs))
+from hf_lrq.calibration.calls import Call, Chain, Outputs, leaves, outputs_of
+from hf_lrq.calibration.capture import ModelRunner
+from hf_lrq.work import Site
 
 
 @dataclass
-class Group:
+class Section:
     """What is calibrated together: all blocks of a stack, one by one, or the targets that lie between stacks.
 
     Attributes:
@@ -109,7 +30,7 @@ class Group:
     """
 
     stack: Stack | None
-    targets: dict[str, list[Target]] = field(default_factory=dict)
+    targets: dict[str, list[Site]] = field(default_factory=dict)
     obstacle: str | None = None
     chains: dict[tuple[str, ...], list[Chain]] = field(default_factory=dict)
     stop_early: bool = False
@@ -123,7 +44,7 @@ class Probe:
         calls: of each, most in one pass.
     """
 
-    def __init__(self, runner: ModelRunner, stacks: Sequence[Stack], targets: Sequence[Target]):
+    def __init__(self, runner: ModelRunner, stacks: Sequence[Stack], targets: Sequence[Site]):
         self._runner, self._stacks, self._targets = runner, stacks, targets
         self._obstacles: dict[int, str] = {}
         self._chains: dict[int, dict[tuple[str, ...], list[Chain]]] = {}
@@ -171,44 +92,44 @@ class Probe:
                 self._obstacles.setdefault(position, watcher.obstacle)
             self._chains.setdefault(position, {})[kind] = watcher.chain
 
-    def groups(self) -> list[Group]:
-        """All targets in groups, in the order in which the model reaches them; what it never reaches comes last."""
+    def sections(self) -> list[Section]:
+        """All targets in sections, in the order in which the model reaches them; what it never reaches comes last."""
         homes: dict[str, tuple[int, str]] = {}
         for target in self._targets:
             for position, stack in enumerate(self._stacks):
                 if (block := stack.block_of(target.name)) is not None:
                     homes[target.name] = (position, block)
         block_stacks = {block: position for position, stack in enumerate(self._stacks) for block in stack.blocks}
-        by_name: dict[str, list[Target]] = {}
+        by_name: dict[str, list[Site]] = {}
         for target in self._targets:
             by_name.setdefault(target.name, []).append(target)
 
-        groups: list[Group] = []
-        of_stack: dict[int, Group] = {}
+        sections: list[Section] = []
+        of_stack: dict[int, Section] = {}
         for name in self.order:
             if name in block_stacks:
                 position = block_stacks[name]
                 if position not in of_stack:
-                    of_stack[position] = Group(
+                    of_stack[position] = Section(
                         self._stacks[position],
                         obstacle=self._obstacles.get(position),
                         chains=self._chains[position],
                     )
-                    groups.append(of_stack[position])
+                    sections.append(of_stack[position])
                 of_stack[position].targets.setdefault(name, [])
             elif name not in homes:
-                if not groups or groups[-1].stack is not None:
-                    groups.append(Group(None, {"": []}))
-                groups[-1].targets[""] += by_name.pop(name)
-        never = Group(None, {"": []})
+                if not sections or sections[-1].stack is not None:
+                    sections.append(Section(None, {"": []}))
+                sections[-1].targets[""] += by_name.pop(name)
+        never = Section(None, {"": []})
         for name, targets in by_name.items():
             position, block = homes.get(name, (-1, ""))
             home = of_stack.get(position)
             found = home.targets.get(block, never.targets[""]) if home is not None else never.targets[""]
             found += targets
-        for group in groups:
-            group.stop_early = all(self.calls[t.name] == 1 for targets in group.targets.values() for t in targets)
-        return [*groups, never] if never.targets[""] else groups
+        for section in sections:
+            section.stop_early = all(self.calls[t.name] == 1 for targets in section.targets.values() for t in targets)
+        return [*sections, never] if never.targets[""] else sections
 
 
 class _StackWatcher:
@@ -312,65 +233,3 @@ class _Lineage(TorchFunctionMode):
                     for tensor in made:
                         watcher.follow(tensor)
         return result
-
-
-class StackRecorder:
-    """Hooks that note how each block of a stack is called in a pass, and end it after the last.
-
-    Passes may run in several threads.
-
-    Args:
-        blocks: name -> module, in the order in which they run.
-    """
-
-    def __init__(self, blocks: Mapping[str, nn.Module]):
-        self._blocks = blocks
-        self._local = threading.local()
-        self._handles: list[RemovableHandle] = []
-
-    def __enter__(self) -> "StackRecorder":
-        for name, block in self._blocks.items():
-            self._handles += [
-                block.register_forward_pre_hook(self._before(name), with_kwargs=True),
-                block.register_forward_hook(self._after),
-            ]
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def record(self, runner: ModelRunner, index: int, chain: Sequence[Chain]) -> list[Call] | None:
-        """One pass over a batch: the calls of all blocks, or of none; None where they do not follow `chain`."""
-        local = self._local
-        local.names, local.calls, local.previous = [], [], {}
-        runner.run(index)
-        names, calls = local.names, local.calls
-        local.calls = local.previous = None
-        if not calls:
-            return []
-        if names != list(self._blocks) or [call.chain for call in calls] != list(chain):
-            return None
-        return calls
-
-    def _before(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._local.names.append(name)
-            self._local.calls.append(Call.of(args, kwargs, self._local.previous))
-
-        return hook
-
-    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if len(self._local.names) == len(self._blocks):
-            raise StopPass
-        self._local.previous = outputs_of(output)
-
-
-def free(calls: list[Call | None], index: int) -> Call:
-    """Take one of the calls out of the list, so that its tensors can go."""
-    call = calls[index]
-    assert call is not None, "each call is replayed once"
-    calls[index] = None
-    return call

@@ -1,4 +1,6 @@
-"""The record of one compression, `quantization_report.json`: everything that loading does not need.
+"""The document `quantization_report.json`: its fields, made from what was recorded and measured, and its text.
+
+It holds everything about a compression that loading does not need; `calibration.records` has what it is made from.
 
 Fields of version 1: `report_version`, `base_model` {name, hub_id, and what its card says about licence and language},
 `architecture`, `recipe`, `seed`, `versions`, `bits` {compressed_layers, whole_file, caldera}, `size`
@@ -18,13 +20,13 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from hf_lrq.calibration.records import CompressionReport
 from hf_lrq.evaluation import Evaluation, Size
 from hf_lrq.report.text import json_ready, public_name, without_paths
+from hf_lrq.work.records import CompressionReport
 
 REPORT_VERSION = 1
 REPORT_NAME = "quantization_report.json"
-# Of the base model's card, what holds for the compressed model too.
+# What the base model's card says that holds for the compressed model too.
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 LIBRARIES = ("torch", "transformers", "safetensors", "accelerate", "huggingface_hub")
 
@@ -46,10 +48,10 @@ def build_report(
     Args:
         compression: what happened to each matrix.
         recipe: what was asked for, in the words of the configuration; paths are cut down to names.
-        seed: of every random choice.
+        seed: the seed that all random choices were made with.
         evaluation: what was measured.
-        size: of the saved files; None takes that of the evaluation.
-        base_model: id on the Hub or local path of the original; of a path only the last component is kept.
+        size: size of the saved files; None takes that of the evaluation.
+        base_model: id on the Hub, or local path, of the original; only the last component of a path is kept.
         base_card: metadata of the original's card, see `base_card`.
         architecture: class of the model, for example "LlamaForCausalLM".
         versions: library -> version; None asks the installed packages.

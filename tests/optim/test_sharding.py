@@ -19,7 +19,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory, run_ranks: Callable[..., Any
     return run_ranks(lambda rank: [str(script), str(folder), str(rank)], lambda rank: {})
 
 
-@pytest.mark.parametrize("name", ["pre", "two_sided", "kept", "sgd"])
+@pytest.mark.parametrize("name", ["one_sided", "two_sided", "kept", "sgd"])
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
 def test_two_processes_train_as_one(ranks, wrapper, name):
     """In two_sided and sgd with clipping, and a trust bound that binds."""

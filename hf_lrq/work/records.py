@@ -1,11 +1,10 @@
-"""What happened to each matrix: the record that reports, model cards and progress lines are made of."""
+"""What happened to each matrix of a model, recorded while it is compressed; reports and progress lines show it."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from hf_lrq.calibration.targets import Target, TargetList
 from hf_lrq.decomposition import CompressedMatrix
 
 
@@ -45,15 +44,15 @@ class LayerRecord:
     seconds: float
 
     @classmethod
-    def of(cls, name: str, target: Target, matrix: CompressedMatrix, seconds: float) -> "LayerRecord":
-        """From the result of one `compress_matrix`."""
+    def of(cls, name: str, kind: str, bits: int, matrix: CompressedMatrix, seconds: float) -> "LayerRecord":
+        """The record of one `compress_matrix` and its result."""
         layout = matrix.layout
         return cls(
             name=name,
-            kind=target.kind,
+            kind=kind,
             shape=matrix.shape,
             codebook=layout.codebook,
-            bits=target.spec.bits,
+            bits=bits,
             rank=layout.clamped_rank(*matrix.shape),
             factor_bits=layout.factor_bits,
             relative_error=math.sqrt(matrix.proxy_loss),
@@ -87,15 +86,6 @@ class CompressionReport:
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
     calibration: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def for_targets(cls, targets: TargetList) -> "CompressionReport":
-        """An empty report that knows what will be done."""
-        return cls(
-            skipped=dict(targets.skipped),
-            total_parameters=targets.total_parameters,
-            compressed_parameters=targets.compressed_parameters,
-        )
 
     @property
     def bits_per_weight(self) -> float:

@@ -1,4 +1,4 @@
-"""Preconditioning by hooks: the gradients are those that the optimizers would compute, and the model is as it was."""
+"""Preconditioning inside the graph: gradients are those that the optimizers compute, and the model is as it was."""
 
 from collections.abc import Callable
 
@@ -10,10 +10,61 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_lrq.decomposition import compress_matrix
 from hf_lrq.nn import LRQExpertStack, LRQLinear
-from hf_lrq.optim import RiemannianSGD, factor_pairs, precondition, precondition_gradients, riemannian_param_groups
+from hf_lrq.optim import (
+    RiemannianSGD,
+    factor_pairs,
+    precondition,
+    precondition_gradients,
+    precondition_in_graph,
+    riemannian_param_groups,
+)
 from hf_lrq.spec import LayerSpec
 
 DAMPING = 1e-3
+
+
+def draw(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def test_in_graph_gives_the_preconditioned_gradients_and_an_unchanged_output(generator: torch.Generator) -> None:
+    x, y = draw(generator, 5, 9), draw(generator, 5, 7)
+    L, R = draw(generator, 7, 3).requires_grad_(), draw(generator, 3, 9).requires_grad_()
+
+    def gradients(L_used: Tensor, R_used: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        out = x @ (0.5 * L_used @ R_used).T
+        return out, torch.autograd.grad((out - y).square().sum(), (L, R))
+
+    plain, raw = gradients(L, R)
+    same, preconditioned = gradients(*precondition_in_graph(L, R, 1e-4, scaling=0.5))
+    assert torch.equal(same, plain)
+    torch.testing.assert_close(preconditioned, precondition(*raw, L, R, 1e-4, scaling=0.5))
+
+
+def test_in_graph_adds_up_over_micro_batches(generator: torch.Generator) -> None:
+    """The preconditioner is linear, so accumulated gradients equal the gradient of the whole batch."""
+    x = draw(generator, 8, 9)
+    L, R = draw(generator, 7, 3).requires_grad_(), draw(generator, 3, 9).requires_grad_()
+    for part in (x, x[:4], x[4:]):
+        L_used, R_used = precondition_in_graph(L, R)
+        (part @ (L_used @ R_used).T).square().sum().backward()
+        if part is x:
+            whole = L.grad.clone(), R.grad.clone()
+            L.grad = R.grad = None
+    torch.testing.assert_close((L.grad, R.grad), whole)
+
+
+def test_in_graph_trains_one_factor_beside_a_frozen_one(generator: torch.Generator) -> None:
+    L, R = draw(generator, 7, 3), draw(generator, 3, 9).requires_grad_()
+    L_used, R_used = precondition_in_graph(L, R)
+    (L_used @ R_used).square().sum().backward()
+    product = 2 * L.T @ (L @ R)
+    torch.testing.assert_close(R.grad, precondition(torch.zeros_like(L), product.detach(), L, R.detach())[1])
+
+
+def test_in_graph_needs_damping(generator: torch.Generator) -> None:
+    with pytest.raises(ValueError, match=r"damping is 0; it must be positive"):
+        precondition_in_graph(draw(generator, 7, 3), draw(generator, 3, 9), 0)
 
 
 def compressed_layer(generator: torch.Generator, out: int = 24, width: int = 16) -> LRQLinear:

@@ -1,17 +1,17 @@
 """Fused mixture-of-experts layers of transformers, computed on compressed stacks."""
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_lrq.calibration.targets import EXPERT_MATRICES
-from hf_lrq.layout import LayerLayout
-from hf_lrq.nn import LRQExpertStack
+from hf_lrq.nn.experts import LRQExpertStack
 
+EXPERT_MATRICES = ("gate_up_proj", "down_proj")
 PREFIX = "qstack_"  # Not "<matrix>_...": the name patterns of some transformers releases have no end.
+# Flags of fused expert layers whose storage or arithmetic differs from plain [E, out, in] gated experts without bias.
+_UNSUPPORTED = {"has_bias": True, "is_transposed": True, "is_concatenated": False, "has_gate": False}
 
 
 class CompressedExperts:
@@ -40,22 +40,25 @@ class CompressedExperts:
         return out
 
 
-def add_stacks(module: nn.Module, layouts: Mapping[str, LayerLayout], keep_weights: bool) -> None:
-    """Give a fused experts module empty compressed stacks on the device of its weights, and the forward that uses them.
+def has_fused_experts(module: nn.Module) -> bool:
+    """Whether the module owns stacks of expert matrices [E, out, in] as parameters."""
+    stacks = [module._parameters.get(matrix) for matrix in EXPERT_MATRICES]
+    return all(stack is not None and stack.ndim == 3 for stack in stacks)
 
-    Args:
-        module: with `gate_up_proj` and `down_proj` [E, out, in].
-        layouts: of each of the two.
-        keep_weights: leave the uncompressed parameters in place, to be loaded and compressed.
-    """
-    for matrix in EXPERT_MATRICES:
-        weight = getattr(module, matrix)
-        experts, rows, columns = weight.shape
-        stack = LRQExpertStack(experts, columns, rows, layouts[matrix], device=weight.device)
-        module.add_module(PREFIX + matrix, stack)
-        if not keep_weights:
-            delattr(module, matrix)
-    use_stacks(module)
+
+def unsupported_flag(module: nn.Module) -> str | None:
+    """What keeps a fused experts module from being computed on compressed stacks, None if nothing does."""
+    for flag, unsupported in _UNSUPPORTED.items():
+        if getattr(module, flag, not unsupported) == unsupported:
+            return f"{flag}={unsupported}"
+    return None if hasattr(module, "_apply_gate") else "no _apply_gate"
+
+
+def add_stack(module: nn.Module, matrix: str, stack: LRQExpertStack) -> None:
+    """Give a fused experts module one of its compressed stacks; with the second it starts to compute with them."""
+    module.add_module(PREFIX + matrix, stack)
+    if all(PREFIX + each in module._modules for each in EXPERT_MATRICES):
+        use_stacks(module)
 
 
 def use_stacks(module: nn.Module) -> None:
@@ -77,9 +80,9 @@ def owns_stacks(module: nn.Module) -> bool:
     return any(isinstance(module._modules.get(PREFIX + matrix), LRQExpertStack) for matrix in EXPERT_MATRICES)
 
 
-def remove_stacks(module: nn.Module, dtype: torch.dtype) -> None:
-    """Undo `add_stacks`: uncompressed parameters in `dtype`, and the original class."""
-    for matrix in EXPERT_MATRICES:
-        stack: Any = module._modules.pop(PREFIX + matrix)
-        module.register_parameter(matrix, nn.Parameter(stack.dense(dtype)))
-    module.__class__ = type(module).__mro__[2]
+def remove_stack(module: nn.Module, matrix: str, dtype: torch.dtype) -> None:
+    """Undo `add_stack`: the uncompressed parameter in `dtype`, and the original class."""
+    stack: Any = module._modules.pop(PREFIX + matrix)
+    module.register_parameter(matrix, nn.Parameter(stack.dense(dtype)))
+    if isinstance(module, CompressedExperts):
+        module.__class__ = type(module).__mro__[2]

@@ -4,25 +4,25 @@ import pytest
 import torch
 from torch import nn
 
-from hf_lrq.calibration.targets import count_parameters, find_targets
 from hf_lrq.errors import CompressionError
 from hf_lrq.spec import CompressionSpec, LayerSpec
+from hf_lrq.work.plan import count_parameters, excluded, make_plan
 
 
 def test_a_model_without_linear_layers_is_not_told_to_lower_the_rank() -> None:
     with pytest.raises(CompressionError, match=r"Sequential has no layer to compress: none is linear\.$"):
-        find_targets(nn.Sequential(nn.Conv2d(3, 3, 1)), CompressionSpec())
+        make_plan(nn.Sequential(nn.Conv2d(3, 3, 1)), CompressionSpec())
 
 
 def test_reasons_are_given_once_with_the_first_names() -> None:
     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6)))
     spec = CompressionSpec(default=LayerSpec(rank=64))
     with pytest.raises(CompressionError) as caught:
-        find_targets(model, spec, skip=["5"])
+        make_plan(model, spec, excluded(model, ["5"]))
     message = str(caught.value)
     assert "6 linear layers found, all skipped" in message
     assert "0, 1, 2 and 2 more: would not get smaller with this rank and these bits" in message
-    assert "5: excluded by the configuration" in message
+    assert "5: matches '5' in modules_to_not_convert" in message
     assert message.endswith("Lower the rank, or shorten modules_to_not_convert.")
 
 
@@ -38,3 +38,20 @@ def test_tied_weights_count_once_also_before_they_are_tied(order: tuple[str, str
         model.head.weight = model.table.weight  # type: ignore[union-attr]
     assert count_parameters(model) == 2 * 32
     assert count_parameters(nn.Linear(8, 4, device=torch.device("cpu"))) == 36
+
+
+def test_each_site_is_planned_or_left_alone_with_a_reason(homes: nn.Module, spec: CompressionSpec) -> None:
+    plan = make_plan(homes, spec, {"linear": "for a test"})
+    assert [site.label for site in plan.specs] == ["inner.0", "experts.gate_up_proj", "experts.down_proj"]
+    assert plan.left_alone == {"linear": "for a test"}
+    assert plan.matrices == ["inner.0", *(f"experts.{s}_proj.{e}" for s in ("gate_up", "down") for e in range(3))]
+    inventory = plan.inventory
+    assert inventory.compressed_parameters == 24 * 32 + 3 * (32 * 32 + 32 * 16)
+    assert "3 matrices with 5,376 of" in inventory.summary()
+    assert inventory.report().skipped == plan.left_alone
+
+
+def test_experts_are_compressed_whole_or_not_at_all(homes: nn.Module, spec: CompressionSpec) -> None:
+    homes.experts.has_bias = True
+    reason = "fused experts with has_bias=True are not supported"
+    assert make_plan(homes, spec).left_alone == dict.fromkeys(["experts.gate_up_proj", "experts.down_proj"], reason)

@@ -9,10 +9,19 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hf_lrq.optim.batches import Batch, Memory, Scratch, batches_of, is_16_bit
-from hf_lrq.optim.groups import METRICS, Group, check_group, check_same_pairing, parameter_name
+from hf_lrq.optim.low_bits import is_16_bit
+from hf_lrq.optim.pairs import (
+    METRICS,
+    ParamGroup,
+    check_group,
+    check_same_pairing,
+    parameter_name,
+    use_present_names,
+)
 from hf_lrq.optim.precondition import compute_dtype
+from hf_lrq.optim.roots import Memory
 from hf_lrq.optim.sharding import local, true_on_any_rank
+from hf_lrq.optim.update_batches import Scratch, UpdateBatch, batches_of
 
 # At first factors can change by orders of magnitude (LoRA's L from zero), and Adam's averages do not survive it when
 # their preconditioner jumps: so many steps refresh it in any case. A heuristic.
@@ -31,16 +40,19 @@ class PairedOptimizer(Optimizer):
 
     PRECONDITIONERS: ClassVar[tuple[str, ...]]
 
-    def __init__(self, params: Params, options: Group):
-        super().__init__(params, {**options, "paired": False, "scaling": 1.0})
+    def __init__(self, params: Params, options: ParamGroup):
+        defaults = {**options, "paired": False, "scaling": 1.0}
+        use_present_names(defaults)
+        super().__init__(params, defaults)
 
-    def add_param_group(self, param_group: Group) -> None:
+    def add_param_group(self, param_group: ParamGroup) -> None:
         """Add a group; see the class.
 
         Raises:
             ValueError: if an option is out of range, or the factors of a paired group do not pair up.
         """
         super().add_param_group(param_group)
+        use_present_names(self.param_groups[-1])
         try:
             check_group(self.param_groups[-1], self.PRECONDITIONERS)
         except (ValueError, TypeError):
@@ -82,21 +94,21 @@ class PairedOptimizer(Optimizer):
 
     @torch.no_grad()
     def projected_grad_norm(self) -> Tensor:
-        """The norm that `clip_projected` bounds: of all whitened gradients together, and of the plain ones as they are.
+        """The norm that `clip_projected` bounds: that of all gradients together, those of pairs whitened.
 
         For a pair it is the norm of dLoss/dW restricted to what the pair can change, however W is split. A scalar.
         """
         return projected_norm(self._batches())
 
     def state_dict(self) -> dict[str, Any]:
-        """As of any torch optimizer; without the Grams of "h_aware", which are data and as large as the model."""
+        """The state, as of any torch optimizer; without the Grams of "h_aware": data, and as large as the model."""
         state = super().state_dict()
         for group in state["param_groups"]:
             group.pop(METRICS, None)
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over a state from `state_dict()`; Grams stay those that the groups were made with.
+        """Take over a state from `state_dict()`; the Grams stay those that the groups were made with.
 
         Raises:
             ValueError: if the groups differ in number, size or pairing, or the state needs Grams that they lack.
@@ -108,6 +120,7 @@ class PairedOptimizer(Optimizer):
         for group, own in zip(self.param_groups, metrics, strict=True):
             for name, value in self.defaults.items():  # Options that are newer than the state.
                 group.setdefault(name, value)
+            use_present_names(group)
             if own is not None:
                 group[METRICS] = own
         # torch casts state to the dtype of its parameter; beside 16-bit parameters, ours is float32 and int16. The
@@ -118,9 +131,9 @@ class PairedOptimizer(Optimizer):
                 if isinstance(value, Tensor):
                     self.state[p][key] = value.to("cpu" if key == "step" else p.device)
 
-    def _batches(self) -> list[Batch]:
-        """All parameters that have gradients."""
-        batches: list[Batch] = []
+    def _batches(self) -> list[UpdateBatch]:
+        """Batches of all parameters that have gradients."""
+        batches: list[UpdateBatch] = []
         scratch = Scratch()
         for group in self.param_groups:
             refresh, age = group["refresh"], group.get("age", 0)
@@ -129,7 +142,7 @@ class PairedOptimizer(Optimizer):
         return batches
 
     @abstractmethod
-    def _update(self, batch: Batch, grads: list[Tensor]) -> None:
+    def _update(self, batch: UpdateBatch, grads: list[Tensor]) -> None:
         """Update the parameters of one batch.
 
         Args:
@@ -137,15 +150,15 @@ class PairedOptimizer(Optimizer):
             grads: local parts, neither whitened nor preconditioned yet; not to be written to.
         """
 
-    def _running(self, batch: Batch, name: str) -> list[Tensor]:
-        """Local parts of an average that starts at zero, in the dtype of computation."""
+    def _running(self, batch: UpdateBatch, name: str) -> list[Tensor]:
+        """Local parts of a running average, which starts at zero; in the dtype of computation."""
         for p in batch.params:
             if name not in self.state[p]:
                 zeros = torch.zeros_like(p, dtype=compute_dtype(p), memory_format=torch.preserve_format)
                 self.state[p][name] = zeros
         return [local(self.state[p][name]) for p in batch.params]
 
-    def _low_bits(self, batch: Batch) -> list[Tensor] | None:
+    def _low_bits(self, batch: UpdateBatch) -> list[Tensor] | None:
         """Local parts of what rounding cut off; None unless the parameters are 16-bit and `kahan` is set."""
         if not batch.group["kahan"] or not is_16_bit(batch.params[0]):
             return None
@@ -155,15 +168,15 @@ class PairedOptimizer(Optimizer):
         return [local(self.state[p]["low_bits"]) for p in batch.params]
 
 
-def projected_norm(batches: list[Batch]) -> Tensor:
-    """Square root of the sum of `Batch.squared_norm`; zero for no batches."""
+def projected_norm(batches: list[UpdateBatch]) -> Tensor:
+    """Square root of the sum of `UpdateBatch.squared_norm`; zero for no batches."""
     if not batches:
         return torch.zeros(())
     squares = [batch.squared_norm() for batch in batches]
     return torch.stack([square.to(squares[0]) for square in squares]).sum().sqrt()
 
 
-def check_gradients(groups: list[Group]) -> None:
+def check_gradients(groups: list[ParamGroup]) -> None:
     """Complain about gradients that cannot be used, before anything is updated; one synchronisation.
 
     Raises:

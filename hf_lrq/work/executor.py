@@ -1,13 +1,13 @@
-"""Threads that compute with one thread each, so that results do not depend on how many there are.
+"""Who carries the work out: the calling thread, or several that compute with one thread each.
 
 The order of a floating-point sum inside a matrix product depends on how many threads share the product. Whole passes
-and whole matrices are therefore spread over threads, and nothing inside them is.
+and whole matrices are therefore spread over threads, and nothing inside them is: results do not depend on the number.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -16,7 +16,51 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Workers:
+class Executor(Protocol):
+    """Applies a function to many items, some of them at a time.
+
+    Attributes:
+        count: items that are worked on side by side.
+    """
+
+    @property
+    def count(self) -> int: ...
+
+    def map(self, function: Callable[[Item], Result], items: Iterable[Item], one_by_one: bool = False) -> list[Result]:
+        """`function` of each item, in the order of the items; the first failure in that order is raised.
+
+        Args:
+            function: called without gradients, side by side.
+            items: its arguments.
+            one_by_one: run each after the one before it.
+        """
+
+    def stream(
+        self, function: Callable[[Item], Result], items: Iterable[Item], one_by_one: bool = False
+    ) -> Iterator[Result]:
+        """Like `map`, but each result can be had as soon as it and those before it are there."""
+
+
+class Inline:
+    """Works in the calling thread, item by item."""
+
+    count = 1
+
+    def map(self, function: Callable[[Item], Result], items: Iterable[Item], one_by_one: bool = False) -> list[Result]:
+        """See `Executor`."""
+        return list(self.stream(function, items))
+
+    def stream(
+        self, function: Callable[[Item], Result], items: Iterable[Item], one_by_one: bool = False
+    ) -> Iterator[Result]:
+        """See `Executor`."""
+        for item in items:
+            with torch.no_grad():
+                result = function(item)
+            yield result
+
+
+class Threads:
     """A pool of threads, without gradients; a context manager that gives the caller's thread setting back.
 
     Args:
@@ -30,12 +74,12 @@ class Workers:
         self._pool = ThreadPoolExecutor(count, "hf_lrq", torch.set_num_threads, (1,))
 
     @classmethod
-    def for_model(cls, model: nn.Module) -> "Workers":
+    def for_model(cls, model: nn.Module) -> "Threads":
         """As many as the caller's torch.get_num_threads() on a CPU, one on anything else."""
         on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
         return cls(torch.get_num_threads() if on_cpu else 1)
 
-    def __enter__(self) -> "Workers":
+    def __enter__(self) -> "Threads":
         return self
 
     def __exit__(
@@ -45,19 +89,13 @@ class Workers:
         torch.set_num_threads(self._callers_threads)
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item], one_by_one: bool = False) -> list[Result]:
-        """`function` of each item, in the order of the items; the first failure in that order is raised.
-
-        Args:
-            function: called without gradients, in several threads at a time.
-            items: its arguments.
-            one_by_one: run each after the one before it, still in a thread of the pool.
-        """
+        """See `Executor`; one by one too, the work is done in a thread of the pool."""
         return list(self.stream(function, items, one_by_one))
 
     def stream(
         self, function: Callable[[Item], Result], items: Iterable[Item], one_by_one: bool = False
     ) -> Iterator[Result]:
-        """Like `map`, but each result can be had as soon as it and those before it are there."""
+        """See `Executor`."""
 
         def without_gradients(item: Item) -> Result:
             with torch.no_grad():

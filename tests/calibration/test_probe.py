@@ -1,18 +1,23 @@
 """Blocks run by themselves only where that is exact; everything else is noticed, said, and calibrated all the same."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_lrq.calibration import compress
+from hf_lrq.calibration import compress_model
 from hf_lrq.calibration.blocks import find_stacks
 from hf_lrq.calibration.capture import ModelRunner, as_for_inference
-from hf_lrq.calibration.replay import Group, Probe
-from hf_lrq.calibration.targets import find_targets
+from hf_lrq.calibration.probe import Probe, Section
 from hf_lrq.spec import CompressionSpec
+from hf_lrq.work import CompressionReport, excluded, make_plan
+
+
+def compress(model: nn.Module, batches: Any, spec: CompressionSpec, skip: Sequence[str] = ()) -> CompressionReport:
+    return compress_model(model, make_plan(model, spec, excluded(model, skip)), batches)
+
 
 Between = Callable[[Any, nn.Module, Tensor], tuple[Tensor]]
 
@@ -108,19 +113,19 @@ def make(toy_class: type[nn.Module], make_toy: Callable[..., Any]) -> Callable[[
     return model
 
 
-def stack_group(model: nn.Module, batches: list[Any], spec: CompressionSpec) -> Group:
-    targets = find_targets(model, spec).compressed
+def stack_section(model: nn.Module, batches: list[Any], spec: CompressionSpec) -> Section:
+    targets = list(make_plan(model, spec).specs)
     probe = Probe(ModelRunner(model, batches), find_stacks(model, targets), targets)
     with torch.no_grad(), as_for_inference(model):
         probe.run()
-    return next(group for group in probe.groups() if group.stack is not None)
+    return next(section for section in probe.sections() if section.stack is not None)
 
 
 @pytest.mark.parametrize("between", FAITHFUL, ids=lambda f: f.__name__)
 def test_models_that_only_pass_outputs_on_are_replayed(
     between: Between, make: Callable[[Between], Any], tokens: list[Tensor], quick: CompressionSpec
 ) -> None:
-    assert stack_group(make(between), tokens, quick).obstacle is None
+    assert stack_section(make(between), tokens, quick).obstacle is None
     assert compress(make(between), tokens, quick).warnings == []
 
 
@@ -202,11 +207,11 @@ def test_stacks_are_taken_in_the_order_of_execution(
     torch.set_rng_state(torch_state)
     ids = torch.arange(40).reshape(2, 20)
     batches = [ids, {"input_ids": ids, "picture": torch.randn(2, 35, 32, generator=generator)}]
-    targets = find_targets(model, quick).compressed
+    targets = list(make_plan(model, quick).specs)
     probe = Probe(ModelRunner(model, batches), find_stacks(model, targets), targets)
     with torch.no_grad():
         probe.run()
-    order = [group.stack.name if group.stack else "outside" for group in probe.groups()]
+    order = [section.stack.name if section.stack else "outside" for section in probe.sections()]
     assert order == ["seeing", "outside", "words"]
     report = compress(model, batches, quick)
     assert report.warnings == []

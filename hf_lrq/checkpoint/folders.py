@@ -1,0 +1,113 @@
+"""Folders of models: replaced as a whole or not at all, and never what somebody else keeps there."""
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from hf_lrq.errors import CheckpointError
+
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin")
+_SAVED_FOLDERS = ("additional_chat_templates",)  # Of a tokenizer.
+
+
+@contextlib.contextmanager
+def staged_directory(out: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
+    """A temporary directory beside `out` that takes its place when the block ends well, and vanishes when it does not.
+
+    Args:
+        out: where the files are to be; made with its parents.
+        overwrite: replace a directory that holds a model.
+
+    Yields:
+        The directory to write to.
+
+    Raises:
+        CheckpointError: see `check_free`.
+    """
+    target = Path(out).resolve()
+    check_free(out, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
+    staging.mkdir()
+    try:
+        yield staging
+        for path in sorted(staging.rglob("*")):
+            _flush(path)
+        _flush(staging)
+        check_free(out, overwrite)
+        _take_place(staging, target)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def check_free(out: str | os.PathLike[str], overwrite: bool = False) -> None:
+    """Make sure that `staged_directory` may put a model at `out`: worth asking before hours are spent on the model.
+
+    Raises:
+        CheckpointError: if `out` exists and is not an empty directory, unless it holds nothing but a model and
+            `overwrite` is set; or if it is a mount point, which cannot be replaced.
+    """
+    target = Path(out).resolve()
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise CheckpointError(f"{out} is a file; a model is saved to a folder. Choose another name.")
+    if os.path.ismount(target):
+        raise CheckpointError(
+            f"{out} is a mount point, which cannot be replaced as a whole. Choose a folder in it, for example "
+            f"{Path(out) / 'model'}."
+        )
+    content = {path.name for path in target.iterdir()}
+    if not content:
+        return
+    if not overwrite:
+        raise CheckpointError(
+            f"{out} is not empty. Choose another folder, or replace the model in it with --overwrite "
+            "(overwrite=True in Python)."
+        )
+    # What is not a model was hardly meant: replacing it would delete somebody's files.
+    if "config.json" not in content or not any(name.endswith(_WEIGHTS) for name in content):
+        raise CheckpointError(
+            f"{out} is not empty and holds no model (config.json with weights beside it), so it is not replaced. "
+            "Choose another folder."
+        )
+    folders = sorted(path.name for path in target.iterdir() if path.is_dir() and path.name not in _SAVED_FOLDERS)
+    if folders:
+        raise CheckpointError(
+            f"{out} holds folders that are no part of a model ({', '.join(folders[:3])}), so it is not replaced. "
+            "Choose another folder."
+        )
+
+
+def _take_place(staging: Path, target: Path) -> None:
+    """Rename `staging` to `target`; what was there is deleted only afterwards, and put back if the renaming fails."""
+    if not target.exists():
+        staging.rename(target)
+    else:
+        old = staging.with_suffix(".old")
+        target.rename(old)
+        try:
+            staging.rename(target)
+        except BaseException:
+            old.rename(target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    _flush(target.parent)
+
+
+def _flush(path: Path) -> None:
+    """Ask the system to put a file or directory on the disk."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return  # Windows cannot open directories.
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass  # Some file systems cannot; their files are as safe as they get.
+    finally:
+        os.close(descriptor)

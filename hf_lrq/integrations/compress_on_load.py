@@ -1,0 +1,143 @@
+"""Compression of weights one by one, as transformers loads them."""
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+
+from hf_lrq.calibration.compress import DATA_FREE
+from hf_lrq.errors import CompressionError
+from hf_lrq.integrations.loading import put_empty
+from hf_lrq.work import CompressionReport, Held, Inline, Inventory, LayerRecord, Plan, Site, compress_sites
+
+
+class LoadingCompression:
+    """A plan that is carried out while the parameters of a model arrive.
+
+    Puts compressed layers into the model, with the uncompressed parameter still in place for transformers to load into.
+
+    Args:
+        model: a PreTrainedModel whose weights are still to be loaded.
+        plan: made for it.
+    """
+
+    def __init__(self, model: Any, plan: Plan):
+        self._plan = plan
+        self._awaited = {site.parameter: site for site in plan.specs}
+        self._records: dict[Site, list[LayerRecord]] = {}
+        self._missing: set[str] | None = None
+        self._failure: Exception | None = None
+        self._started = time.monotonic()
+        put_empty(model, plan.inventory.layouts, keep_parameters=True)
+
+    def awaits(self, name: str) -> bool:
+        """Whether this parameter is compressed as it is loaded."""
+        return name in self._awaited
+
+    def element_size(self, name: str, parameter: Tensor) -> float | None:
+        """Bytes that will be stored for each element of a parameter; None for one that is not compressed."""
+        site = self._awaited.get(name)
+        if site is None:
+            return None
+        if site.holder != site.name:
+            return 0.0  # What takes its place is a module of its own, counted as such.
+        layout = self._plan.specs[site].layout
+        return layout.tensors(site.out_features, site.in_features)["weight"].bytes / parameter.numel()
+
+    def convert(self, name: str, parameter: Tensor, model: Any, missing: set[str] | None) -> dict[str, Tensor]:
+        """Full name -> value of all that replaces a parameter; one that is not awaited stays as it is.
+
+        Args:
+            name: of the parameter in the model.
+            parameter: as it was loaded.
+            model: that is being loaded.
+            missing: transformers' list of parameters that are still missing.
+        """
+        site = self._awaited.get(name)
+        if site is None:
+            return {name: parameter}
+        self._missing = missing
+        values = self._compressed(site, parameter)
+        self._remove(site, model)
+        return {key: frozen(value, parameter.device) for key, value in values.items()}
+
+    def finish(self, model: Any) -> tuple[Inventory, CompressionReport]:
+        """Deal with parameters that did not arrive by themselves; what the model is now, and what was done to it.
+
+        Raises:
+            Exception: the first failure of `convert`.
+            CompressionError: if an awaited parameter is not in the checkpoint.
+        """
+        if self._failure is not None:
+            raise self._failure
+        inventory = self._plan.inventory
+        for name, site in self._awaited.items():
+            if site not in self._records:
+                self._finish_site(model, name, site, inventory)
+        report = inventory.report()
+        report.layers = [record for site in inventory.layouts for record in self._records[site]]
+        report.seconds = time.monotonic() - self._started
+        report.calibration = dict(DATA_FREE)
+        return inventory, report
+
+    def _finish_site(self, model: Any, name: str, site: Site, inventory: Inventory) -> None:
+        if self._missing is not None and name not in self._missing:
+            # It came together with other weights, in one tensor that transformers took apart.
+            parameter = model.get_parameter(name)
+            values = self._run(site, parameter)
+            self._remove(site, model)
+            for key, value in values.items():
+                setattr(model.get_submodule(site.holder), key.rpartition(".")[2], frozen(value, parameter.device))
+            return
+        # A head that this class adds to the model that was saved; transformers has initialised it.
+        plain = site.untouched(model.get_submodule(site.name))
+        if plain is None:
+            raise CompressionError(f"the checkpoint has no {name}. Load it without compression to see what it has.")
+        model.set_submodule(site.name, plain)
+        del inventory.layouts[site]
+        inventory.left_alone[site.label] = "not in the checkpoint, newly initialised"
+
+    def _remove(self, site: Site, model: Any) -> None:
+        """Take the uncompressed parameter away, unless a compressed one has its name."""
+        if site.holder != site.name:
+            delattr(model.get_submodule(site.name), site.parameter.rpartition(".")[2])
+            if self._missing is not None:
+                self._missing.discard(site.parameter)
+
+    def _compressed(self, site: Site, parameter: Tensor) -> dict[str, Tensor]:
+        if self._failure is None:
+            try:
+                return self._run(site, parameter)
+            except Exception as error:
+                # transformers would log this, go on, and end with an error that says nothing. Raised after loading.
+                self._failure = error
+        layout = self._plan.specs[site].layout
+        return {key: torch.zeros(each.shape, dtype=each.dtype) for key, each in site.tensors(layout).items()}
+
+    def _run(self, site: Site, parameter: Tensor) -> dict[str, Tensor]:
+        held = Held({site.label: parameter})
+        records = self._records.setdefault(site, [])
+        compress_sites(self._plan, [site], held, held, Inline(), done=records.append)
+        return held.values
+
+
+class CompressOnLoad(ConversionOps):
+    """What transformers calls with a weight that is compressed as it is loaded."""
+
+    def __init__(self, loading: LoadingCompression):
+        self._loading = loading
+
+    def convert(self, input_dict: dict[str, Any], *_: Any, **context: Any) -> dict[str, Any]:
+        """{full name: weight} -> {full name: tensor} of everything stored instead."""
+        converted: dict[str, Any] = {}
+        for name, value in input_dict.items():
+            weight = value[0] if isinstance(value, list) else value
+            converted |= self._loading.convert(name, weight, context["model"], context.get("missing_keys"))
+        return converted
+
+
+def frozen(value: Tensor, device: torch.device) -> nn.Parameter:
+    """A parameter on `device` that is not trained."""
+    return nn.Parameter(value.to(device), requires_grad=False)

@@ -1,0 +1,54 @@
+"""From compressed layers back to ordinary ones."""
+
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import torch
+from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+from torch import nn
+
+from hf_lrq.errors import SpecError
+from hf_lrq.nn import LRQExpertStack, LRQLinear, unfuse_layers
+from hf_lrq.nn.fused_experts import owns_stacks
+from hf_lrq.work import Site
+from hf_lrq.work.sites import LinearSite
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def decompress(model: Any, sites: Iterable[Site], dtype: torch.dtype) -> Any:
+    """Replace every compressed layer of a model by the ordinary one that it stands for.
+
+    Args:
+        model: changed in place.
+        sites: of the compressed matrices.
+        dtype: of the weights.
+
+    Raises:
+        SpecError: if a weight is offloaded; the model is then unchanged.
+    """
+    unfuse_layers(model)
+    # All of them before the first is replaced: a model of both kinds must not come about.
+    for name, module in model.named_modules():
+        if isinstance(module, LRQLinear | LRQExpertStack) and module.weight.device.type == "meta":
+            raise SpecError(f"{name} is offloaded, so its weight is not at hand. Load the model without offloading.")
+    owned: dict[str, list[Site]] = {}
+    for site in sites:
+        owned.setdefault(site.name, []).append(site)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LRQLinear) and name not in owned:  # Inside an adapter.
+            owned[name] = [LinearSite(name, module.out_features, module.in_features)]
+        for site in owned.get(name, ()) if isinstance(module, LRQLinear) or owns_stacks(module) else ():
+            plain = site.uncompressed(module, dtype)
+            if plain is not module:
+                model.set_submodule(name, with_hook_of(module, plain))
+    return model
+
+
+def with_hook_of(old: nn.Module, new: _Module) -> _Module:
+    """The new module with the hook by which accelerate moves the inputs of the old one, if any."""
+    hook = getattr(old, "_hf_hook", None)
+    if hook is not None:
+        remove_hook_from_module(old)
+        add_hook_to_module(new, hook)
+    return new

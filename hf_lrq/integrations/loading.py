@@ -1,0 +1,134 @@
+"""Compressed checkpoints: empty layers for what the files hold, and the header that describes what a model holds."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hf_lrq.checkpoint import Headers, QuantizationHeader, check_headers, float_dtype, read_headers
+from hf_lrq.codebooks import get_codebook
+from hf_lrq.errors import CheckpointError
+from hf_lrq.integrations.conversions import names_in_files, names_in_model
+from hf_lrq.layout import LayerLayout, TensorLayout
+from hf_lrq.nn import LRQExpertStack, LRQLinear
+from hf_lrq.spec import LayerSpec
+from hf_lrq.work import Inventory, Site, sites_of
+from hf_lrq.work.sites import joined
+
+
+def empty_layers(model: Any, header: QuantizationHeader, files: Sequence[str]) -> Inventory:
+    """Put an empty compressed layer where the checkpoint has a compressed one.
+
+    Args:
+        model: a PreTrainedModel whose weights are still to be loaded.
+        header: of the checkpoint, as its config.json has it.
+        files: of the checkpoint; none leaves them unchecked.
+
+    Raises:
+        CheckpointError: if the files do not hold what header and model call for.
+    """
+    header = _in_model_names(model, header)
+    alone = set(header.modules_to_not_convert)
+    inventory = Inventory(total_parameters=sum(parameter.numel() for parameter in model.parameters()))
+    for name, module in model.named_modules():
+        sites = sites_of(name, module)
+        if sites and name in alone:
+            inventory.left_alone[name] = "left alone when the checkpoint was made"
+        else:
+            inventory.layouts |= {site: header.layout_for(site.holder) for site in sites}
+    if files:
+        _check_files(model, files, inventory)
+    put_empty(model, inventory.layouts, keep_parameters=False)
+    return inventory
+
+
+def put_empty(model: Any, layouts: Mapping[Site, LayerLayout], keep_parameters: bool) -> None:
+    """Put empty compressed layers in the place of uncompressed ones, see `Site.empty`."""
+    for site, layout in layouts.items():
+        module = model.get_submodule(site.name)
+        layer = site.empty(module, layout, keep_parameters)
+        if layer is not module:
+            model.set_submodule(site.name, layer)
+
+
+def header_of_model(model: Any, default: LayerLayout) -> QuantizationHeader:
+    """What config.json says of a model with compressed modules, in the names of the files.
+
+    Args:
+        model: a PreTrainedModel.
+        default: layout of the modules that need no entry of their own.
+    """
+    layouts: dict[str, LayerLayout] = {}
+    alone = []
+    for name, module in model.named_modules():
+        if isinstance(module, LRQLinear | LRQExpertStack):
+            layouts[f"{name}.weight"] = module.layout
+        elif sites_of(name, module):
+            alone.append(f"{name}.weight")
+    stored = names_in_files((*layouts, *alone), model)
+    return QuantizationHeader.of(
+        default,
+        {stored[key].removesuffix(".weight"): layout for key, layout in layouts.items()},
+        [stored[key].removesuffix(".weight") for key in alone],
+    )
+
+
+def default_layout(spec: LayerSpec, model: nn.Module) -> LayerLayout:
+    """The layout that most modules have which were compressed as `spec` says."""
+    if spec.codebook != "auto":
+        return spec.layout
+    # It fits each matrix; what most of those with these bits got need not be said of each.
+    modules = [module for module in model.modules() if isinstance(module, LRQLinear | LRQExpertStack)]
+    books = Counter(module.layout.codebook for module in modules)
+    fitting = [name for name in books if get_codebook(name).bits == spec.bits]
+    return replace(spec.layout, codebook=max(fitting, key=books.__getitem__, default=spec.layout.codebook))
+
+
+def _in_model_names(model: Any, header: QuantizationHeader) -> QuantizationHeader:
+    """The header with the modules named as they are in this class and release."""
+    wanted = [
+        joined(holder, "weight")
+        for name, module in model.named_modules()
+        if (sites := sites_of(name, module))
+        for holder in dict.fromkeys([name, *(site.holder for site in sites)])
+    ]
+    keys = [f"{name}.weight" for name in (*header.modules_to_not_convert, *header.overrides)]
+    name_of = {
+        key.removesuffix(".weight"): name.removesuffix(".weight")
+        for key, name in names_in_model(keys, model, wanted).items()
+    }
+    return QuantizationHeader(
+        header.default,
+        {name_of[name]: layout for name, layout in header.overrides.items()},
+        tuple(name_of[name] for name in header.modules_to_not_convert),
+    )
+
+
+def _check_files(model: Any, files: Sequence[str], inventory: Inventory) -> None:
+    foreign = [file for file in files if not str(file).endswith(".safetensors")]
+    if foreign:
+        raise CheckpointError(f"{foreign[0]} is not a safetensors file; compressed checkpoints have no other.")
+    tensors = {site: site.tensors(layout) for site, layout in inventory.layouts.items()}
+    keys = {*model.state_dict(), *(key for each in tensors.values() for key in each)}
+    headers = read_headers([Path(file) for file in files])
+    found = {name: headers[key] for key, name in names_in_model(headers, model, keys).items()}
+    # A head that this class adds to the model that was saved: transformers initialises it and says so.
+    if type(model).__name__ not in (model.config.architectures or ()):
+        for site in [site for site, each in tensors.items() if found.keys().isdisjoint(each)]:
+            del inventory.layouts[site], tensors[site]
+            inventory.left_alone[site.name] = "not in the checkpoint"
+    expected = {key: layout for each in tensors.values() for key, layout in each.items()}
+    check_headers(expected | _biases(model, inventory, found), found)
+
+
+def _biases(model: Any, inventory: Inventory, found: Headers) -> dict[str, TensorLayout]:
+    """Biases that compressed layers must find; their dtype is that of the uncompressed model, whatever it was."""
+    expected = {}
+    for site in inventory.layouts:
+        if getattr(model.get_submodule(site.name), "bias", None) is not None:
+            key = joined(site.holder, "bias")
+            expected[key] = TensorLayout((site.out_features,), float_dtype(found.get(key, ("F32", ()))[0]))
+    return expected

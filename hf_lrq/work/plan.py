@@ -1,0 +1,196 @@
+"""What is compressed and how, and what is left alone and why: made once, before any work."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from hf_lrq.errors import CompressionError
+from hf_lrq.kernels import has_backend, status
+from hf_lrq.layout import LayerLayout
+from hf_lrq.patterns import name_matches
+from hf_lrq.spec import CompressionSpec, LayerSpec
+from hf_lrq.work.job import Job
+from hf_lrq.work.records import CompressionReport
+from hf_lrq.work.sites import Site, find_sites, sites_of
+
+logger = logging.getLogger(__name__)
+
+LISTED = 3  # Names spelled out for each reason.
+
+
+@dataclass
+class Inventory:
+    """What of a model is stored compressed, and what is not.
+
+    Attributes:
+        layouts: site -> how its matrices are stored, in the order of the model's modules.
+        left_alone: label of each other site -> reason.
+        total_parameters: weights of the whole model.
+    """
+
+    layouts: dict[Site, LayerLayout] = field(default_factory=dict)
+    left_alone: dict[str, str] = field(default_factory=dict)
+    total_parameters: int = 0
+
+    @property
+    def compressed_parameters(self) -> int:
+        """Weights that are stored compressed."""
+        return sum(site.weights for site in self.layouts)
+
+    def report(self) -> CompressionReport:
+        """An empty report that knows what will be done."""
+        return CompressionReport(
+            skipped=dict(self.left_alone),
+            total_parameters=self.total_parameters,
+            compressed_parameters=self.compressed_parameters,
+        )
+
+    def summary(self) -> str:
+        """One line: how many matrices and what share of the parameters."""
+        share = self.compressed_parameters / max(self.total_parameters, 1)
+        return (
+            f"{len(self.layouts)} matrices with {self.compressed_parameters:,} of {self.total_parameters:,} "
+            f"parameters ({share:.1%}) compressed; {len(self.left_alone)} modules left as they are"
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The work on one model, as a value.
+
+    Attributes:
+        specs: site -> what to do, in the order of the model's modules.
+        left_alone: label of each other site -> reason.
+        total_parameters: weights of the whole model.
+        seed: decides every random choice, together with the name of each matrix.
+    """
+
+    specs: Mapping[Site, LayerSpec]
+    left_alone: Mapping[str, str]
+    total_parameters: int
+    seed: int = 0
+
+    @property
+    def inventory(self) -> Inventory:
+        """What the model will be once the plan is carried out."""
+        layouts = {site: spec.layout for site, spec in self.specs.items()}
+        return Inventory(layouts, dict(self.left_alone), self.total_parameters)
+
+    @property
+    def matrices(self) -> list[str]:
+        """The names of all matrices to compress, in order."""
+        return [name for site in self.specs for name in site.matrices]
+
+    def jobs(self, site: Site) -> Iterator[Job]:
+        """One for each matrix of a site."""
+        for name in site.matrices:
+            yield Job(name, site.kind, self.specs[site], self.seed)
+
+
+def make_plan(
+    model: nn.Module, spec: CompressionSpec, alone: Mapping[str, str] | None = None, bytes_per_weight: int = 2
+) -> Plan:
+    """Decide about every linear layer, transposed linear layer and stack of fused experts.
+
+    Args:
+        model: weights may be on the meta device.
+        spec: what to do to each.
+        alone: exact name of a module to leave as it is -> reason.
+        bytes_per_weight: of the uncompressed model; a matrix that would not shrink is left alone.
+
+    Raises:
+        CompressionError: if nothing is left to compress.
+    """
+    alone = alone or {}
+    device = _device_of_work(model)
+    fast = has_backend(device)
+    specs: dict[Site, LayerSpec] = {}
+    left: dict[str, str] = {}
+    for name, module in model.named_modules():
+        sites = {site: _fitted(site, spec, fast) for site in sites_of(name, module)}
+        for site, chosen in sites.items():
+            reason = alone.get(name) or site.obstacle(module)
+            if reason is None and site.bytes(chosen.layout) >= bytes_per_weight * site.weights:
+                reason = "would not get smaller with this rank and these bits"
+            if reason is not None:
+                left[site.label] = reason
+        kept = {site: chosen for site, chosen in sites.items() if site.label not in left}
+        if len(kept) == len(sites):
+            specs |= kept
+        else:
+            # The module computes with all of its stacks compressed or with none.
+            left |= {site.label: "only one of its two stacks would gain" for site in kept}
+    if not specs:
+        raise CompressionError(_nothing(type(model).__name__, left))
+    _warn_of_slow_codebooks(specs, spec, device)
+    return Plan(specs, left, count_parameters(model), spec.seed)
+
+
+def excluded(model: nn.Module, patterns: Sequence[str]) -> dict[str, str]:
+    """Name of each module with a site that one of the patterns means, see `patterns.name_matches` -> reason."""
+    return {
+        site.name: f"matches {pattern!r} in modules_to_not_convert"
+        for site in find_sites(model)
+        if (pattern := name_matches(site.name, patterns)) is not None
+    }
+
+
+def _device_of_work(model: nn.Module) -> torch.device:
+    # While a model is loaded its weights are nowhere yet; they go to a GPU if there is one.
+    future = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return next((p.device for p in model.parameters() if p.device.type != "meta"), future)
+
+
+def _fitted(site: Site, spec: CompressionSpec, fast: bool) -> LayerSpec:
+    return spec.for_layer(site.label).fitted(site.out_features, site.in_features, blocks=fast)
+
+
+def _warn_of_slow_codebooks(specs: Mapping[Site, LayerSpec], spec: CompressionSpec, device: torch.device) -> None:
+    passed_over = {
+        f"{best.resolved_codebook} (now {chosen.resolved_codebook})"
+        for site, chosen in specs.items()
+        if chosen != (best := _fitted(site, spec, fast=True))
+    }
+    if passed_over:
+        logger.warning(
+            "codebook 'auto' is not %s, because nothing here searches its paths fast: %s",
+            ", ".join(sorted(passed_over)),
+            status(device),
+        )
+
+
+def _nothing(model: str, left: Mapping[str, str]) -> str:
+    found = f"{len(left)} linear layers found, all skipped ({by_reason(left)})"
+    advice = f"{found}. Lower the rank, or shorten modules_to_not_convert." if left else "none is linear."
+    return f"{model} has no layer to compress: {advice}"
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Weights of a model; tied ones once, also while they are not tied yet because the model is being loaded."""
+    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    seen: set[int | str] = set()
+    count = 0
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        same = {id(parameter), tied.get(name, name)}
+        if seen.isdisjoint(same):
+            count += parameter.numel()
+        seen |= same
+    return count
+
+
+def by_reason(left_alone: Mapping[str, str]) -> str:
+    """Names and reasons in one line, a reason once."""
+    parts = []
+    for reason in dict.fromkeys(left_alone.values()):
+        names = [name for name, why in left_alone.items() if why == reason]
+        parts.append(f"{listed(names, LISTED)}: {reason}")
+    return "; ".join(parts)
+
+
+def listed(names: Sequence[str], limit: int) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

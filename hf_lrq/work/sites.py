@@ -1,0 +1,326 @@
+"""Where matrices live in a model: how they are found, taken out as [out, in], and put back compressed.
+
+Every way to compress (in memory, while a model is loaded, from files) and every reader of the result (loading, sizes)
+asks a site for the names and shapes of what is stored. A new kind of home is one class here.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hf_lrq.decomposition import CompressedMatrix
+from hf_lrq.layout import LayerLayout, TensorLayout
+from hf_lrq.nn import LRQExpertStack, LRQLinear
+from hf_lrq.nn.fused_experts import (
+    EXPERT_MATRICES,
+    PREFIX,
+    add_stack,
+    has_fused_experts,
+    remove_stack,
+    unsupported_flag,
+)
+
+
+@dataclass(frozen=True)
+class Site(ABC):
+    """The home of one matrix, or of a stack of equal ones, in a model.
+
+    Attributes:
+        name: dotted name of the module that owns the uncompressed parameter.
+        out_features, in_features: of each matrix.
+        kind: word for reports.
+        routed: whether a row of the module's input goes to some of the matrices only.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+
+    kind: ClassVar[str]
+    routed: ClassVar[bool] = False
+
+    @classmethod
+    @abstractmethod
+    def of(cls, name: str, module: nn.Module) -> "list[Site]":
+        """The sites of this kind in the module called `name`; none if the module is of another kind."""
+
+    @property
+    def count(self) -> int:
+        """The number of matrices."""
+        return 1
+
+    @property
+    def weights(self) -> int:
+        """The number of weights in all matrices."""
+        return self.count * self.out_features * self.in_features
+
+    @property
+    def label(self) -> str:
+        """The name by which patterns, plans and reports call it; unique in the model."""
+        return self.name
+
+    @property
+    def parameter(self) -> str:
+        """Full name of the uncompressed parameter."""
+        return joined(self.name, "weight")
+
+    @property
+    def holder(self) -> str:
+        """Name of the module that holds the stored tensors, in memory and in files."""
+        return self.name
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """The name of each matrix."""
+        return (self.label,)
+
+    def obstacle(self, module: nn.Module) -> str | None:
+        """Why the module cannot compute with compressed matrices, None if it can."""
+        return None
+
+    def tensors(self, layout: LayerLayout) -> dict[str, TensorLayout]:
+        """Full name -> layout of everything that is stored, bias excluded."""
+        stored = layout.tensors(self.out_features, self.in_features)
+        return {joined(self.holder, name): tensor for name, tensor in stored.items()}
+
+    def bytes(self, layout: LayerLayout) -> int:
+        """Bytes of everything that is stored, bias excluded."""
+        return self.count * layout.bytes(self.out_features, self.in_features)
+
+    @abstractmethod
+    def matrix(self, parameter: Tensor, index: int) -> Tensor:
+        """One matrix [out, in] of the uncompressed parameter."""
+
+    def values(self, matrices: Sequence[CompressedMatrix]) -> dict[str, Tensor]:
+        """Full name -> value of everything that is stored, see `tensors`."""
+        (only,) = matrices
+        return {joined(self.holder, name): tensor for name, tensor in only.tensors().items()}
+
+    @abstractmethod
+    def compressed(self, module: nn.Module, matrices: Sequence[CompressedMatrix]) -> nn.Module:
+        """What takes the place of the uncompressed module: a layer of its own, or the module itself, changed."""
+
+    @abstractmethod
+    def empty(self, module: nn.Module, layout: LayerLayout, keep_parameter: bool) -> nn.Module:
+        """Like `compressed`, with tensors that are still to be loaded, on the device of the uncompressed parameter.
+
+        Args:
+            module: the uncompressed one; its weights may be on the meta device.
+            layout: of what will be loaded.
+            keep_parameter: leave an uncompressed parameter under its name, to be loaded and then compressed.
+        """
+
+    def untouched(self, module: nn.Module) -> nn.Module | None:
+        """Undo `empty`: the uncompressed module around the parameter that was kept; None where there is no way."""
+        return None
+
+    @abstractmethod
+    def uncompressed(self, module: nn.Module, dtype: torch.dtype) -> nn.Module:
+        """Undo `compressed`: the module with ordinary weights of `dtype`."""
+
+
+@dataclass(frozen=True)
+class LinearSite(Site):
+    """A linear layer, y = x W^T + b."""
+
+    kind: ClassVar[str] = "linear"
+
+    @classmethod
+    def of(cls, name: str, module: nn.Module) -> list[Site]:
+        """See `Site`."""
+        # Not isinstance: subclasses of nn.Linear often have a forward of their own.
+        return [cls(name, module.out_features, module.in_features)] if type(module) is nn.Linear else []
+
+    def matrix(self, parameter: Tensor, index: int) -> Tensor:
+        """See `Site`."""
+        return parameter
+
+    def compressed(self, module: nn.Module, matrices: Sequence[CompressedMatrix]) -> nn.Module:
+        """See `Site`."""
+        bias: Tensor | None = getattr(module, "bias", None)
+        return LRQLinear.from_matrix(matrices[0], bias)
+
+    def empty(self, module: nn.Module, layout: LayerLayout, keep_parameter: bool) -> nn.Module:
+        """See `Site`."""
+        weight, bias = module.get_parameter("weight"), module._parameters["bias"]
+        layer = LRQLinear(
+            self.in_features,
+            self.out_features,
+            bias is not None,
+            layout,
+            device=weight.device,
+            dtype=None if bias is None else bias.dtype,
+        )
+        if keep_parameter:
+            layer.weight = nn.Parameter(torch.empty_like(weight), requires_grad=False)
+            layer._is_hf_initialized = False  # A head that is not in the checkpoint is initialised as usual.
+        return layer
+
+    def untouched(self, module: nn.Module) -> nn.Module | None:
+        """See `Site`."""
+        bias = module._parameters["bias"]
+        plain = self._plain(bias is not None)
+        plain.weight = nn.Parameter(module.get_parameter("weight").detach())
+        plain.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach()))
+        return plain
+
+    def uncompressed(self, module: nn.Module, dtype: torch.dtype) -> nn.Module:
+        """See `Site`."""
+        assert isinstance(module, LRQLinear), "that is what `compressed` makes"
+        return module.to_linear(dtype).requires_grad_(True).train(module.training)
+
+    def _plain(self, bias: bool) -> nn.Module:
+        """An uncompressed layer on the meta device."""
+        return nn.Linear(self.in_features, self.out_features, bias, device="meta")
+
+
+@dataclass(frozen=True)
+class Conv1DSite(LinearSite):
+    """GPT-2's transposed linear layer, whose weight is stored [in, out]; recognised without importing its library.
+
+    Attributes:
+        original: its class, Conv1D(out_features, in_features).
+    """
+
+    original: type[nn.Module]
+
+    kind: ClassVar[str] = "conv1d"
+
+    @classmethod
+    def of(cls, name: str, module: nn.Module) -> list[Site]:
+        """See `Site`."""
+        if type(module).__name__ != "Conv1D" or not (hasattr(module, "nf") and hasattr(module, "nx")):
+            return []
+        rows, columns = module.get_parameter("weight").shape
+        return [cls(name, columns, rows, type(module))]
+
+    def matrix(self, parameter: Tensor, index: int) -> Tensor:
+        """See `Site`."""
+        return parameter.T
+
+    def uncompressed(self, module: nn.Module, dtype: torch.dtype) -> nn.Module:
+        """See `Site`."""
+        linear = super().uncompressed(module, dtype)
+        transposed = self._plain(bias=True)
+        transposed.weight = nn.Parameter(linear.get_parameter("weight").detach().T.contiguous())
+        transposed.bias = linear.bias
+        return transposed.train(module.training)
+
+    def _plain(self, bias: bool) -> nn.Module:
+        """See `LinearSite`; a Conv1D always has a bias."""
+        with torch.device("meta"):
+            return self.original(self.out_features, self.in_features)
+
+
+@dataclass(frozen=True)
+class ExpertStackSite(Site):
+    """One of the two stacks of matrices [E, out, in] of a fused experts module.
+
+    Attributes:
+        stack: name of the parameter, one of `EXPERT_MATRICES`.
+        experts: E.
+    """
+
+    stack: str
+    experts: int
+
+    kind: ClassVar[str] = "experts"
+    routed: ClassVar[bool] = True
+
+    @classmethod
+    def of(cls, name: str, module: nn.Module) -> list[Site]:
+        """See `Site`."""
+        if not has_fused_experts(module):
+            return []
+        shapes = {stack: module.get_parameter(stack).shape for stack in EXPERT_MATRICES}
+        return [cls(name, rows, columns, stack, experts) for stack, (experts, rows, columns) in shapes.items()]
+
+    @property
+    def count(self) -> int:
+        """See `Site`."""
+        return self.experts
+
+    @property
+    def label(self) -> str:
+        """See `Site`."""
+        return joined(self.name, self.stack)
+
+    @property
+    def parameter(self) -> str:
+        """See `Site`."""
+        return self.label
+
+    @property
+    def holder(self) -> str:
+        """See `Site`."""
+        return joined(self.name, PREFIX + self.stack)
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """See `Site`."""
+        return tuple(f"{self.label}.{expert}" for expert in range(self.experts))
+
+    def obstacle(self, module: nn.Module) -> str | None:
+        """See `Site`."""
+        flag = unsupported_flag(module)
+        return None if flag is None else f"fused experts with {flag} are not supported"
+
+    def tensors(self, layout: LayerLayout) -> dict[str, TensorLayout]:
+        """See `Site`."""
+        each = super().tensors(layout)
+        return {name: TensorLayout((self.experts, *one.shape), one.dtype) for name, one in each.items()}
+
+    def matrix(self, parameter: Tensor, index: int) -> Tensor:
+        """See `Site`."""
+        return parameter[index]
+
+    def values(self, matrices: Sequence[CompressedMatrix]) -> dict[str, Tensor]:
+        """See `Site`."""
+        each = [super(ExpertStackSite, self).values([one]) for one in matrices]
+        return {name: torch.stack([one[name] for one in each]) for name in each[0]}
+
+    def compressed(self, module: nn.Module, matrices: Sequence[CompressedMatrix]) -> nn.Module:
+        """See `Site`."""
+        self.empty(module, matrices[0].layout, keep_parameter=False)
+        stack: Any = module._modules[PREFIX + self.stack]
+        for expert, matrix in enumerate(matrices):
+            stack.load_matrix(expert, matrix)
+        return module
+
+    def empty(self, module: nn.Module, layout: LayerLayout, keep_parameter: bool) -> nn.Module:
+        """See `Site`."""
+        device = module.get_parameter(self.stack).device
+        stack = LRQExpertStack(self.experts, self.in_features, self.out_features, layout, device=device)
+        add_stack(module, self.stack, stack)
+        if not keep_parameter:
+            delattr(module, self.stack)
+        return module
+
+    def uncompressed(self, module: nn.Module, dtype: torch.dtype) -> nn.Module:
+        """See `Site`."""
+        remove_stack(module, self.stack, dtype)
+        return module
+
+
+SITE_KINDS: tuple[type[Site], ...] = (LinearSite, Conv1DSite, ExpertStackSite)
+
+
+def sites_of(name: str, module: nn.Module) -> list[Site]:
+    """The homes of matrices in one uncompressed module; for most modules there are none."""
+    if isinstance(module, LRQLinear | LRQExpertStack):
+        return []
+    return [site for kind in SITE_KINDS for site in kind.of(name, module)]
+
+
+def find_sites(model: nn.Module) -> list[Site]:
+    """The homes of all matrices of a model that are not compressed yet, in the order of its modules."""
+    return [site for name, module in model.named_modules() for site in sites_of(name, module)]
+
+
+def joined(name: str, child: str) -> str:
+    """The dotted name of a child; the root of a model has the empty name."""
+    return f"{name}.{child}" if name else child
