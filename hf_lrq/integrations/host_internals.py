@@ -147,7 +147,7 @@ TRANSFORMERS = (
     HostName(
         "transformers.modeling_utils._is_hf_initialized",
         "attribute",
-        ("nn", *_HOSTED),
+        ("nn", "work"),
         "keeps transformers from initialising codes that lie under `weight`",
     ),
     HostName(
@@ -162,7 +162,7 @@ TRANSFORMERS = (
     HostName(
         "transformers.modeling_utils.PreTrainedModel.all_tied_weights_keys",
         "attribute",
-        ("calibration", *_HOSTED),
+        ("work", *_HOSTED),
         "tied weights are left uncompressed and counted once",
     ),
     HostName("transformers.modeling_utils.hf_quantizer", "attribute", ("cli", *_HOSTED), "the quantizer of a model"),
@@ -181,11 +181,11 @@ TRANSFORMERS = (
     HostName("transformers.modeling_utils.distributed_config", "attribute", _HOSTED, "tensor parallelism is refused"),
     # Modules.
     HostName("transformers.pytorch_utils.Conv1D", "class", _HOSTED, "the transposed linear of GPT-2"),
-    _experts("_apply_gate", "the activation between the two stacks of fused experts", "calibration", *_HOSTED),
-    _experts("has_bias", "unsupported where true", "calibration"),
-    _experts("is_transposed", "unsupported where true", "calibration"),
-    _experts("is_concatenated", "unsupported where false", "calibration", since="5.7"),
-    _experts("has_gate", "unsupported where false", "calibration", since="5.3"),
+    _experts("_apply_gate", "the activation between the two stacks of fused experts", "calibration", "nn"),
+    _experts("has_bias", "unsupported where true", "nn"),
+    _experts("is_transposed", "unsupported where true", "nn"),
+    _experts("is_concatenated", "unsupported where false", "nn", since="5.7"),
+    _experts("has_gate", "unsupported where false", "nn", since="5.3"),
     _experts("has_post_expert_norm", "unsupported where true", *_HOSTED, since="5.20"),
     # The command line.
     HostName(
