@@ -180,7 +180,7 @@ TRANSFORMERS = (
     ),
     HostName("transformers.modeling_utils.distributed_config", "attribute", _HOSTED, "tensor parallelism is refused"),
     # Modules.
-    HostName("transformers.pytorch_utils.Conv1D", "class", _HOSTED, "the transposed linear of GPT-2"),
+    HostName("transformers.pytorch_utils.Conv1D", "class", ("work",), "the transposed linear of GPT-2"),
     _experts("_apply_gate", "the activation between the two stacks of fused experts", "calibration", "nn"),
     _experts("has_bias", "unsupported where true", "nn"),
     _experts("is_transposed", "unsupported where true", "nn"),
