@@ -258,19 +258,51 @@ def cayley(X: Tensor) -> Tensor:
     return torch.linalg.solve(eye + K, eye - K)
 
 
-# Name -> (class, whether ":number" follows: "no", "may", "must").
-_MODES: dict[str, tuple[type[Mode], str]] = {
-    "all": (All, "no"),
-    "head": (Head, "must"),
-    "append": (Append, "must"),
-    "core:diag": (CoreDiagonal, "no"),
-    "core:full": (Core, "no"),
-    "core:rotate": (CoreRotation, "no"),
-    "spectral": (Spectral, "may"),
-}
-_SHOWN = ", ".join(
-    name + {"no": "", "may": " or spectral:k", "must": ":k"}[number] for name, (_, number) in _MODES.items()
-)
+NUMBERS = {
+    "no": "",
+    "may": " or {name}:k",
+    "must": ":k",
+}  # Whether a number of ranks follows the name -> how it is shown.
+_MODES: dict[str, tuple[type[Mode], str]] = {}
+
+
+def register_mode(name: str, kind: type[Mode], number: str = "no") -> None:
+    """Make a mode known by name, for `LRQAdapterConfig(mode=name)`. Idempotent.
+
+    A saved adapter names its mode, so a program that loads it has to register the mode as well.
+
+    Args:
+        name: without a number; it may have a colon in it, as "core:diag" has.
+        kind: what does it; a frozen dataclass.
+        number: whether ":k" follows the name, k ranks: "no", "may" or "must".
+
+    Raises:
+        SpecError: if the name is that of another mode, or the class has a name already.
+    """
+    if number not in NUMBERS:
+        raise SpecError(f"number must be one of {', '.join(map(repr, NUMBERS))}, got {number!r}.")
+    for taken, (known, _) in _MODES.items():
+        if (taken == name) != (known is kind):
+            raise SpecError(f"mode {taken!r} is {known.__name__} already. Choose another name, or another class.")
+    _MODES[name] = kind, number
+
+
+def known_modes() -> dict[str, str]:
+    """Name of each registered mode -> whether a number of ranks follows: "no", "may" or "must"."""
+    return {name: number for name, (_, number) in _MODES.items()}
+
+
+register_mode("all", All)
+register_mode("head", Head, number="must")
+register_mode("append", Append, number="must")
+register_mode("core:diag", CoreDiagonal)
+register_mode("core:full", Core)
+register_mode("core:rotate", CoreRotation)
+register_mode("spectral", Spectral, number="may")
+
+
+def _shown() -> str:
+    return ", ".join(name + NUMBERS[number].format(name=name) for name, number in known_modes().items())
 
 
 def parse_mode(text: str) -> Mode:
@@ -283,14 +315,14 @@ def parse_mode(text: str) -> Mode:
     Head(number=8)
     """
     if not isinstance(text, str):
-        raise SpecError(f"mode must be a text such as 'all', got {text!r}. Modes: {_SHOWN}.")
+        raise SpecError(f"mode must be a text such as 'all', got {text!r}. Modes: {_shown()}.")
     if text in _MODES and _MODES[text][1] != "must":
         return _MODES[text][0]()
-    name, _, number = text.partition(":")
+    name, _, number = (text, "", "") if text in _MODES else text.rpartition(":")
     kind, needs = _MODES.get(name, (None, ""))
     if kind is None:
         hint = did_you_mean(text, _MODES) or did_you_mean(name, _MODES)
-        raise SpecError(f"Unknown mode {text!r}.{hint} Modes: {_SHOWN}.")
+        raise SpecError(f"Unknown mode {text!r}.{hint} Modes: {_shown()}.")
     if needs == "no":
         raise SpecError(f"mode {name!r} takes no number, got {text!r}.")
     if not (number.isascii() and number.isdigit() and int(number) > 0):

@@ -12,6 +12,27 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from hf_lrq import LRQConfig
 from hf_lrq.integrations.peft import LRQAdapterConfig
+from hf_lrq.integrations.peft.modes import known_modes, parse_mode
+
+# Every registered mode as a user writes it, with and without a number of ranks where both are allowed.
+MODES = [
+    text
+    for name, number in known_modes().items()
+    for text, ways in ((name, ("no", "may")), (f"{name}:2", ("may", "must")))
+    if number in ways
+]
+
+
+@pytest.fixture(params=MODES)
+def mode(request: pytest.FixtureRequest) -> str:
+    """Any mode."""
+    return request.param
+
+
+@pytest.fixture(params=[text for text in MODES if not parse_mode(text).outside])
+def inside_mode(request: pytest.FixtureRequest) -> str:
+    """Any mode that replaces the factors of the layer."""
+    return request.param
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,6 @@ from hf_lrq import LRQLinear
 from hf_lrq.integrations.peft import LRQAdapterConfig, LRQAdapterLinear
 from hf_lrq.layout import TENSOR_NAMES
 
-MODES = ["all", "head:2", "append:3", "core:diag", "core:full", "core:rotate", "spectral", "spectral:2"]
 UP = "model.layers.0.mlp.up_proj"
 # Releases of PEFT and transformers warn about each other.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:Adapter .* was active which is now deleted")
@@ -43,7 +42,6 @@ def test_the_type_is_known_to_peft() -> None:
 
 
 @pytest.mark.parametrize("factor_bits", [16, 8, 4])
-@pytest.mark.parametrize("mode", MODES)
 def test_a_new_adapter_changes_no_bit_of_the_output(
     base: Any, logits: Any, mode: str, factor_bits: int, adapted: Any
 ) -> None:
@@ -53,7 +51,6 @@ def test_a_new_adapter_changes_no_bit_of_the_output(
     assert_equal(stored(model), {name.replace("_proj.", "_proj.base_layer."): t for name, t in before.items()})
 
 
-@pytest.mark.parametrize("mode", MODES)
 def test_nor_does_it_in_bfloat16_or_under_autocast(base: Any, logits: Any, mode: str, adapted: Any) -> None:
     low = base().to(torch.bfloat16)
     expected = logits(low)
@@ -65,7 +62,6 @@ def test_nor_does_it_in_bfloat16_or_under_autocast(base: Any, logits: Any, mode:
 
 
 @pytest.mark.parametrize("factor_bits", [16, 4])
-@pytest.mark.parametrize("mode", MODES)
 def test_gradients_reach_the_adapter_and_nothing_else(
     base: Any, tokens: torch.Tensor, mode: str, factor_bits: int, adapted: Any
 ) -> None:

@@ -18,7 +18,6 @@ from hf_lrq.errors import CheckpointError
 from hf_lrq.integrations.peft import LRQAdapterConfig
 from hf_lrq.layout import FACTOR_NAMES, TENSOR_NAMES, LayerLayout
 
-MODES = ["all", "head:2", "append:3", "core:diag", "core:full", "core:rotate", "spectral", "spectral:2"]
 UP = "model.layers.0.mlp.up_proj"
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -39,7 +38,6 @@ Q = ("weight", "scales", "rot_in", "rot_out")
 
 
 @pytest.mark.parametrize("factor_bits", [16, 8, 4])
-@pytest.mark.parametrize("mode", MODES)
 def test_merged_outputs_are_the_same_and_unmerged_tensors_are(
     base: Any, logits: Any, trained: Any, mode: str, factor_bits: int
 ) -> None:

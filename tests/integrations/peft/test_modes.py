@@ -18,9 +18,6 @@ from hf_lrq.integrations.peft.modes import (
     with_number,
 )
 
-MODES = ["all", "head:2", "append:3", "core:diag", "core:full", "core:rotate", "spectral", "spectral:2"]
-INSIDE = [mode for mode in MODES if not mode.startswith("append")]
-
 
 def factors(rank=5, shape=(12, 9), seed=0):
     generator = torch.Generator().manual_seed(seed)
@@ -50,12 +47,11 @@ def svd(L, R):
     return U[:, :rank], S[:rank], Vt[:rank].T
 
 
-@pytest.mark.parametrize("mode", INSIDE)
 @pytest.mark.parametrize("rank", [2, 5, 9])
-def test_every_mode_starts_at_the_factors_themselves(mode, rank):
+def test_every_mode_starts_at_the_factors_themselves(inside_mode, rank):
     L, R = factors(rank)
     for scale in (1.0, 1e-3, 1e3):
-        start = parse_mode(mode).product(L * scale, R, tensors(parse_mode(mode), L * scale, R))
+        start = parse_mode(inside_mode).product(L * scale, R, tensors(parse_mode(inside_mode), L * scale, R))
         assert torch.equal(start[0], L * scale)
         assert torch.equal(start[1], R)
 
@@ -68,10 +64,9 @@ def test_an_appended_pair_starts_as_zero():
     assert 0.1 < own["lrq_R"].abs().max() <= 1 / 3  # uniform up to 1 / sqrt(9)
 
 
-@pytest.mark.parametrize("mode", INSIDE)
-def test_the_change_is_the_new_product_less_the_old(mode):
+def test_the_change_is_the_new_product_less_the_old(inside_mode):
     L, R = factors()
-    mode = parse_mode(mode)
+    mode = parse_mode(inside_mode)
     own = moved(mode, L, R)
     new_L, new_R = mode.product(L, R, own)
     change = torch.matmul(*mode.change(L, R, own))
@@ -79,11 +74,10 @@ def test_the_change_is_the_new_product_less_the_old(mode):
     assert change.abs().max() > 0.1
 
 
-@pytest.mark.parametrize("mode", INSIDE)
-def test_the_change_of_a_tiny_step_is_not_lost_in_float32(mode):
+def test_the_change_of_a_tiny_step_is_not_lost_in_float32(inside_mode):
     """Taken as a difference of products it would be rounded relative to the products."""
     L, R = factors()
-    mode = parse_mode(mode)
+    mode = parse_mode(inside_mode)
     start, far = tensors(mode, L, R), moved(mode, L, R)
     step = {name: start[name] + 1e-5 * (far[name] - start[name]) for name in start}
     change = torch.matmul(*mode.change(L, R, step))
@@ -92,7 +86,6 @@ def test_the_change_of_a_tiny_step_is_not_lost_in_float32(mode):
     assert (change - expected).norm() < 0.02 * expected.norm()
 
 
-@pytest.mark.parametrize("mode", MODES)
 def test_all_that_is_trained_gets_a_gradient_at_the_start(mode):
     L, R = factors()
     mode = parse_mode(mode)

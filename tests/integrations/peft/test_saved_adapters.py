@@ -18,14 +18,12 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from hf_lrq.integrations.peft import LRQAdapterConfig
 
-MODES = ["all", "head:2", "append:3", "core:diag", "core:full", "core:rotate", "spectral", "spectral:2"]
 UP = "model.layers.0.mlp.up_proj"
 # Releases of PEFT and transformers warn about each other.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:Adapter .* was active which is now deleted")
 
 
 @pytest.mark.parametrize("factor_bits", [16, 4])
-@pytest.mark.parametrize("mode", MODES)
 def test_what_is_saved_is_loaded(
     base: Any, logits: Any, tmp_path: Path, mode: str, factor_bits: int, trained: Any
 ) -> None:
