@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from hf_lrq.evaluation import evaluate
     from hf_lrq.integrations.compression import compress
     from hf_lrq.integrations.peft import LRQAdapterConfig
+    from hf_lrq.integrations.planning import plan_for
     from hf_lrq.integrations.saving import save
     from hf_lrq.integrations.trainer import register_optimizers, trainer_optimizer
     from hf_lrq.integrations.transformers import LRQConfig, LRQHfQuantizer
@@ -62,6 +63,7 @@ __all__ = [
     "compress_matrix",
     "evaluate",
     "fuse_layers",
+    "plan_for",
     "precondition",
     "proxy_loss",
     "recover",
@@ -96,6 +98,7 @@ _HOME = {
     "compress_matrix": "hf_lrq.decomposition.compress_matrix",
     "evaluate": "hf_lrq.evaluation",
     "fuse_layers": "hf_lrq.nn",
+    "plan_for": "hf_lrq.integrations.planning",
     "precondition": "hf_lrq.optim",
     "proxy_loss": "hf_lrq.decomposition.gram",
     "recover": "hf_lrq.recovery",

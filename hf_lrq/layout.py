@@ -14,7 +14,6 @@ from hf_lrq.checks import check_choice, check_integer, check_power_of_two, shown
 from hf_lrq.codebooks import get_codebook
 from hf_lrq.errors import SpecError
 
-BITS = (1, 8)  # The smallest and the largest.
 FACTOR_BITS = (4, 8, 16)
 MAX_RANK = MAX_GROUP = 65536
 ROTATIONS = ("hadamard", "none")

@@ -1,15 +1,16 @@
 """What to do to each weight matrix: plain, frozen, JSON-able descriptions. No weights, no Hugging Face."""
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from hf_lrq.checks import check_choice, check_fraction, check_integer
-from hf_lrq.codebooks import codebook_name, get_codebook, known_families
+from hf_lrq.codebooks import BITS, codebook_name, get_codebook, known_families
 from hf_lrq.errors import SpecError, did_you_mean
-from hf_lrq.layout import BITS, LayerLayout
+from hf_lrq.layout import LayerLayout
+from hf_lrq.options import LayerOptions, documented
+from hf_lrq.patterns import check_pattern, matches
 
 INITS = ("auto", "outlier", "svd", "zero")
 ROUNDINGS = ("ldlq", "nearest")
@@ -18,45 +19,14 @@ AUTO_FAMILIES = ("bt", "e8p", "int")
 LARGEST_PADDING = 1 / 8  # Of the codes; a smaller matrix is better off with a codebook of smaller blocks.
 
 
+@documented(LayerOptions)
 @dataclass(frozen=True, kw_only=True)
-class LayerSpec:
+class LayerSpec(LayerOptions):
     """How one [out, in] matrix is compressed to Q + L R.
 
-    The defaults are the best values measured on trained layers; `examples/benchmarks/RESULTS.md` has the tables.
-
     Attributes:
-        bits: bits per weight of Q, 1 to 8; each codebook has its own choice.
-        rank: columns of L and rows of R; 0 stores Q alone. Clamped to min(out, in).
-        factor_bits: 16, 8 or 4 bits per entry of L and R.
-        codebook: family of the codebook of Q, or "auto".
-        group_size: columns that share one scale, for the `int` codebooks.
-        rotation: "hadamard" (incoherence processing; QuIP#, 2024, section 3) or "none".
-        rotation_block: largest Hadamard block, a power of two.
-        rounding: "ldlq" (adaptive rounding with feedback) or "nearest".
-        init: what L R is before the first rounding: "zero", "svd" of the weight, "outlier" (svd over the channels of
-            largest energy; ODLRI, 2025), or "auto": the best of them after one iteration.
-        iters: alternations of rounding from scratch and refit, at least 1.
-        refinements: alternations that improve the best of them, at least 0.
-        sweeps: guarded re-rounding passes after each LDLQ pass, at least 0. One more pass comes last, unless `rank`,
-            `refinements` and `sweeps` are all 0.
-        damp_percent: ridge on the Gram, as a fraction of its mean diagonal.
-        marginal_damping: ridge on the marginalised Gram of the rounding step, as a fraction of the mean diagonal.
+        {options}
     """
-
-    bits: int = 2
-    rank: int = 64
-    factor_bits: int = 16
-    codebook: str = "auto"
-    group_size: int = 128
-    rotation: str = "hadamard"
-    rotation_block: int = 256
-    rounding: str = "ldlq"
-    init: str = "svd"
-    iters: int = 8
-    refinements: int = 4
-    sweeps: int = 1
-    damp_percent: float = 0.01
-    marginal_damping: float = 0.2
 
     def __post_init__(self) -> None:
         check_integer("bits", self.bits, *BITS)
@@ -142,32 +112,86 @@ class CompressionSpec:
     """What to do to all matrices of a model.
 
     Attributes:
-        default: the spec of every matrix that no pattern matches.
-        patterns: (regular expression, {field: value}) pairs; a pattern applies where it matches the end of the module
-            name at a dot or its whole (as in PEFT's `rank_pattern`); later pairs win.
-        seed: of every random choice, combined with each module's name.
+        default: the spec of every matrix that nothing below names.
+        patterns: {pattern: {field of LayerSpec: value}}, see `hf_lrq.patterns`; later patterns win.
+        layers: {name of a module: its spec, or a dict of it}, which wins over the patterns. A stack of experts has the
+            name of its parameter, such as "model.layers.0.mlp.experts.down_proj".
+        seed: the seed of every random choice; it is combined with the name of each module.
+
+    Raises:
+        SpecError: on a wrong type, an unknown field, a value out of range, or what is not a regular expression.
+
+    >>> CompressionSpec(patterns={"layers.0": {"rank": 8}}).for_layer("model.layers.0.mlp.up_proj").rank
+    8
     """
 
     default: LayerSpec = field(default_factory=LayerSpec)
-    patterns: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = ()
+    patterns: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    layers: Mapping[str, LayerSpec] = field(default_factory=dict)
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_integer("seed", self.seed, 0, 2**63 - 1)
-        for pattern, changes in self.patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise SpecError(f"{pattern!r} is not a regular expression: {error}.") from None
-            _check_known(dict(changes), LayerSpec)
+        _check_table("patterns", self.patterns, Mapping, "{'q_proj': {'rank': 8}}")
+        _check_table("layers", self.layers, (LayerSpec, Mapping), "{'model.layers.0.mlp.up_proj': LayerSpec(rank=8)}")
+        # Copies, as those of the caller may change.
+        object.__setattr__(self, "patterns", {pattern: dict(changes) for pattern, changes in self.patterns.items()})
+        layers = {
+            name: spec if isinstance(spec, LayerSpec) else LayerSpec.from_dict(spec)
+            for name, spec in self.layers.items()
+        }
+        object.__setattr__(self, "layers", layers)
+        for pattern, changes in self.patterns.items():
+            check_pattern(pattern)
+            _changed(self.default, changes, f"for modules that match {pattern!r}")
 
     def for_layer(self, name: str) -> LayerSpec:
-        """The spec of the module called `name`."""
-        spec = self.default
-        for pattern, changes in self.patterns:
-            if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name):
-                spec = replace(spec, **dict(changes))
-        return spec
+        """The spec of the module called `name`.
+
+        Raises:
+            SpecError: if the patterns that match it do not go together.
+        """
+        if name in self.layers:
+            return self.layers[name]
+        changes: dict[str, Any] = {}
+        for pattern, more in self.patterns.items():
+            if matches(pattern, name):
+                changes |= more
+        return _changed(self.default, changes, f"for {name}") if changes else self.default
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able fields."""
+        return {
+            "default": self.default.to_dict(),
+            "patterns": {pattern: dict(changes) for pattern, changes in self.patterns.items()},
+            "layers": {name: spec.to_dict() for name, spec in self.layers.items()},
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "CompressionSpec":
+        """Inverse of `to_dict`; what is missing has its default.
+
+        Raises:
+            SpecError: on an unknown field, with the nearest known one.
+        """
+        _check_known(data, cls)
+        return cls(**{**data, "default": LayerSpec.from_dict(data.get("default", {}))})
+
+
+def _changed(spec: LayerSpec, changes: Mapping[str, Any], where: str) -> LayerSpec:
+    """`spec` with some fields changed; an error starts with `where`."""
+    try:
+        return LayerSpec.from_dict({**spec.to_dict(), **changes})
+    except SpecError as error:
+        raise SpecError(f"{where}: {error}") from None
+
+
+def _check_table(name: str, table: Any, kind: Any, example: str) -> None:
+    if not isinstance(table, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, kind) for key, value in table.items()
+    ):
+        raise SpecError(f"{name} must be a dict such as {example}, got {table!r}.")
 
 
 def _check_known(data: Mapping[str, Any], cls: type) -> None:

@@ -1,5 +1,7 @@
 """Layouts and specs: exact sizes, strict parsing, patterns."""
 
+import json
+
 import pytest
 import torch
 
@@ -99,13 +101,13 @@ def test_unknown_fields_get_a_hint():
     with pytest.raises(SpecError, match=r"Unknown field 'rnak'\. Did you mean 'rank'"):
         LayerSpec.from_dict({"rnak": 3})
     with pytest.raises(SpecError, match="Did you mean 'rank'"):
-        CompressionSpec(patterns=(("q_proj", (("rnk", 3),)),))
+        CompressionSpec(patterns={"q_proj": {"rnk": 3}})
 
 
 def test_patterns_match_whole_components_and_later_ones_win():
     spec = CompressionSpec(
         default=LayerSpec(rank=8),
-        patterns=((r"q_proj|k_proj", (("rank", 2),)), (r"layers\.1\..*", (("bits", 4),)), (r"k_proj", (("rank", 3),))),
+        patterns={r"q_proj|k_proj": {"rank": 2}, "layers.1": {"bits": 4}, r"k_proj": {"rank": 3}},
     )
     assert spec.for_layer("model.layers.0.attn.q_proj").rank == 2
     assert spec.for_layer("model.layers.0.attn.k_proj").rank == 3
@@ -116,7 +118,63 @@ def test_patterns_match_whole_components_and_later_ones_win():
 
 def test_a_broken_pattern_is_refused():
     with pytest.raises(SpecError, match="not a regular expression"):
-        CompressionSpec(patterns=(("(", ()),))
+        CompressionSpec(patterns={"(": {}})
+
+
+def test_a_name_wins_over_patterns_and_is_no_pattern():
+    named = LayerSpec(bits=4, rank=1)
+    spec = CompressionSpec(patterns={"mlp": {"rank": 2}}, layers={"a.mlp.up": named, "a.mlp.down": {"rank": 5}})
+    assert spec.for_layer("a.mlp.up") == named
+    assert spec.for_layer("a.mlp.down") == LayerSpec(rank=5)
+    assert spec.for_layer("b.a.mlp.up") == spec.for_layer("a.mlp.upper") == LayerSpec(rank=2)
+
+
+def test_any_field_can_be_given_by_pattern():
+    changes = {"codebook": "nf", "bits": 4, "rounding": "nearest", "sweeps": 0}
+    assert CompressionSpec(patterns={"up": changes}).for_layer("mlp.up") == LayerSpec(**changes)
+
+
+def test_a_compression_spec_round_trips_through_json():
+    spec = CompressionSpec(
+        default=LayerSpec(rank=3), patterns={"q": {"bits": 4}, "k": {}}, layers={"a.b": LayerSpec(sweeps=0)}, seed=7
+    )
+    again = CompressionSpec.from_dict(json.loads(json.dumps(spec.to_dict())))
+    assert again == spec
+    assert list(again.patterns) == ["q", "k"]
+    assert CompressionSpec.from_dict({}) == CompressionSpec()
+    with pytest.raises(SpecError, match=r"Unknown field 'pattern'\. Did you mean 'patterns'"):
+        CompressionSpec.from_dict({"pattern": {}})
+
+
+def test_a_spec_does_not_change_with_what_it_was_made_of():
+    changes = {"rank": 2}
+    patterns = {"q": changes}
+    spec = CompressionSpec(patterns=patterns)
+    changes["rank"] = 3
+    patterns["k"] = {}
+    assert spec.patterns == {"q": {"rank": 2}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"patterns": [("q", {})]}, r"patterns must be a dict such as \{'q_proj': \{'rank': 8\}\}, got \[\('q'"),
+        ({"patterns": {"q": 4}}, "patterns must be a dict"),
+        ({"layers": {"q": 4}}, "layers must be a dict"),
+        ({"layers": {"q": {"rnk": 4}}}, "Did you mean 'rank'"),
+        ({"patterns": {"q": {"bits": 9}}}, "for modules that match 'q': bits must be between 1 and 8, got 9"),
+    ],
+)
+def test_wrong_patterns_and_layers_are_refused(arguments, message):
+    with pytest.raises(SpecError, match=message):
+        CompressionSpec(**arguments)
+
+
+def test_patterns_that_do_not_go_together_are_refused_where_they_meet():
+    spec = CompressionSpec(patterns={"up": {"codebook": "nf", "bits": 4}, "layers.0": {"bits": 2}})
+    assert spec.for_layer("layers.1.up").bits == 4
+    with pytest.raises(SpecError, match=r"for layers\.0\.up: Codebook family 'nf' has no 2-bit codebook"):
+        spec.for_layer("layers.0.up")
 
 
 def test_auto_picks_a_codebook_that_has_the_bits():

@@ -9,7 +9,7 @@ from hf_lrq.codebooks import get_codebook, known_families
 from hf_lrq.errors import SpecError
 from hf_lrq.kernels import Operands, linear
 from hf_lrq.layout import LayerLayout
-from hf_lrq.nn import LRQLinear
+from hf_lrq.nn.random import random_layer
 
 CODEBOOKS = [f"{family}{bits[0]}" for family, bits in known_families().items()]
 OUT, IN = 384, 256
@@ -36,7 +36,7 @@ def test_shards_together_are_the_dense_layer(codebook, rotation, factor_bits, ge
     layout = LayerLayout(
         codebook=codebook, rank=7, factor_bits=factor_bits, rotation=rotation, rotation_block=64, ft_rank=2
     )
-    layer = LRQLinear.random(IN, OUT, layout)
+    layer = random_layer(IN, OUT, layout)
     x = torch.randn(3, IN, generator=generator)
     dense = x @ layer.dense().T
     parts = torch.cat(outputs(layer, x, "out", (0, 128, OUT)), -1)
@@ -46,7 +46,7 @@ def test_shards_together_are_the_dense_layer(codebook, rotation, factor_bits, ge
 
 
 def test_shards_keep_more_ranks_than_they_have_rows(generator):
-    layer = LRQLinear.random(64, 64, LayerLayout(codebook="e8p2", rank=60, rotation_block=16))
+    layer = random_layer(64, 64, LayerLayout(codebook="e8p2", rank=60, rotation_block=16))
     x = torch.randn(3, 64, generator=generator)
     parts = torch.cat(outputs(layer, x, "out", (0, 16, 32, 48, 64)), -1)
     torch.testing.assert_close(parts, x @ layer.dense().T, rtol=1e-4, atol=1e-4)
@@ -54,7 +54,7 @@ def test_shards_keep_more_ranks_than_they_have_rows(generator):
 
 @pytest.mark.parametrize(("side", "cut"), [("out", 128), ("in", 16)])
 def test_the_last_shard_may_end_in_padding(side, cut, generator):
-    layer = LRQLinear.random(24, 200, LayerLayout(codebook="bt2", rank=3, rotation="none"))
+    layer = random_layer(24, 200, LayerLayout(codebook="bt2", rank=3, rotation="none"))
     x = torch.randn(3, 24, generator=generator)
     features = {"out": 200, "in": 24}[side]
     found = outputs(layer, x, side, (0, cut, features))

@@ -18,7 +18,7 @@ class Stack:
 
     Attributes:
         name: of the list that holds them.
-        blocks: name -> module, in the order of the list; some may hold no target.
+        blocks: name -> module, in the order of the list; some may hold no site.
     """
 
     name: str
@@ -33,27 +33,27 @@ class Stack:
         return block if block in self.blocks else None
 
 
-def find_stacks(model: nn.Module, targets: Sequence[Site]) -> list[Stack]:
-    """The outermost lists of like modules that contain targets, in the order of the model.
+def find_stacks(model: nn.Module, sites: Sequence[Site]) -> list[Stack]:
+    """The outermost lists of like modules that contain sites, in the order of the model.
 
-    A list counts when the members with targets inside are of few classes: at most half as many as members, so the
+    A list counts when the members with sites inside are of few classes: at most half as many as members, so the
     alternating layers of a hybrid model count, and a pipeline of different stages does not. Members that are themselves
-    targets are no blocks. Members of the same classes that hold no target belong to the stack: data flows through them.
+    sites are no blocks. Members of the same classes that hold no site belong to the stack: data flows through them.
     """
-    names = {target.name for target in targets}
+    names = {site.name for site in sites}
     return list(_stacks_below(model, "", names))
 
 
-def _stacks_below(module: nn.Module, name: str, targets: set[str]) -> Iterator[Stack]:
+def _stacks_below(module: nn.Module, name: str, sites: set[str]) -> Iterator[Stack]:
     prefix = f"{name}." if name else ""
     if isinstance(module, nn.ModuleList | nn.Sequential):
         children = {f"{prefix}{key}": child for key, child in module.named_children()}
         owners = [
             child
             for path, child in children.items()
-            if path not in targets
+            if path not in sites
             and not isinstance(child, _CONTAINERS)
-            and any(target.startswith(f"{path}.") for target in targets)
+            and any(site.startswith(f"{path}.") for site in sites)
         ]
         kinds = {type(owner) for owner in owners}
         # One stage in a sequence is no repetition; one layer in a list is a model with one layer.
@@ -62,7 +62,7 @@ def _stacks_below(module: nn.Module, name: str, targets: set[str]) -> Iterator[S
             yield Stack(name, {path: child for path, child in children.items() if type(child) in kinds})
             return
     for key, child in module.named_children():
-        yield from _stacks_below(child, f"{prefix}{key}", targets)
+        yield from _stacks_below(child, f"{prefix}{key}", sites)
 
 
 def is_stateful(model: nn.Module) -> bool:

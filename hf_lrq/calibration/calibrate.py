@@ -1,4 +1,4 @@
-"""Calibration: a model runs over batches, and its targets are compressed on what they see, block by block."""
+"""Calibration: a model runs over batches, and its sites are compressed on what they see, block by block."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
@@ -41,7 +41,7 @@ class Work(Protocol):
 
 
 class Calibration:
-    """Runs a model over calibration batches and compresses its targets on what they see."""
+    """Runs a model over calibration batches and compresses its sites on what they see."""
 
     def __init__(self, work: Work, runner: ModelRunner, sequential: bool):
         if not len(runner):
@@ -54,12 +54,12 @@ class Calibration:
         self._short: dict[str, tuple[int, int]] = {}  # Matrix -> tokens seen, tokens needed.
 
     def run(self) -> None:
-        """Calibrate and compress all targets."""
+        """Calibrate and compress all sites."""
         probe = Probe(self._runner, find_stacks(self._model, self._work.sites), self._work.sites)
         self._workers.map(lambda _: probe.run(), [None])
         for section in probe.sections():
             if section.stack is None:
-                self._together(section.targets[""], probe, section.stop_early)
+                self._together(section.sites[""], probe, section.stop_early)
             else:
                 self._stack(section, probe)
         self._warn_if_short()
@@ -71,8 +71,8 @@ class Calibration:
 
     def _stack(self, section: Section, probe: Probe) -> None:
         """All blocks of a stack, replayed if possible."""
-        assert section.stack is not None, "targets outside of stacks go together"
-        blocks = {name: section.stack.blocks[name] for name in section.targets}
+        assert section.stack is not None, "sites outside of stacks go together"
+        blocks = {name: section.stack.blocks[name] for name in section.sites}
         recorded = None if section.obstacle else self._record(blocks, section)
         if recorded is not None:
             self._replay(blocks, section, recorded)
@@ -82,15 +82,15 @@ class Calibration:
             f"The blocks of {section.stack.name or 'the model'} could not be run one by one ({why}): "
             "the model was run from its start for each of them, which is slower and changes nothing else."
         )
-        for name, targets in section.targets.items():
-            self._together(targets, probe, section.stop_early, name)
+        for name, sites in section.sites.items():
+            self._together(sites, probe, section.stop_early, name)
 
     def _record(self, blocks: Mapping[str, nn.Module], section: Section) -> list[list[Call | None]] | None:
         """For each batch the calls of the blocks; None if a batch takes another way than those that were probed."""
         with StackRecorder(blocks) as recorder:
 
             def record(index: int) -> list[Call] | None:
-                return recorder.record(self._runner, index, section.chains[self._runner.signature(index)])
+                return recorder.record(self._runner, index, section.steps[self._runner.signature(index)])
 
             recorded = self._workers.map(record, range(len(self._runner)), self._one_by_one)
         found: list[list[Call | None]] = []
@@ -112,12 +112,12 @@ class Calibration:
                 with self._runner.failures(index):
                     return calls[index].run(block, states[index])
 
-            targets, following = section.targets[name], names[position + 1 :]
+            sites, following = section.sites[name], names[position + 1 :]
             wanted = set(reached) if following and not self._sequential else set()
             after: dict[int, Outputs] = {}
-            if targets:
-                grams, after = self._grams(targets, reached, advance, keep=wanted)
-                self._work.compress(name, targets, grams)
+            if sites:
+                grams, after = self._grams(sites, reached, advance, keep=wanted)
+                self._work.compress(name, sites, grams)
             if not following:
                 return
             missing = [index for index in reached if index not in after]
@@ -127,9 +127,9 @@ class Calibration:
                 assert upcoming is not None, "calls are freed in order"
                 states[index] = upcoming.needed(after[index])
 
-    def _together(self, targets: Sequence[Site], probe: Probe, stop_early: bool, block: str = "") -> None:
-        """Targets calibrated on whole passes of the model as it is now; of a block, passes that end behind it."""
-        if not targets:
+    def _together(self, sites: Sequence[Site], probe: Probe, stop_early: bool, block: str = "") -> None:
+        """Sites calibrated on whole passes of the model as it is now; of a block, passes that end behind it."""
+        if not sites:
             return
 
         def run(index: int) -> Outputs:
@@ -143,26 +143,26 @@ class Calibration:
         if block and probe.calls[block] == 1:
             handle = self._model.get_submodule(block).register_forward_hook(stop)
         try:
-            called = [target for target in targets if probe.calls[target.name]]
+            called = [site for site in sites if probe.calls[site.name]]
             every = range(len(self._runner)) if called else ()
-            grams, _ = self._grams(targets, every, run, stop_early=stop_early and not block)
+            grams, _ = self._grams(sites, every, run, stop_early=stop_early and not block)
         finally:
             if handle is not None:
                 handle.remove()
-        self._work.compress(block or "outside the blocks", targets, grams)
+        self._work.compress(block or "outside the blocks", sites, grams)
 
     def _grams(
         self,
-        targets: Sequence[Site],
+        sites: Sequence[Site],
         indices: Sequence[int],
         run: Callable[[int], Outputs],
         keep: set[int] | frozenset[int] = frozenset(),
         stop_early: bool = False,
     ) -> tuple[dict[str, InputGram], dict[int, Outputs]]:
-        """Grams of the matrices of some targets over passes that `run` makes, and the outputs of those in `keep`."""
-        store = GramStore([name for site in targets for name in site.matrices])
+        """Grams of the matrices of some sites over passes that `run` makes, and the outputs of those in `keep`."""
+        store = GramStore([name for site in sites for name in site.matrices])
         outputs: dict[int, Outputs] = {}
-        with InputRecorder(self._model, targets, stop_early) as recorder:
+        with InputRecorder(self._model, sites, stop_early) as recorder:
 
             def watch(index: int) -> tuple[Outputs, Rows]:
                 return recorder.watch(lambda: run(index), self._runner.masks(index))
@@ -175,7 +175,7 @@ class Calibration:
                 store.add([rows for _, rows in watched], window, self._workers)
         grams, without = store.finish()
         self._warn_of_missing(without)
-        needed = {name: site.in_features for site in targets for name in site.matrices}
+        needed = {name: site.in_features for site in sites for name in site.matrices}
         for name, gram in grams.items():
             if gram.n_tokens < needed[name]:
                 self._short[name] = (gram.n_tokens, needed[name])

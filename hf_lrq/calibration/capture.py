@@ -238,17 +238,17 @@ class _Seen:
 
 
 class InputRecorder:
-    """Hooks that note the inputs of some targets during a pass; passes may run in several threads.
+    """Hooks that note the inputs of some sites during a pass; passes may run in several threads.
 
     Args:
-        model: that owns the targets.
-        targets: to watch.
+        model: that owns the sites.
+        sites: to watch.
         stop_early: raise `StopPass` as soon as each has been called once.
     """
 
-    def __init__(self, model: nn.Module, targets: Sequence[Site], stop_early: bool = False):
-        self._modules = {target.name: model.get_submodule(target.name) for target in targets}
-        self._fused = {site.name: site.count for site in targets if site.routed}
+    def __init__(self, model: nn.Module, sites: Sequence[Site], stop_early: bool = False):
+        self._modules = {site.name: model.get_submodule(site.name) for site in sites}
+        self._fused = {site.name: site.count for site in sites if site.routed}
         self._stop_early = stop_early
         self._copying = False
         self._local = threading.local()

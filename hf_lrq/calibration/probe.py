@@ -12,27 +12,28 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from hf_lrq.calibration.blocks import Stack
-from hf_lrq.calibration.calls import Call, Chain, Outputs, leaves, outputs_of
+from hf_lrq.calibration.calls import Call, Outputs, Step, leaves, outputs_of, stand_in_for
 from hf_lrq.calibration.capture import ModelRunner
+from hf_lrq.calibration.recorder import StackRecorder
 from hf_lrq.work import Site
 
 
 @dataclass
 class Section:
-    """What is calibrated together: all blocks of a stack, one by one, or the targets that lie between stacks.
+    """What is calibrated together: all blocks of a stack, one by one, or the sites that lie between stacks.
 
     Attributes:
-        stack: None for targets outside all stacks.
-        targets: name of the block ("" outside of stacks) -> its targets, in the order of execution.
+        stack: None for sites outside all stacks.
+        sites: name of the block ("" outside of stacks) -> its sites, in the order of execution.
         obstacle: why the blocks cannot run by themselves, or None.
-        chains: for each kind of batch, how the blocks follow each other.
-        stop_early: whether each target is called once in a pass, which can then end at the last one.
+        steps: for each kind of batch, how the blocks follow each other.
+        stop_early: whether each site is called once in a pass, which can then end at the last one.
     """
 
     stack: Stack | None
-    targets: dict[str, list[Site]] = field(default_factory=dict)
+    sites: dict[str, list[Site]] = field(default_factory=dict)
     obstacle: str | None = None
-    chains: dict[tuple[str, ...], list[Chain]] = field(default_factory=dict)
+    steps: dict[tuple[str, ...], list[Step]] = field(default_factory=dict)
     stop_early: bool = False
 
 
@@ -40,14 +41,14 @@ class Probe:
     """Passes over one batch of each kind, which show in what order a model runs, and which blocks can be replayed.
 
     Attributes:
-        order: names of blocks and targets, by their first call.
-        calls: of each, most in one pass.
+        order: names of blocks and sites, by their first call.
+        calls: name -> how often it is called in a pass, at most.
     """
 
-    def __init__(self, runner: ModelRunner, stacks: Sequence[Stack], targets: Sequence[Site]):
-        self._runner, self._stacks, self._targets = runner, stacks, targets
+    def __init__(self, runner: ModelRunner, stacks: Sequence[Stack], sites: Sequence[Site]):
+        self._runner, self._stacks, self._sites = runner, stacks, sites
         self._obstacles: dict[int, str] = {}
-        self._chains: dict[int, dict[tuple[str, ...], list[Chain]]] = {}
+        self._steps: dict[int, dict[tuple[str, ...], list[Step]]] = {}
         self.order: list[str] = []
         self.calls: Counter[str] = Counter()
 
@@ -73,8 +74,8 @@ class Probe:
 
         watchers = [_StackWatcher(stack, count) for stack in self._stacks]
         handles = [
-            self._runner.model.get_submodule(target.name).register_forward_pre_hook(count(target.name))
-            for target in self._targets
+            self._runner.model.get_submodule(site.name).register_forward_pre_hook(count(site.name))
+            for site in self._sites
         ]
         try:
             for watcher in watchers:
@@ -90,19 +91,29 @@ class Probe:
         for position, watcher in enumerate(watchers):
             if watcher.obstacle is not None:
                 self._obstacles.setdefault(position, watcher.obstacle)
-            self._chains.setdefault(position, {})[kind] = watcher.chain
+            self._steps.setdefault(position, {})[kind] = self._checked(watcher, index)
+
+    def _checked(self, watcher: "_StackWatcher", index: int) -> list[Step]:
+        """The steps of a stack, with stand-ins only if a pass with them shows the very calls that were seen."""
+        steps = watcher.steps
+        if watcher.obstacle is not None or not steps:
+            return steps
+        with StackRecorder(watcher.called) as recorder:
+            found = recorder.sketch(self._runner, index, steps)
+        same = found is not None and all(map(Call.same, found, watcher.calls))
+        return steps if same else [Step(step.chain) for step in steps]
 
     def sections(self) -> list[Section]:
-        """All targets in sections, in the order in which the model reaches them; what it never reaches comes last."""
+        """All sites in sections, in the order in which the model reaches them; what it never reaches comes last."""
         homes: dict[str, tuple[int, str]] = {}
-        for target in self._targets:
+        for site in self._sites:
             for position, stack in enumerate(self._stacks):
-                if (block := stack.block_of(target.name)) is not None:
-                    homes[target.name] = (position, block)
+                if (block := stack.block_of(site.name)) is not None:
+                    homes[site.name] = (position, block)
         block_stacks = {block: position for position, stack in enumerate(self._stacks) for block in stack.blocks}
         by_name: dict[str, list[Site]] = {}
-        for target in self._targets:
-            by_name.setdefault(target.name, []).append(target)
+        for site in self._sites:
+            by_name.setdefault(site.name, []).append(site)
 
         sections: list[Section] = []
         of_stack: dict[int, Section] = {}
@@ -113,23 +124,23 @@ class Probe:
                     of_stack[position] = Section(
                         self._stacks[position],
                         obstacle=self._obstacles.get(position),
-                        chains=self._chains[position],
+                        steps=self._steps[position],
                     )
                     sections.append(of_stack[position])
-                of_stack[position].targets.setdefault(name, [])
+                of_stack[position].sites.setdefault(name, [])
             elif name not in homes:
                 if not sections or sections[-1].stack is not None:
                     sections.append(Section(None, {"": []}))
-                sections[-1].targets[""] += by_name.pop(name)
+                sections[-1].sites[""] += by_name.pop(name)
         never = Section(None, {"": []})
-        for name, targets in by_name.items():
+        for name, sites in by_name.items():
             position, block = homes.get(name, (-1, ""))
             home = of_stack.get(position)
-            found = home.targets.get(block, never.targets[""]) if home is not None else never.targets[""]
-            found += targets
+            found = home.sites.get(block, never.sites[""]) if home is not None else never.sites[""]
+            found += sites
         for section in sections:
-            section.stop_early = all(self.calls[t.name] == 1 for targets in section.targets.values() for t in targets)
-        return [*sections, never] if never.targets[""] else sections
+            section.stop_early = all(self.calls[t.name] == 1 for sites in section.sites.values() for t in sites)
+        return [*sections, never] if never.sites[""] else sections
 
 
 class _StackWatcher:
@@ -139,21 +150,24 @@ class _StackWatcher:
         self._stack, self._count = stack, count
         self._handles: list[RemovableHandle] = []
         self._previous: Outputs = {}
-        self._called: list[str] = []
-        self._inputs: list[tuple[Tensor, int]] = []  # Of the block that runs, with their versions.
-        self._outputs: list[tuple[Tensor, int]] = []  # Of the block before.
+        self._stand_ins: list[Any] = []
+        self._told = False  # Whether a block tells another something beside its outputs.
+        self._inputs: list[tuple[Tensor, int]] = []  # What the running block got, with versions.
+        self._outputs: list[tuple[Tensor, int]] = []  # What the block before returned.
         self._constants: list[tuple[str, Tensor, int]] = []
         self._made_from: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+        self._made_inside: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
         self.depth = 0
         self.obstacle: str | None = None
-        self.chain: list[Chain] = []
+        self.called: dict[str, nn.Module] = {}
+        self.calls: list[Call] = []
 
     def __enter__(self) -> "_StackWatcher":
         for name, block in self._stack.blocks.items():
             self._handles += [
                 block.register_forward_pre_hook(self._count(name)),
                 block.register_forward_pre_hook(self._before(name), with_kwargs=True),
-                block.register_forward_hook(self._after(name)),
+                block.register_forward_hook(self._after(name), with_kwargs=True),
             ]
         return self
 
@@ -166,28 +180,36 @@ class _StackWatcher:
             if tensor._version != version:
                 self._object(f"an argument of {name} is written to later in the pass")
 
+    @property
+    def steps(self) -> list[Step]:
+        """How the blocks followed each other; those before one that has to run have to run, too."""
+        must = [place for place, found in enumerate(self._stand_ins[:-1]) if found is None or self._told]
+        stand_ins = [None if place <= max(must, default=-1) else found for place, found in enumerate(self._stand_ins)]
+        return [Step(call.chain, stand_in) for call, stand_in in zip(self.calls, stand_ins, strict=True)]
+
     def comes_from_blocks(self, tensor: Tensor) -> bool:
         """Whether a tensor is an output of a block, or was made from one outside of the blocks."""
         return self._made_from.get(id(tensor)) is tensor
 
     def follow(self, tensor: Tensor) -> None:
-        """Note that a tensor was made from outputs of the blocks."""
-        self._made_from[id(tensor)] = tensor
+        """Note that a tensor was made inside a block, or outside from outputs of the blocks."""
+        (self._made_inside if self.depth else self._made_from)[id(tensor)] = tensor
 
     def _before(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.depth += 1
             call = Call.of(args, kwargs, self._previous)
-            if name in self._called:
+            if name in self.called:
                 self._object(f"{name} is called more than once in a pass")
             for path, leaf in leaves(call.arguments):
+                self._told = self._told or self._made_inside.get(id(leaf), ...) is leaf
                 if isinstance(leaf, Tensor) and self.comes_from_blocks(leaf):
                     argument = path[1] if path[0] else f"number {path[1]}"
                     self._object(f"argument {argument} of {name} is made from outputs of earlier blocks")
             if any(tensor._version != version for tensor, version in self._outputs):
                 self._object(f"outputs of the block before {name} are written to")
-            self._called.append(name)
-            self.chain.append(call.chain)
+            self.called[name] = module
+            self.calls.append(call)
             self._inputs = [(leaf, leaf._version) for _, leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             constants = (leaf for _, leaf in leaves(call.arguments) if isinstance(leaf, Tensor))
             self._constants += [(name, leaf, leaf._version) for leaf in constants]
@@ -195,15 +217,16 @@ class _StackWatcher:
         return hook
 
     def _after(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             self.depth -= 1
+            self._stand_ins.append(stand_in_for(output, (args, kwargs)))
             if any(tensor._version != version for tensor, version in self._inputs):
                 self._object(f"{name} writes into its inputs")
             self._previous = outputs_of(output)
             self._outputs = [(tensor, tensor._version) for tensor in self._previous.values()]
             self._inputs = []
             for tensor in self._previous.values():
-                self.follow(tensor)
+                self._made_from[id(tensor)] = tensor
 
         return hook
 
@@ -212,7 +235,7 @@ class _StackWatcher:
 
 
 class _Lineage(TorchFunctionMode):
-    """Follows what is made, outside of blocks, from the outputs of blocks."""
+    """Follows what is made inside of blocks, and what is made outside of them from their outputs."""
 
     def __init__(self, watchers: Sequence[_StackWatcher]):
         super().__init__()
@@ -221,15 +244,18 @@ class _Lineage(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        inputs = [leaf for _, leaf in leaves((args, kwargs or {})) if isinstance(leaf, Tensor)]
+        versions = [_version(tensor) for tensor in inputs]
         result = func(*args, **(kwargs or {}))
-        outside = [watcher for watcher in self._watchers if watcher.depth == 0]
-        if outside:
-            inputs = [leaf for _, leaf in leaves((args, kwargs or {})) if isinstance(leaf, Tensor)]
-            made = [leaf for _, leaf in leaves(result) if isinstance(leaf, Tensor)]
-            if result is None and inputs:  # x[...] = y
-                made = inputs[:1]
-            for watcher in outside:
-                if any(watcher.comes_from_blocks(tensor) for tensor in inputs):
-                    for tensor in made:
-                        watcher.follow(tensor)
+        known = {id(tensor) for tensor in inputs}
+        made = [leaf for _, leaf in leaves(result) if isinstance(leaf, Tensor) and id(leaf) not in known]
+        made += [tensor for tensor, version in zip(inputs, versions, strict=True) if _version(tensor) != version]
+        for watcher in self._watchers:
+            if watcher.depth or any(watcher.comes_from_blocks(tensor) for tensor in inputs):
+                for tensor in made:
+                    watcher.follow(tensor)
         return result
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version

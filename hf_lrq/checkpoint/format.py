@@ -62,9 +62,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from hf_lrq.checks import check_integer, shown
-from hf_lrq.codebooks import get_codebook
+from hf_lrq.codebooks import BITS, get_codebook
 from hf_lrq.errors import CheckpointError, SpecError, did_you_mean
-from hf_lrq.layout import BITS, LayerLayout, TensorLayout
+from hf_lrq.layout import LayerLayout, TensorLayout
 from hf_lrq.safetensors_headers import Headers, dtype_name
 
 FORMAT_VERSION = 1

@@ -1,19 +1,19 @@
-"""The command line, `hf-lrq`: arguments and errors. Each command lives in a file of its own, imported when it runs."""
+"""The command line, `hf-lrq`: its commands and errors. Each command is a file of its own, imported when it runs."""
 
-import functools
+import inspect
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
-from enum import Enum
-from pathlib import Path
-from typing import Annotated, ParamSpec
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, Field, dataclass, fields
+from importlib import import_module
+from inspect import Parameter, Signature
+from typing import Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
 
+from hf_lrq.cli import arguments
 from hf_lrq.errors import LRQError
 
-P = ParamSpec("P")
 USER_ERROR = 2
 
 app = typer.Typer(
@@ -24,20 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-class DType(str, Enum):
-    """Of the weights in memory."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
 bench = typer.Typer(help="Measure how fast compressed layers and models are here.", no_args_is_help=True)
-app.add_typer(bench, name="bench")
-
 
 # What a user can do something about, of classes that are no OSError.
 _FOREIGN = {
@@ -50,7 +37,7 @@ _FOREIGN = {
 
 @dataclass
 class _Settings:
-    """Of this invocation; every one sets them anew."""
+    """What holds for this call of the command line; each call sets it anew."""
 
     debug: bool = False
 
@@ -63,13 +50,12 @@ def main() -> None:
     app(prog_name="hf-lrq")
 
 
-def _friendly(command: Callable[P, None]) -> Callable[P, None]:
+def _friendly(command: Callable[..., None]) -> Callable[..., None]:
     """Errors of the user, the disk and the network become one red message and exit code 2, unless --debug is set."""
 
-    @functools.wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+    def run(**given: Any) -> None:
         try:
-            command(*args, **kwargs)
+            command(**given)
         except (LRQError, OSError, MemoryError) as error:
             if _settings.debug:
                 raise
@@ -112,322 +98,63 @@ def _common(
     _settings.debug = debug
 
 
-Device = Annotated[
-    str | None, typer.Option(help="Where to compute, for example cpu, cuda or cuda:1. Default: a GPU if any.")
-]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: those torch takes.")]
-Window = Annotated[
-    int | None,
-    typer.Option(min=2, help="Tokens seen at a time in evaluation. Default: the model's limit, at most 2048."),
-]
-EvalTokens = Annotated[
-    int | None, typer.Option("--eval-tokens", min=2, help="Tokens of the text to evaluate on. Default: all of a file.")
-]
-Stride = Annotated[int | None, typer.Option(min=1, help="Tokens between windows. Default: half the window.")]
-Debug = Annotated[bool, typer.Option("--debug", callback=_set_debug, help="Show the traceback of an error.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+_DEBUG = Parameter(
+    "debug",
+    Parameter.KEYWORD_ONLY,
+    default=False,
+    annotation=Annotated[bool, typer.Option("--debug", callback=_set_debug, help="Show the traceback of an error.")],
+)
 
 
-@app.command("quantize")
-@_friendly
-def quantize_command(
-    model: Annotated[str, typer.Argument(help="Folder or id on the Hub of the model to compress.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; must be empty or not exist.")],
-    bits: Annotated[int, typer.Option(help="Bits per weight of Q.")] = 2,
-    rank: Annotated[int, typer.Option(help="Rank of L R; 0 stores Q alone.")] = 64,
-    factor_bits: Annotated[int, typer.Option(help="Bits per entry of L and R: 16, 8 or 4.")] = 16,
-    codebook: Annotated[
-        str,
-        typer.Option(
-            help="auto, bt (2, 4 bits), tcq (2, 3, 4), e8p (2, 3, 4), int (2, 3, 4, 8), lloyd (2, 3, 4), nf (4)."
-        ),
-    ] = "auto",
-    group_size: Annotated[int, typer.Option(help="Columns that share a scale, for codebook int.")] = 128,
-    dataset: Annotated[
-        str, typer.Option(help="Calibration text: bundled, a text file, a data set's name, or none (data-free).")
-    ] = "bundled",
-    nsamples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
-    seqlen: Annotated[int, typer.Option(help="Tokens per calibration sequence.")] = 2048,
-    batch_size: Annotated[int, typer.Option(help="Calibration sequences run at a time.")] = 1,
-    iters: Annotated[int | None, typer.Option(help="Alternations of rounding and low-rank refit.")] = None,
-    damp_percent: Annotated[
-        float | None, typer.Option(help="Ridge on the Gram matrix, as a fraction of its mean diagonal.")
-    ] = None,
-    skip: Annotated[
-        list[str] | None, typer.Option(help="Module name or pattern to leave as it is; may be repeated.")
-    ] = None,
-    rank_pattern: Annotated[
-        list[str] | None, typer.Option(help="REGEX=RANK for matching modules; may be repeated.")
-    ] = None,
-    bits_pattern: Annotated[
-        list[str] | None, typer.Option(help="REGEX=BITS for matching modules; may be repeated.")
-    ] = None,
-    independent: Annotated[
-        bool, typer.Option("--independent", help="Calibrate every block on the original model's activations.")
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Of every random choice; equal seeds give equal bytes.")] = 0,
-    dtype: Annotated[DType, typer.Option(help="Of the model in memory; auto is that of its files.")] = DType.auto,
-    device: Device = None,
-    eval_text: Annotated[
-        Path | None, typer.Option(help="Text to evaluate on. Default: a part of the bundled text not calibrated on.")
-    ] = None,
-    no_eval: Annotated[bool, typer.Option("--no-eval", help="Do not evaluate.")] = False,
-    window: Window = None,
-    stride: Stride = None,
-    eval_tokens: EvalTokens = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model at --out.")] = False,
-    jsonl: Annotated[
-        Path | None, typer.Option(help="File that gets one line of JSON per compressed matrix; replaced if it exists.")
-    ] = None,
-    threads: Threads = None,
-    debug: Debug = False,
-) -> None:
-    """Compress a model and save it with a report and a model card."""
-    from hf_lrq.cli.quantize import QuantizeOptions, run
+def _add_command(group: typer.Typer, name: str, options: type, module: str) -> None:
+    """Make `run(options)` of a module of this folder a command.
 
-    run(
-        QuantizeOptions(
-            model=model,
-            out=out,
-            bits=bits,
-            rank=rank,
-            factor_bits=factor_bits,
-            codebook=codebook,
-            group_size=group_size,
-            dataset=dataset,
-            nsamples=nsamples,
-            seqlen=seqlen,
-            batch_size=batch_size,
-            iters=iters,
-            damp_percent=damp_percent,
-            skip=tuple(skip or ()),
-            rank_pattern=tuple(rank_pattern or ()),
-            bits_pattern=tuple(bits_pattern or ()),
-            independent=independent,
-            seed=seed,
-            dtype=dtype.value,
-            device=device,
-            eval_text=eval_text,
-            evaluate=not no_eval,
-            window=window,
-            stride=stride,
-            eval_tokens=eval_tokens,
-            overwrite=overwrite,
-            jsonl=jsonl,
-            threads=threads,
-        )
-    )
+    Args:
+        group: where it belongs.
+        name: what it is called.
+        options: dataclass of `arguments` whose fields are its arguments.
+        module: imported when the command runs.
+    """
+
+    def command(debug: bool, **given: Any) -> None:
+        values = {item.name: _value_of(item, given) for item in fields(options)}
+        import_module(f"hf_lrq.cli.{module}").run(options(**values))
+
+    run = _friendly(command)
+    parameters = [*_parameters(options), _DEBUG]
+    run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    group.command(name, help=options.__doc__)(run)
 
 
-@app.command("inspect")
-@_friendly
-def inspect_command(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a saved model, compressed or not.")],
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """Show what is stored, from file headers alone: shapes, ranks, true bits per weight."""
-    from hf_lrq.cli.inspection import run
-
-    run(directory, as_json)
+def _value_of(item: "Field[Any]", given: dict[str, Any]) -> Any:
+    """The value of a field; one that gathers arguments holds those that are given."""
+    if arguments.DECLARED not in item.metadata:
+        return given[item.name]
+    return {name: given[name] for name in item.metadata[arguments.DECLARED] if given[name] is not None}
 
 
-@app.command("eval")
-@_friendly
-def evaluate_command(
-    model: Annotated[str, typer.Argument(help="Folder or id on the Hub of the model to evaluate.")],
-    against: Annotated[str | None, typer.Option(help="The original, to compare with.")] = None,
-    text: Annotated[Path | None, typer.Option(help="Text file. Default: the bundled text.")] = None,
-    window: Window = None,
-    stride: Stride = None,
-    eval_tokens: EvalTokens = None,
-    dtype: Annotated[DType, typer.Option(help="Of the models in memory; auto is that of their files.")] = DType.auto,
-    device: Device = None,
-    threads: Threads = None,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """Measure perplexity, and divergence from the original."""
-    from hf_lrq.cli.evaluation import EvalOptions, run
-
-    run(
-        EvalOptions(
-            model=model,
-            against=against,
-            text=text,
-            window=window,
-            stride=stride,
-            eval_tokens=eval_tokens,
-            dtype=dtype.value,
-            device=device,
-            threads=threads,
-            as_json=as_json,
-        )
-    )
+def _parameters(options: type) -> Iterator[Parameter]:
+    """The arguments of a command, its own before those it shares with others."""
+    known = {item.name: item for item in fields(options)}
+    hints = get_type_hints(options, include_extras=True)
+    for name in dict.fromkeys(name for kind in options.__mro__ for name in inspect.get_annotations(kind)):
+        item = known[name]
+        gathered = item.metadata.get(arguments.DECLARED)
+        if gathered is not None:
+            for each, annotation in gathered.items():
+                yield Parameter(each, Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+            continue
+        default = item.default_factory() if item.default_factory is not MISSING else item.default
+        shown = Parameter.empty if default is MISSING else default
+        yield Parameter(name, Parameter.KEYWORD_ONLY, default=shown, annotation=hints[name])
 
 
-@app.command("recover")
-@_friendly
-def recover_command(
-    model: Annotated[str, typer.Argument(help="Folder or id on the Hub of the compressed model.")],
-    teacher: Annotated[str, typer.Option(help="Folder or id on the Hub of the original.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; must be empty or not exist.")],
-    train: Annotated[
-        str, typer.Option(help="What to train: factors, scales, norms, biases, rotations; separated by commas.")
-    ] = "factors,scales,norms",
-    dataset: Annotated[str, typer.Option(help="Text: bundled, a text file, or a data set's name.")] = "bundled",
-    nsamples: Annotated[int, typer.Option(help="Sequences.")] = 256,
-    seqlen: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
-    batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = 2,
-    epochs: Annotated[int, typer.Option(help="Passes over the text at most; it stops when nothing improves.")] = 4,
-    lr: Annotated[float, typer.Option(help="Learning rate of factors.")] = 1e-3,
-    vector_lr: Annotated[float, typer.Option(help="Of everything else, relative to its size.")] = 3e-3,
-    top_k: Annotated[int, typer.Option(help="Most likely tokens of the original to compare one by one.")] = 64,
-    held_out: Annotated[float, typer.Option(help="Fraction of the text that decides when to stop.")] = 0.1,
-    patience: Annotated[int, typer.Option(help="Evaluations without improvement before it stops.")] = 3,
-    teacher_device: Annotated[
-        str | None, typer.Option(help="Where the original computes. Default: as --device.")
-    ] = None,
-    record: Annotated[
-        Path | None, typer.Option(help="Folder for the original's outputs, so that it need not stay in memory.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
-    dtype: Annotated[DType, typer.Option(help="Of the models in memory; auto is that of their files.")] = DType.auto,
-    device: Device = None,
-    eval_text: Annotated[
-        Path | None, typer.Option(help="Text to evaluate on. Default: a part of the bundled text not trained on.")
-    ] = None,
-    no_eval: Annotated[bool, typer.Option("--no-eval", help="Do not evaluate.")] = False,
-    window: Window = None,
-    stride: Stride = None,
-    eval_tokens: EvalTokens = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model at --out.")] = False,
-    threads: Threads = None,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """Train a compressed model on what its original says, without labels, and save it."""
-    from hf_lrq.cli.recover import RecoverOptions, run
-    from hf_lrq.recovery import RecoveryOptions
-
-    run(
-        RecoverOptions(
-            model=model,
-            teacher=teacher,
-            out=out,
-            recovery=RecoveryOptions(
-                train=tuple(kind.strip() for kind in train.split(",")),
-                lr=lr,
-                vector_lr=vector_lr,
-                epochs=epochs,
-                top_k=top_k,
-                held_out=held_out,
-                patience=patience,
-                seed=seed,
-            ),
-            dataset=dataset,
-            nsamples=nsamples,
-            seqlen=seqlen,
-            batch_size=batch_size,
-            teacher_device=teacher_device,
-            record=record,
-            dtype=dtype.value,
-            device=device,
-            eval_text=eval_text,
-            evaluate=not no_eval,
-            window=window,
-            stride=stride,
-            eval_tokens=eval_tokens,
-            overwrite=overwrite,
-            threads=threads,
-            as_json=as_json,
-        )
-    )
-
-
-@app.command("doctor")
-@_friendly
-def doctor_command(as_json: AsJson = False, debug: Debug = False) -> None:
-    """Check that compression, saving and loading work on this machine."""
-    from hf_lrq.cli.doctor import run
-
-    if not run(as_json):
-        raise typer.Exit(1)
-
-
-@bench.command("kernels")
-@_friendly
-def bench_kernels_command(
-    shape: Annotated[list[str] | None, typer.Option(help="OUTxIN of a layer; may be repeated.")] = None,
-    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Rows of the input; may be repeated.")] = None,
-    codebook: Annotated[
-        list[str] | None, typer.Option(help="Codebook with bits, for example bt2 or int4; may be repeated.")
-    ] = None,
-    rank: Annotated[int, typer.Option(min=0, help="Rank of L R.")] = 64,
-    factor_bits: Annotated[int, typer.Option(help="Bits per entry of L and R: 16, 8 or 4.")] = 8,
-    repetitions: Annotated[int, typer.Option(min=1, help="Turns of each candidate.")] = 40,
-    megabytes: Annotated[
-        int, typer.Option(min=1, help="Copies of the weights of each candidate, so that no cache holds them.")
-    ] = 512,
-    device: Device = None,
-    threads: Threads = None,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """Time one layer: compressed, in bfloat16, and compressed by others that are installed."""
-    from hf_lrq.cli.bench.kernels import KernelOptions, run
-
-    run(
-        KernelOptions(
-            shapes=tuple(shape or ("4096x4096", "11008x4096")),
-            tokens=tuple(tokens or (1, 32)),
-            codebooks=tuple(codebook or ("bt2",)),
-            rank=rank,
-            factor_bits=factor_bits,
-            repetitions=repetitions,
-            megabytes=megabytes,
-            device=device,
-            threads=threads,
-            as_json=as_json,
-        )
-    )
-
-
-@bench.command("generate")
-@_friendly
-def bench_generate_command(
-    shape: Annotated[str, typer.Option(help="Widths of the model: tiny, 1b, 3b, 7b or 8b.")] = "1b",
-    codebook: Annotated[str, typer.Option(help="Codebook with bits, for example bt2.")] = "bt2",
-    rank: Annotated[int, typer.Option(min=0, help="Rank of L R.")] = 64,
-    factor_bits: Annotated[int, typer.Option(help="Bits per entry of L and R: 16, 8 or 4.")] = 8,
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 32,
-    tokens: Annotated[int, typer.Option(min=2, help="New tokens.")] = 16,
-    repetitions: Annotated[int, typer.Option(min=1, help="Of each model; the best one counts.")] = 3,
-    static_cache: Annotated[bool, typer.Option("--static-cache", help="Use a static key-value cache.")] = False,
-    compiled: Annotated[bool, typer.Option("--compile", help="Run the model through torch.compile.")] = False,
-    with_peers: Annotated[bool, typer.Option("--peers", help="Also run bitsandbytes NF4.")] = False,
-    device: Device = None,
-    threads: Threads = None,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """Let models of random weights write: tokens per second and memory, compressed and not."""
-    from hf_lrq.cli.bench.generate import GenerateOptions, run
-
-    run(
-        GenerateOptions(
-            shape=shape,
-            codebook=codebook,
-            rank=rank,
-            factor_bits=factor_bits,
-            prompt=prompt,
-            tokens=tokens,
-            repetitions=repetitions,
-            static_cache=static_cache,
-            compiled=compiled,
-            with_peers=with_peers,
-            device=device,
-            threads=threads,
-            as_json=as_json,
-        )
-    )
+_add_command(app, "quantize", arguments.QuantizeOptions, "quantize")
+_add_command(app, "inspect", arguments.InspectOptions, "inspection")
+_add_command(app, "eval", arguments.EvalOptions, "evaluation")
+_add_command(app, "recover", arguments.RecoverOptions, "recover")
+_add_command(app, "doctor", arguments.DoctorOptions, "doctor")
+app.add_typer(bench, name="bench")
+_add_command(bench, "kernels", arguments.KernelOptions, "bench.kernels")
+_add_command(bench, "generate", arguments.GenerateOptions, "bench.generate")

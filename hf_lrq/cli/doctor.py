@@ -8,8 +8,10 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import typer
 from rich.text import Text
 
+from hf_lrq.cli.arguments import DoctorOptions
 from hf_lrq.cli.output import console, print_json
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
@@ -43,20 +45,25 @@ class Check:
     detail: str
 
 
-def run(as_json: bool) -> bool:
-    """The command; whether nothing is wrong."""
+def run(options: DoctorOptions) -> None:
+    """The command; exit code 1 if something is wrong."""
     checks = list(examine())
     healthy = all(check.status != FAIL for check in checks)
-    if as_json:
+    if options.as_json:
         print_json({"healthy": healthy, "checks": [asdict(check) for check in checks]})
-        return healthy
+    else:
+        _show(checks, healthy)
+    if not healthy:
+        raise typer.Exit(1)
+
+
+def _show(checks: list[Check], healthy: bool) -> None:
     out = console()
     width = max(len(check.name) for check in checks)
     for check in checks:
         line = Text.assemble((f"{check.status:<4}", STYLES[check.status]), f"  {check.name:<{width}}  {check.detail}")
         out.print(line, soft_wrap=True)
     out.print("Everything needed works." if healthy else "Something is wrong, see FAIL above.", style="bold")
-    return healthy
 
 
 def examine() -> Iterator[Check]:

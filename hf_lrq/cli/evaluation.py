@@ -1,27 +1,12 @@
 """`hf-lrq eval`: perplexity of a saved model, and its divergence from another."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
+from hf_lrq.cli.arguments import EvalOptions
 from hf_lrq.cli.loading import chosen_device, load_config, load_model, load_tokenizer, set_threads
 from hf_lrq.cli.measuring import eval_text, measure, size_on_disk
 from hf_lrq.cli.output import measurement_rows, print_json, print_size, print_table
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalOptions:
-    """The arguments of the command, see its help."""
-
-    model: str
-    against: str | None
-    text: Path | None
-    window: int | None
-    stride: int | None
-    eval_tokens: int | None
-    dtype: str
-    device: str | None
-    threads: int | None
-    as_json: bool
 
 
 def run(options: EvalOptions) -> None:

@@ -14,6 +14,7 @@ from hf_lrq.checkpoint import (
     read_headers,
     weight_files,
 )
+from hf_lrq.cli.arguments import InspectOptions
 from hf_lrq.cli.output import bits, console, print_json, print_size, print_table
 from hf_lrq.errors import CheckpointError
 from hf_lrq.evaluation import Size, compressed_layers, size_of_headers
@@ -107,10 +108,10 @@ def inspect_directory(directory: Path) -> Inspection:
     )
 
 
-def run(directory: Path, as_json: bool) -> None:
+def run(options: InspectOptions) -> None:
     """The command."""
-    found = inspect_directory(directory)
-    if as_json:
+    found = inspect_directory(options.directory)
+    if options.as_json:
         print_json(found.to_dict())
         return
     out = console()

@@ -2,7 +2,8 @@
 
 import os
 import shutil
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from hf_lrq.calibration.batches import make_batches
 from hf_lrq.calibration.progress import TqdmProgress
 from hf_lrq.checkpoint import check_free
+from hf_lrq.cli.arguments import QuantizeOptions
 from hf_lrq.cli.loading import (
     check_folder,
     chosen_device,
@@ -29,61 +31,28 @@ from hf_lrq.integrations.config import LRQConfig
 from hf_lrq.integrations.planning import plan_for
 from hf_lrq.integrations.saving import save, write_report_and_card
 from hf_lrq.report import human_bytes
-from hf_lrq.spec import LayerSpec
 from hf_lrq.work import CompressionReport, Inventory
 from hf_lrq.work.plan import listed
 
 NO_DATA = "none"
 
 
-@dataclass(frozen=True, kw_only=True)
-class QuantizeOptions:
-    """The arguments of the command, see its help."""
-
-    model: str
-    out: Path
-    bits: int
-    rank: int
-    factor_bits: int
-    codebook: str
-    group_size: int
-    dataset: str
-    nsamples: int
-    seqlen: int
-    batch_size: int
-    iters: int | None
-    damp_percent: float | None
-    skip: tuple[str, ...]
-    rank_pattern: tuple[str, ...]
-    bits_pattern: tuple[str, ...]
-    independent: bool
-    seed: int
-    dtype: str
-    device: str | None
-    eval_text: Path | None
-    evaluate: bool
-    window: int | None
-    stride: int | None
-    eval_tokens: int | None
-    overwrite: bool
-    jsonl: Path | None
-    threads: int | None
-
-
 def run(options: QuantizeOptions) -> None:
     """The command: everything that can be wrong with the arguments is found before anything large is loaded."""
     config = config_of(options)
     check_out(options.out, options.overwrite, options.model)
-    check_inputs(options)
+    check_inputs(options, config)
     check_folder(options.model)
-    text = eval_text(options.eval_text, options.eval_tokens) if options.evaluate else None
+    if options.dataset is None:
+        say("Compressing without data, as there is no --dataset. --dataset bundled gives much better models.", "yellow")
+    text = eval_text(options.eval_text, options.eval_tokens) if not options.no_eval else None
     set_threads(options.threads)
     device = chosen_device(options.device)
     model_config = load_config(options.model)
     if getattr(model_config, "quantization_config", None) is not None:
         raise SpecError(f"{options.model} is quantized already. Give the original model.")
-    tokenizer = _tokenizer(options)
-    batches = _batches(options, tokenizer, model_config)
+    tokenizer = _tokenizer(options, config)
+    batches = _batches(config, tokenizer, model_config)
 
     say(f"Loading {options.model}")
     model = load_model(options.model, options.dtype, device)
@@ -106,32 +75,22 @@ def run(options: QuantizeOptions) -> None:
 
 
 def config_of(options: QuantizeOptions) -> LRQConfig:
-    """The options as a configuration.
+    """The options as a configuration, which is told only of those that were given.
 
     Raises:
         SpecError: if one is out of its range.
     """
-    return LRQConfig(
-        bits=options.bits,
-        rank=options.rank,
-        factor_bits=options.factor_bits,
-        codebook=options.codebook,
-        group_size=options.group_size,
-        dataset=None if options.dataset == NO_DATA else options.dataset,
-        nsamples=options.nsamples,
-        seqlen=options.seqlen,
-        batch_size=options.batch_size,
-        modules_to_not_convert=list(options.skip) or None,
-        rank_pattern=_pattern("--rank-pattern", options.rank_pattern),
-        bits_pattern=_pattern("--bits-pattern", options.bits_pattern),
-        seed=options.seed,
-        sequential=not options.independent,
-        iters=LayerSpec.iters if options.iters is None else options.iters,
-        damp_percent=LayerSpec.damp_percent if options.damp_percent is None else options.damp_percent,
-    )
+    others: dict[str, Any] = {
+        "dataset": None if options.dataset == NO_DATA else options.dataset,
+        "sequential": False if options.independent else None,
+        "modules_to_not_convert": options.skip or None,
+        "rank_pattern": _pattern("--rank-pattern", options.rank_pattern or ()),
+        "bits_pattern": _pattern("--bits-pattern", options.bits_pattern or ()),
+    }
+    return LRQConfig(**options.config, **{name: value for name, value in others.items() if value is not None})
 
 
-def _pattern(option: str, given: tuple[str, ...]) -> dict[str, int] | None:
+def _pattern(option: str, given: Sequence[str]) -> dict[str, int] | None:
     """["regex=8"] as {"regex": 8}; None where nothing is given."""
     found = {}
     for item in given:
@@ -175,50 +134,50 @@ def check_room(out: Path, needed: int) -> None:
         )
 
 
-def check_inputs(options: QuantizeOptions) -> None:
+def check_inputs(options: QuantizeOptions, config: LRQConfig) -> None:
     """Check the remaining options against each other and the disk.
 
     Raises:
         LRQError: naming the option.
     """
-    if options.dataset.endswith(".txt") or Path(options.dataset).is_file():
-        read_text(Path(options.dataset))
+    if config.calibrated and (config.dataset.endswith(".txt") or Path(config.dataset).is_file()):
+        read_text(Path(config.dataset))
     if options.jsonl is not None and not options.jsonl.resolve().parent.is_dir():
         raise LRQError(f"--jsonl {options.jsonl} cannot be written: its folder does not exist.")
     if options.window is not None and options.stride is not None and options.stride >= options.window:
         raise LRQError(f"--stride must be less than --window, got {options.stride} and {options.window}.")
 
 
-def _tokenizer(options: QuantizeOptions) -> Any:
+def _tokenizer(options: QuantizeOptions, config: LRQConfig) -> Any:
     """The model's tokenizer; None if there is none and the options can do without."""
     try:
         return load_tokenizer(options.model)
     except LRQError as error:
-        if options.dataset != NO_DATA or options.eval_text is not None:
+        if config.calibrated or options.eval_text is not None:
             raise
-        if options.evaluate:
+        if not options.no_eval:
             say(f"Not evaluated: {error}", "yellow")
         return None
 
 
-def _batches(options: QuantizeOptions, tokenizer: Any, model_config: Any) -> list[Any] | None:
+def _batches(config: LRQConfig, tokenizer: Any, model_config: Any) -> list[Any] | None:
     """Calibration batches."""
-    if options.dataset == NO_DATA:
+    if not config.calibrated:
         return None
-    dataset: Any = options.dataset
+    dataset: Any = config.dataset
     if Path(dataset).is_file():
         dataset = Path(dataset)
     batches = make_batches(
         dataset,
         tokenizer,
-        nsamples=options.nsamples,
-        seqlen=min(options.seqlen, position_limit(model_config) or options.seqlen),
-        batch_size=options.batch_size,
-        seed=options.seed,
+        nsamples=config.nsamples,
+        seqlen=min(config.seqlen, position_limit(model_config) or config.seqlen),
+        batch_size=config.batch_size,
+        seed=config.seed,
     )
     tokens = [batch for batch in batches if isinstance(batch, Tensor)]
     count = sum(len(batch) for batch in tokens)
-    say(f"Calibrating on {count} sequences, {sum(batch.numel() for batch in tokens):,} tokens of {options.dataset}")
+    say(f"Calibrating on {count} sequences, {sum(batch.numel() for batch in tokens):,} tokens of {config.dataset}")
     return batches
 
 

@@ -1,7 +1,7 @@
 """`hf-lrq recover`: bring a compressed model nearer to its original, and save it again."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import typer
 from torch import Tensor
 
 from hf_lrq.calibration.batches import make_batches
+from hf_lrq.cli.arguments import RecoverOptions
 from hf_lrq.cli.loading import (
     check_folder,
     chosen_device,
@@ -37,40 +38,15 @@ from hf_lrq.report import REPORT_NAME, write_report
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it.
 
 
-@dataclass(frozen=True, kw_only=True)
-class RecoverOptions:
-    """The arguments of the command, see its help."""
-
-    model: str
-    teacher: str
-    out: Path
-    recovery: RecoveryOptions
-    dataset: str
-    nsamples: int
-    seqlen: int
-    batch_size: int
-    teacher_device: str | None
-    record: Path | None
-    dtype: str
-    device: str | None
-    eval_text: Path | None
-    evaluate: bool
-    window: int | None
-    stride: int | None
-    eval_tokens: int | None
-    overwrite: bool
-    threads: int | None
-    as_json: bool
-
-
 def run(options: RecoverOptions) -> None:
     """The command: everything that can be wrong with the arguments is found before anything large is loaded."""
+    recovery = recovery_of(options)
     check_out(options.out, options.overwrite, options.model)
     for name in (options.model, options.teacher):
         check_folder(name)
     if options.dataset.endswith(".txt") or Path(options.dataset).is_file():
         read_text(Path(options.dataset))
-    text = eval_text(options.eval_text, options.eval_tokens) if options.evaluate else None
+    text = eval_text(options.eval_text, options.eval_tokens) if not options.no_eval else None
     set_threads(options.threads)
     device = chosen_device(options.device)
     teacher_device = device if options.teacher_device is None else chosen_device(options.teacher_device)
@@ -86,13 +62,13 @@ def run(options: RecoverOptions) -> None:
     teacher: Any = load_model(options.teacher, options.dtype, teacher_device)
     if options.record is not None:
         say(f"Recording its outputs in {options.record}")
-        teacher = record_teacher(teacher, batches, options.record, options.recovery.top_k)
+        teacher = record_teacher(teacher, batches, options.record, recovery.top_k)
     say(f"Loading {options.model}")
     model = load_model(options.model, options.dtype, device)
     bar = TqdmRecoveryProgress()
     interrupted = False
     try:
-        report = recover(model, teacher, batches, options.recovery, progress=bar)
+        report = recover(model, teacher, batches, recovery, progress=bar)
     except RecoveryInterrupted as interruption:
         report, interrupted = interruption.report, True
     except KeyboardInterrupt:
@@ -119,6 +95,17 @@ def run(options: RecoverOptions) -> None:
         raise typer.Exit(INTERRUPTED)
 
 
+def recovery_of(options: RecoverOptions) -> RecoveryOptions:
+    """The arguments that say how to train.
+
+    Raises:
+        SpecError: if one is out of its range.
+    """
+    names = {item.name for item in fields(RecoveryOptions)} & {item.name for item in fields(options)}
+    given = {name: getattr(options, name) for name in names}
+    return RecoveryOptions(**{**given, "train": tuple(kind.strip() for kind in options.train.split(","))})
+
+
 def batches_of(options: RecoverOptions, tokenizer: Any, config: Any) -> list[Any]:
     """Token batches to train and decide on."""
     dataset: Any = Path(options.dataset) if Path(options.dataset).is_file() else options.dataset
@@ -129,10 +116,10 @@ def batches_of(options: RecoverOptions, tokenizer: Any, config: Any) -> list[Any
         nsamples=options.nsamples,
         seqlen=min(options.seqlen, limit),
         batch_size=options.batch_size,
-        seed=options.recovery.seed,
+        seed=options.seed,
     )
     tokens = sum(batch.numel() for batch in batches if isinstance(batch, Tensor))
-    say(f"Recovering on {tokens:,} tokens of {options.dataset}, {options.recovery.held_out:.0%} of them held out")
+    say(f"Recovering on {tokens:,} tokens of {options.dataset}, {options.held_out:.0%} of them held out")
     return batches
 
 

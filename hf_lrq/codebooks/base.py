@@ -14,6 +14,7 @@ from hf_lrq.codebooks.packing import TILE, pack_rows, unpack_rows
 from hf_lrq.errors import SpecError
 
 P = ParamSpec("P")
+BITS = (1, 8)  # The smallest and the largest number of bits per weight.
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,6 @@ class Codebook(ABC):
         """Family and bits, for example "e8p2"."""
         return f"{self.family}{self.bits}"
 
-    @property
-    def bits_per_code(self) -> int:
-        """Bits of storage per code: bits * dim."""
-        return self.bits * self.dim
-
     def encode(self, values: Tensor) -> Tensor:
         """Code of the nearest point of each vector; residual codebooks are nearest stage by stage.
 
@@ -96,7 +92,7 @@ class Codebook(ABC):
         """The points of codes; exact in float32, rounded once to `dtype`.
 
         Args:
-            codes: [...] integers in [0, 2**bits_per_code), or [..., rows, n] where rows are coded together.
+            codes: [...] integers in [0, 2**(bits * dim)), or [..., rows, n] where rows are coded together.
             dtype: dtype of the result.
 
         Returns:

@@ -1,8 +1,8 @@
 """Codes as bytes, row by row: where each bit of a weight matrix lies in a file, for all codebooks but the trellises.
 
 A row is cut into tiles of 8 weights, and a tile takes exactly `bits` bytes. Within a tile, code k occupies the bits
-[k * bits_per_code, (k + 1) * bits_per_code), least significant first, and bit i of the tile is bit i % 8 of its byte
-i // 8. Where the codes of a row do not fill its last tile, the remaining bits are zero.
+[k * bits * dim, (k + 1) * bits * dim), least significant first, and bit i of the tile is bit i % 8 of its byte i // 8.
+Where the codes of a row do not fill its last tile, the remaining bits are zero.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from hf_lrq.calibration.batches import Batch, make_batches
 from hf_lrq.errors import CalibrationError
@@ -21,18 +21,26 @@ def calibration_batches(model: Any, config: LRQConfig) -> list[Batch]:
     texts = isinstance(dataset, list | tuple) and any(isinstance(item, str) for item in dataset)
     if texts or isinstance(dataset, str | Path):
         if tokenizer is None:
-            tokenizer = model.config._name_or_path
+            tokenizer = getattr(getattr(model, "config", None), "_name_or_path", None)
         if isinstance(tokenizer, str | Path):
             tokenizer = _load_tokenizer(tokenizer)
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = _positions(model)
     return make_batches(
         dataset,
         tokenizer,
         nsamples=config.nsamples,
-        seqlen=min(config.seqlen, longest) if isinstance(longest, int) and longest > 0 else config.seqlen,
+        seqlen=min(config.seqlen, longest or config.seqlen),
         batch_size=config.batch_size,
         seed=config.seed,
     )
+
+
+def _positions(model: Any) -> int | None:
+    """The most tokens that a model of transformers takes, None where it does not say."""
+    if not isinstance(model, PreTrainedModel):
+        return None
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return longest if isinstance(longest, int) and longest > 0 else None
 
 
 def _load_tokenizer(name: str | Path) -> Any:

@@ -13,13 +13,14 @@ from hf_lrq.integrations.config import LRQConfig
 from hf_lrq.integrations.decompression import decompress
 from hf_lrq.integrations.planning import plan_for
 from hf_lrq.integrations.transformers import LRQHfQuantizer, prepare_layers
+from hf_lrq.spec import CompressionSpec, LayerSpec
 from hf_lrq.work import CompressionReport, Plan
 
 
 def compress(
     model: nn.Module,
     batches: Iterable[Batch] | None = None,
-    config: LRQConfig | None = None,
+    config: LRQConfig | CompressionSpec | LayerSpec | None = None,
     *,
     plan: Plan | None = None,
     progress: Progress | None = None,
@@ -34,7 +35,7 @@ def compress(
             message says so.
         batches: calibration inputs: token tensors [length] or [batch, length], or mappings of the model's arguments;
             None takes those that the config asks for, and compresses without data if it asks for none.
-        config: what to do; None takes the defaults.
+        config: what to do, as a config or a spec alone; None takes the defaults.
         plan: what to do to each matrix, where it has been made already.
         progress: told about each step.
 
@@ -49,7 +50,9 @@ def compress(
     """
     if getattr(model, "hf_quantizer", None) is not None:
         raise SpecError(f"this {type(model).__name__} is quantized already. Load the original model.")
-    config = (LRQConfig() if config is None else config).for_compression()
+    if not isinstance(config, LRQConfig):
+        config = LRQConfig() if config is None else LRQConfig.from_spec(config)
+    config = config.for_compression()
     plan = plan or plan_for(model, config)
     if batches is None and config.calibrated:
         batches = calibration_batches(model, config)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_lrq.patterns import name_matches
+from hf_lrq.patterns import first_match
 from hf_lrq.work import sites_of
 
 ROUTERS = ("gate", "router", "wg", "shared_expert_gate")
@@ -30,7 +30,7 @@ def skip_reasons(model: Any, patterns: Sequence[str] = ()) -> dict[str, str]:
 
     Args:
         model: a PreTrainedModel; weights may be on the meta device.
-        patterns: the user's own, see `patterns.name_matches`.
+        patterns: the user's own, see `hf_lrq.patterns`.
     """
     modules = dict(model.named_modules())
     places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
@@ -39,10 +39,11 @@ def skip_reasons(model: Any, patterns: Sequence[str] = ()) -> dict[str, str]:
     head = _output_embeddings(model)
     found = {}
     for name, module in modules.items():
-        if not sites_of(name, module):
+        labels = [site.label for site in sites_of(name, module)]
+        if not labels:
             continue
         parent, _, child = name.rpartition(".")
-        if (pattern := name_matches(name, patterns)) is not None:
+        if (pattern := first_match(patterns, name, *labels)) is not None:
             found[name] = f"matches {pattern!r} in modules_to_not_convert"
         elif module is head:
             found[name] = "output embeddings"
@@ -50,9 +51,9 @@ def skip_reasons(model: Any, patterns: Sequence[str] = ()) -> dict[str, str]:
             found[name] = "tied weights"
         elif places[id(module)] > 1:
             found[name] = "used in several places"
-        elif name_matches(name, ROUTERS) is not None:
+        elif first_match(ROUTERS, name) is not None:
             found[name] = "router"
-        elif kept_in_fp32 and name_matches(name, kept_in_fp32) is not None:
+        elif first_match(kept_in_fp32, name) is not None:
             found[name] = f"kept in float32 by {type(model).__name__}"
         elif reads_weight(type(modules[parent]), child):  # type: ignore[arg-type]
             found[name] = f"{type(modules[parent]).__name__} reads its weight directly"

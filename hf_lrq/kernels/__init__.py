@@ -1,18 +1,21 @@
 """Fast paths for compressed layers, behind operators whose definition is the torch reference."""
 
-from hf_lrq.kernels.dispatch import ACTIVATIONS, BACKENDS, explain, has_backend, status
+from hf_lrq.kernels.backend import Backend, known_backends
+from hf_lrq.kernels.dispatch import ACTIVATIONS, explain, has_backend, register_backend, status
 from hf_lrq.kernels.operands import Operands
 from hf_lrq.kernels.ops import linear, linear_group
 from hf_lrq.kernels.reference import hadamard
 
 __all__ = [
     "ACTIVATIONS",
-    "BACKENDS",
+    "Backend",
     "Operands",
     "explain",
     "hadamard",
     "has_backend",
+    "known_backends",
     "linear",
     "linear_group",
+    "register_backend",
     "status",
 ]

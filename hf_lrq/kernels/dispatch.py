@@ -1,8 +1,7 @@
 """Which backend computes a compressed layer. Where none fits, the torch reference does; nothing else changes."""
 
 from collections.abc import Sequence
-from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,16 +9,36 @@ from torch import Tensor
 from hf_lrq.codebooks import decoding, viterbi
 from hf_lrq.errors import BackendError
 from hf_lrq.kernels import reference
+from hf_lrq.kernels.backend import REGISTERED, Backend, add_backend, known_backends
 from hf_lrq.kernels.operands import Operands
 
-# Backend -> the type of device it runs on. Each is a package of this folder, imported when it is first asked.
-DEVICES = {"cpu": "cpu", "triton": "cuda"}
-BACKENDS = ("auto", *DEVICES, "torch")
+if TYPE_CHECKING:
+    from hf_lrq.kernels import cpu, triton
+
+    _PACKAGES: tuple[Backend, ...] = (cpu, triton)  # They are what a backend is.
+
 ACTIVATIONS = ("float", "int8")
 
 
-def chosen(device: torch.device, backend: str = "auto") -> Any:
-    """The package of the backend for tensors on `device`, None for the torch reference.
+def register_backend(name: str, device_type: str, backend: Backend) -> None:
+    """Make a backend known, which a layer can then ask for by `name`.
+
+    "auto" takes the first that can run on the device, in the order in which they were registered, our own first.
+
+    Args:
+        name: not one that is known.
+        device_type: "cpu", "cuda", ...: the tensors that it is for.
+        backend: see `Backend`.
+
+    Raises:
+        BackendError: if the name is taken, or torch does not know the device.
+    """
+    add_backend(name, device_type, backend)
+    _meet_operators(device_type)
+
+
+def chosen(device: torch.device, backend: str = "auto") -> Backend | None:
+    """The backend for tensors on `device`, None for the torch reference.
 
     Args:
         device: where the tensors are.
@@ -28,29 +47,37 @@ def chosen(device: torch.device, backend: str = "auto") -> Any:
     Raises:
         BackendError: if the backend that was asked for is unknown, is for other devices, or cannot run here.
     """
+    name = _name_of(device, backend)
+    return None if name is None else REGISTERED[name].load()
+
+
+def _name_of(device: torch.device, backend: str) -> str | None:
     if backend == "torch":
         return None
     if backend == "auto":
-        for name, kind in DEVICES.items():
-            if kind == device.type and (package := _package(name)).unavailable() is None:
-                return package
+        for name, known in REGISTERED.items():
+            if known.device_type == device.type and known.load().unavailable() is None:
+                return name
         return None
-    if backend not in DEVICES:
-        raise BackendError(f"Unknown backend {backend!r}. Known backends: {', '.join(BACKENDS)}.")
-    if DEVICES[backend] != device.type:
+    if backend not in REGISTERED:
         raise BackendError(
-            f"backend {backend!r} runs on {DEVICES[backend]} devices, the tensors are on {device}. Take 'auto'."
+            f"Unknown backend {backend!r}. Known backends: {', '.join(known_backends())}. That of another package has "
+            "to be registered first: import the found."
         )
-    package = _package(backend)
-    if (reason := package.unavailable()) is not None:
+    asked = REGISTERED[backend]
+    if asked.device_type != device.type:
+        raise BackendError(
+            f"backend {backend!r} runs on {asked.device_type} devices, the tensors are on {device}. Take 'auto'."
+        )
+    if (reason := asked.load().unavailable()) is not None:
         raise BackendError(f"backend {backend!r} cannot run here: {reason}")
-    return package
+    return backend
 
 
 def status(device: torch.device | str) -> str:
     """What runs compressed layers on `device`, or why it is only torch."""
     kind = torch.device(device).type
-    parts = [_package(name).status() for name, own in DEVICES.items() if own == kind]
+    parts = [known.load().status() for known in REGISTERED.values() if known.device_type == kind]
     return "; ".join(parts) if parts else "torch (reference)"
 
 
@@ -60,12 +87,11 @@ def explain(x: Tensor, layer: Operands, backend: str = "auto", activation: str =
     Raises:
         BackendError: see `chosen`.
     """
-    package = chosen(x.device, backend)
-    if package is None:
+    name = _name_of(x.device, backend)
+    if name is None:
         told = "torch" if backend == "torch" else status(x.device)
         return told if told.startswith("torch") else f"torch ({told})"
-    reason = package.declines(x, layer, activation)
-    name = package.__name__.rpartition(".")[2]
+    reason = REGISTERED[name].load().declines(x, layer, activation)
     return name if reason is None else f"torch ({name}: {reason})"
 
 
@@ -80,10 +106,9 @@ def lrq_linear(x: Tensor, layer: Operands, backend: str, activation: str) -> Ten
     Raises:
         BackendError: see `chosen`.
     """
-    package = chosen(x.device, backend)
-    if package is not None and package.declines(x, layer, activation) is None:
-        result: Tensor = package.lrq_linear(x, layer, activation)
-        return result
+    found = chosen(x.device, backend)
+    if found is not None and found.declines(x, layer, activation) is None:
+        return found.lrq_linear(x, layer, activation)
     return reference.lrq_linear(x, layer)
 
 
@@ -93,12 +118,14 @@ def lrq_linear_group(x: Tensor, layers: Sequence[Operands], backend: str, activa
     Raises:
         BackendError: see `chosen`.
     """
-    package = chosen(x.device, backend)
-    can = package is not None and all(_same_rotation(layers[0].rot_in, layer.rot_in) for layer in layers[1:])
-    if can and all(package.declines(x, layer, activation) is None for layer in layers):
-        found: list[Tensor] = package.lrq_linear_group(x, layers, activation)
-        return found
-    return [lrq_linear(x, layer, backend, activation) for layer in layers]
+    found = chosen(x.device, backend)
+    if (
+        found is None
+        or not all(_same_rotation(layers[0].rot_in, layer.rot_in) for layer in layers[1:])
+        or any(found.declines(x, layer, activation) for layer in layers)
+    ):
+        return [lrq_linear(x, layer, backend, activation) for layer in layers]
+    return found.lrq_linear_group(x, layers, activation)
 
 
 def _same_rotation(one: Tensor | None, other: Tensor | None) -> bool:
@@ -111,29 +138,32 @@ def _same_rotation(one: Tensor | None, other: Tensor | None) -> bool:
 
 
 def _byte_path(points: Tensor, half_norms: Tensor, x: Tensor, window: int) -> Tensor:
-    search = getattr(chosen(x.device), "viterbi", viterbi.viterbi)
-    path: Tensor = search(points, half_norms, x, window)
-    return path
+    found = chosen(x.device)
+    return (viterbi if found is None else found).viterbi(points, half_norms, x, window)
 
 
 def _bit_path(points: Tensor, half_norms: Tensor, x: Tensor, bits: int, window: int) -> Tensor:
-    search = getattr(chosen(x.device), "bit_viterbi", viterbi.bit_viterbi)
-    path: Tensor = search(points, half_norms, x, bits, window)
-    return path
+    found = chosen(x.device)
+    return (viterbi if found is None else found).bit_viterbi(points, half_norms, x, bits, window)
 
 
 def _decode(packed: Tensor, codebook: str, in_features: int, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-    package = chosen(packed.device)
-    rows = None if package is None else package.decode_rows(packed, codebook, in_features, start, stop, dtype)
+    found = chosen(packed.device)
+    rows = None if found is None else found.decode_rows(packed, codebook, in_features, start, stop, dtype)
     return decoding.decode(packed, codebook, in_features, start, stop, dtype) if rows is None else rows
 
 
-def _package(name: str) -> Any:
-    return import_module(f"hf_lrq.kernels.{name}")
+_met: set[str] = set()
 
 
-# The operators whose reference lies below: here they meet the backends.
-for _device in set(DEVICES.values()):
-    torch.library.register_kernel("hf_lrq::viterbi", _device, _byte_path)
-    torch.library.register_kernel("hf_lrq::bit_viterbi", _device, _bit_path)
-    torch.library.register_kernel("hf_lrq::decode", _device, _decode)
+def _meet_operators(device_type: str) -> None:
+    """Hand the operators whose reference lies below to the backends, on one type of device."""
+    if device_type not in _met:
+        _met.add(device_type)
+        torch.library.register_kernel("hf_lrq::viterbi", device_type, _byte_path)
+        torch.library.register_kernel("hf_lrq::bit_viterbi", device_type, _bit_path)
+        torch.library.register_kernel("hf_lrq::decode", device_type, _decode)
+
+
+for _known in REGISTERED.values():
+    _meet_operators(_known.device_type)

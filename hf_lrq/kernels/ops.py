@@ -141,7 +141,7 @@ def linear(x: Tensor, layer: Operands, backend: str = "auto", activation: str = 
     Args:
         x: [..., in], float.
         layer: the tensors of the layer.
-        backend: see `dispatch.BACKENDS`.
+        backend: see `dispatch.chosen`.
         activation: "float", or "int8": Q meets inputs that are rounded to 8 bits after the rotation, with one scale per
             256 columns, where the backend gains by it. Never where a gradient is wanted.
 

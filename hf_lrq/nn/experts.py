@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from hf_lrq.decomposition.compress_matrix import CompressedMatrix
 from hf_lrq.kernels import Operands, linear
 from hf_lrq.layout import TENSOR_NAMES, LayerLayout
-from hf_lrq.nn.linear import LRQLinear, check_same_layout
+from hf_lrq.nn.linear import LRQLinear
+from hf_lrq.nn.stored import check_same_layout
 
 
 class LRQExpertStack(nn.Module):

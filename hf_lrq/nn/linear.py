@@ -1,7 +1,7 @@
 """The compressed linear layer: y = rot_out * H_out(Q z + L (R z)) + bias, z = H_in(rot_in * x)."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -12,6 +12,7 @@ from hf_lrq.factors import concatenated, dense_pair, in_float16
 from hf_lrq.kernels import Operands, explain, hadamard, linear
 from hf_lrq.layout import FACTOR_NAMES, TENSOR_NAMES, LayerLayout
 from hf_lrq.matrices import Pair, QuantizedMatrix
+from hf_lrq.nn.stored import StoredFactors, check_same_layout
 
 
 class FusedGroup(Protocol):
@@ -102,43 +103,6 @@ class LRQLinear(nn.Linear):
         layer.load_matrix(matrix)
         if bias is not None:
             layer.bias.data.copy_(bias.detach())
-        return layer
-
-    @classmethod
-    def random(
-        cls,
-        in_features: int,
-        out_features: int,
-        layout: LayerLayout,
-        *,
-        bias: bool = False,
-        dtype: torch.dtype | None = None,
-        seed: int = 0,
-    ) -> "LRQLinear":
-        """A layer of random codes, scales and factors, with outputs about as large as the inputs: for benchmarks.
-
-        As in compressed models, layers of one input width share rot_in (those of one seed here).
-
-        Args:
-            in_features, out_features, bias, layout, dtype: see the class.
-            seed: of everything; the global random state is not touched.
-        """
-        layer = cls(in_features, out_features, bias, layout, dtype=dtype)
-        generator = torch.Generator().manual_seed(seed)
-        for name, parameter in layer.named_parameters():
-            data = parameter.data
-            if name in ("rot_in", "rot_out"):
-                own = torch.Generator().manual_seed(seed) if name == "rot_in" else generator
-                data.copy_(torch.randint(0, 2, data.shape, generator=own) * 2 - 1)
-            elif name.endswith("_scale"):  # A product of codes up to 127 in both factors.
-                data.fill_((127 * in_features) ** -0.5 / 8)
-            elif not data.is_floating_point():
-                low, high = (-127, 128) if data.dtype == torch.int8 else (0, 256)
-                data.copy_(torch.randint(low, high, data.shape, generator=generator))
-            elif name == "scales":
-                data.copy_((1 + torch.rand(data.shape, generator=generator)) * in_features**-0.5)
-            else:
-                data.copy_(torch.randn(data.shape, generator=generator) * in_features**-0.5)
         return layer
 
     def load_matrix(self, matrix: CompressedMatrix) -> None:
@@ -238,11 +202,11 @@ class LRQLinear(nn.Linear):
         """L [out, r] and R [r, in] as floats, where r is rank + ft_rank; in the rotated basis."""
         return dense_pair(self._factor_tensors(), self.out_features, self.in_features, self.scales)
 
-    def factors(self) -> "StoredFactors":
+    def factors(self) -> StoredFactors:
         """The low-rank part as it is stored, to put it back later."""
         return StoredFactors(self.layout, self._factor_tensors())
 
-    def restore(self, stored: "StoredFactors") -> None:
+    def restore(self, stored: StoredFactors) -> None:
         """Put back the low-rank part that `factors` returned; on the device that the layer is on now."""
         self.layout = stored.layout
         for name, tensor in stored.tensors.items():
@@ -325,58 +289,6 @@ class LRQLinear(nn.Linear):
             f"codebook={layout.codebook}, rank={self.rank}, factor_bits={layout.factor_bits}"
             + (f", ft_rank={self.ft_rank}" if self.ft_rank else "")
         )
-
-
-@dataclass(frozen=True, eq=False)
-class StoredFactors:
-    """The low-rank part of a layer, by reference.
-
-    Attributes:
-        layout: of the whole layer.
-        tensors: `FACTOR_NAMES` -> parameter or None.
-    """
-
-    layout: LayerLayout
-    tensors: Mapping[str, nn.Parameter | None]
-
-    @property
-    def are_codes(self) -> bool:
-        """Whether L and R are codes with scales."""
-        return self.tensors["lr_L_scale"] is not None
-
-    @property
-    def rank(self) -> int:
-        """Ranks of both pairs."""
-        L, scale, ft_L = (self.tensors[name] for name in ("lr_L", "lr_L_scale", "ft_L"))
-        own = 0 if L is None else L.shape[1] if scale is None else len(scale)
-        return own + (0 if ft_L is None else ft_L.shape[1])
-
-
-def check_same_layout(matrix: CompressedMatrix, layout: LayerLayout, own: Mapping[str, Tensor]) -> None:
-    """Whether the tensors of `matrix` mean the same in a layer of `layout` that holds the tensors `own`.
-
-    Raises:
-        ValueError: naming the first thing that differs.
-    """
-    tensors = matrix.tensors()
-    for name in sorted(tensors.keys() | own.keys()):
-        found, expected = _described(tensors.get(name)), _described(own.get(name))
-        if found != expected:
-            raise ValueError(f"{name} of the matrix is {found}, the layer holds {expected}.")
-    # Codes of two codebooks can have the same shape, and so can the groups of two sizes.
-    fields = ["codebook"] + ["rotation_block"] * ("rot_in" in own) + ["group_size"] * (own["scales"].ndim > 1)
-    for field in fields:
-        if getattr(matrix.layout, field) != getattr(layout, field):
-            raise ValueError(
-                f"{field} of the matrix is {getattr(matrix.layout, field)!r}, of the layer {getattr(layout, field)!r}."
-            )
-
-
-def _described(tensor: Tensor | None) -> str:
-    if tensor is None:
-        return "absent"
-    # A layer can have been cast; codes never are.
-    return f"{'float' if tensor.is_floating_point() else tensor.dtype} {tuple(tensor.shape)}"
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

@@ -9,7 +9,8 @@ from hf_lrq.checks import check_choice
 from hf_lrq.decomposition import LPLR, InputGram, generator_for
 from hf_lrq.errors import SpecError
 from hf_lrq.layout import FACTOR_BITS, FACTOR_NAMES
-from hf_lrq.nn.linear import LRQLinear, StoredFactors
+from hf_lrq.nn.linear import LRQLinear
+from hf_lrq.nn.stored import StoredFactors
 
 RIDGE = 1e-6  # Of the data-free Gram, which needs none.
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from hf_lrq.errors import RecoveryError
 from hf_lrq.factors import dense_pair
 from hf_lrq.nn import LRQExpertStack, LRQLinear
-from hf_lrq.nn.linear import StoredFactors
 from hf_lrq.nn.refit import coded
+from hf_lrq.nn.stored import StoredFactors
 
 Compressed = LRQLinear | LRQExpertStack
 State = list[Tensor]

@@ -10,7 +10,7 @@ from torch import nn
 from hf_lrq.errors import CompressionError
 from hf_lrq.kernels import has_backend, status
 from hf_lrq.layout import LayerLayout
-from hf_lrq.patterns import name_matches
+from hf_lrq.patterns import first_match
 from hf_lrq.spec import CompressionSpec, LayerSpec
 from hf_lrq.work.job import Job
 from hf_lrq.work.records import CompressionReport
@@ -130,11 +130,11 @@ def make_plan(
 
 
 def excluded(model: nn.Module, patterns: Sequence[str]) -> dict[str, str]:
-    """Name of each module with a site that one of the patterns means, see `patterns.name_matches` -> reason."""
+    """Name of each module with a site that one of the patterns means, see `hf_lrq.patterns` -> reason."""
     return {
         site.name: f"matches {pattern!r} in modules_to_not_convert"
         for site in find_sites(model)
-        if (pattern := name_matches(site.name, patterns)) is not None
+        if (pattern := first_match(patterns, site.name, site.label)) is not None
     }
 
 

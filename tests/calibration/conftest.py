@@ -1,4 +1,4 @@
-"""Tiny random models of eight architectures, batches for them, and a spec that takes milliseconds per matrix."""
+"""Tiny random models of nine architectures, batches for them, and a spec that takes milliseconds per matrix."""
 
 from collections.abc import Callable
 from typing import Any
@@ -29,11 +29,15 @@ ENCODER: dict[str, Any] = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
 }
+MIXED = ["full_attention", "sliding_attention", "full_attention"]
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 MAKERS: dict[str, Callable[[], nn.Module]] = {
     "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER)),
     "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**DECODER, head_dim=16)),
+    "gemma3": lambda: transformers.Gemma3ForCausalLM(
+        transformers.Gemma3TextConfig(**DECODER, head_dim=16, sliding_window=8, layer_types=MIXED)
+    ),
     "gpt2": lambda: transformers.GPT2LMHeadModel(
         transformers.GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=VOCABULARY, n_positions=64, **SPECIAL)
     ),
@@ -60,7 +64,7 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
 }
 ARCHITECTURES = tuple(MAKERS)
 # T5 casts activations to the dtype of `wo`, so that one cannot hold codes.
-SKIPPED = {"t5": ("lm_head", "wo"), "vit": ("classifier",)}
+SKIPPED = {"t5": ("lm_head", "wo"), "vit": ("classifier",), "bert": ()}
 
 
 @pytest.fixture(params=ARCHITECTURES)

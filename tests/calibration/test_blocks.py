@@ -12,6 +12,7 @@ from hf_lrq.work import excluded, make_plan
 STACKS = {
     "llama": {"model.layers": 3},
     "qwen3": {"model.layers": 3},
+    "gemma3": {"model.layers": 3},
     "gpt2": {"transformer.h": 3},
     "bert": {"encoder.layer": 3},
     "t5": {"encoder.block": 2, "decoder.block": 2},

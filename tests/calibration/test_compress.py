@@ -169,7 +169,7 @@ def test_a_block_with_nothing_to_compress_still_feeds_the_next(
 def test_patterns_give_layers_specs_of_their_own(
     make_toy: Callable[..., Any], tokens: list[Tensor], quick: CompressionSpec
 ) -> None:
-    spec = CompressionSpec(default=quick.default, patterns=((r"blocks\.1\.up", (("bits", 4),)),))
+    spec = CompressionSpec(default=quick.default, patterns={"blocks.1.up": {"bits": 4}})
     report = compress(make_toy(), tokens, spec)
     assert {layer.name for layer in report.layers if layer.bits == 4} == {"blocks.1.up"}
 

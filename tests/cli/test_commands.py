@@ -132,7 +132,7 @@ def test_a_model_without_a_tokenizer_is_compressed_but_not_evaluated(cli, origin
     result = cli("quantize", bare, "-o", tmp_path / "out", *DATA_FREE)
     assert result.exit_code == 0, result.output
     assert "Not evaluated: " in result.stderr
-    message = cli.fails("quantize", bare, "-o", tmp_path / "other", "--device", "cpu")
+    message = cli.fails("quantize", bare, "-o", tmp_path / "other", "--device", "cpu", "--dataset", "bundled")
     assert "has no tokenizer that can be loaded" in message
 
 
@@ -146,8 +146,32 @@ def test_the_bundled_text_is_calibrated_on_or_evaluated_on_but_not_both() -> Non
     assert paragraphs.isdisjoint(calibration.split("\n\n"))
 
 
-def test_the_bundled_text_is_the_default(cli, original: Path, tmp_path: Path) -> None:
-    sizes = ("--nsamples", 4, "--seqlen", 32, "--window", 128, "--stride", 127)
+def test_no_data_is_the_default_and_that_is_said(cli, original: Path, tmp_path: Path) -> None:
+    arguments = (
+        "quantize",
+        original,
+        "-o",
+        tmp_path / "out",
+        "--rank",
+        4,
+        "--iters",
+        1,
+        "--device",
+        "cpu",
+        "--no-eval",
+    )
+    result = cli(*arguments)
+    assert result.exit_code == 0, result.output
+    said = "Compressing without data, as there is no --dataset. --dataset bundled gives much better models."
+    assert said in result.stderr.replace("\n", " ")
+    assert report_of(tmp_path / "out")["recipe"]["dataset"] is None
+    asked = cli(*arguments, "--overwrite", "--dataset", "none")
+    assert asked.exit_code == 0, asked.output
+    assert "Compressing without data" not in asked.stderr
+
+
+def test_the_bundled_text_is_calibrated_on_and_evaluated_on(cli, original: Path, tmp_path: Path) -> None:
+    sizes = ("--dataset", "bundled", "--nsamples", 4, "--seqlen", 32, "--window", 128, "--stride", 127)
     result = cli("quantize", original, "-o", tmp_path / "out", "--rank", 4, "--iters", 1, "--device", "cpu", *sizes)
     assert result.exit_code == 0, result.output
     report = report_of(tmp_path / "out")

@@ -127,6 +127,20 @@ def test_a_gated_model_is_told_from_a_missing_one(status: int, kind: type[HfHubH
     assert message in str(unavailable("nobody/gated-401", refused(status, kind)))
 
 
+@pytest.mark.parametrize(
+    ("option", "pattern", "said"),
+    [("--skip", "lm_haed", "modules_to_not_convert"), ("--rank-pattern", "q_prj=2", "rank_pattern")],
+)
+def test_a_pattern_that_matches_nothing_is_found_before_the_work(
+    cli, original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, pattern: str, said: str
+) -> None:
+    monkeypatch.setattr("hf_lrq.cli.quantize.compress", lambda *arguments: 1 // 0)
+    message = cli.fails("quantize", original, "-o", tmp_path / "out", *DATA_FREE, option, pattern)
+    assert message.startswith(
+        f"{said} has {pattern.partition('=')[0]!r}, which matches no module of the model. The near"
+    )
+
+
 def test_a_full_disk_is_found_before_the_work(
     cli, original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

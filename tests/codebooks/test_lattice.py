@@ -187,6 +187,6 @@ def test_second_stage_codes_what_the_first_leaves(name: str, generator: torch.Ge
 def test_every_point_is_exact_in_half_precision(bits: int, generator: torch.Generator) -> None:
     book = get_codebook(f"e8p{bits}")
     low = torch.arange(65536)
-    high = torch.randint(0, 2 ** (book.bits_per_code - 16), low.shape, generator=generator)
+    high = torch.randint(0, 2 ** (book.bits * book.dim - 16), low.shape, generator=generator)
     codes = low | high << 16
     assert torch.equal(book.decode(codes, torch.float16).float(), book.decode(codes))

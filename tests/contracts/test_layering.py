@@ -16,12 +16,12 @@ PACKAGE = Path(__file__).resolve().parents[2] / "hf_lrq"
 # A member may import the rows above it and itself. A package folder is one member.
 ROWS = (
     ("errors",),
-    ("checks", "patterns", "safetensors_headers"),
+    ("checks", "options", "patterns", "safetensors_headers"),
     ("codebooks",),
     ("layout",),
     ("spec", "matrices"),
     ("factors",),
-    ("kernels", "presets"),
+    ("kernels",),
     ("decomposition", "optim"),
     ("nn",),
     ("work",),
@@ -183,7 +183,7 @@ def test_nothing_runs_code_from_a_file() -> None:
         ("nn/linear.py", "from hf_lrq.calibration import compress", "calibration lies above nn"),
         ("nn/linear.py", "from ..calibration import compress", "calibration lies above nn"),
         ("optim/adamw.py", "from hf_lrq import decomposition", "optim and decomposition are in one row"),
-        ("kernels/triton/gemv.py", "from ...presets import PRESETS", "kernels and presets are in one row"),
+        ("calibration/a/b.py", "from ...checkpoint import FORMAT_VERSION", "calibration and checkpoint are in one row"),
         ("checkpoint.py", "from hf_lrq.evaluation import evaluate", "checkpoint and evaluation are in one row"),
         ("checkpoint.py", "from hf_lrq import __version__", "imports the package from inside itself"),
         ("checkpoint.py", "import hf_lrq", "imports the package from inside itself"),

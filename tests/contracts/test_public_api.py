@@ -34,6 +34,7 @@ PUBLIC = [
     "compress_matrix",
     "evaluate",
     "fuse_layers",
+    "plan_for",
     "precondition",
     "proxy_loss",
     "recover",

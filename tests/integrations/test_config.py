@@ -1,7 +1,9 @@
 """LRQConfig: strict towards users, silent about anything that inference does not need."""
 
 import copy
+import inspect
 import json
+import re
 import warnings
 from typing import Any
 
@@ -11,10 +13,12 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 
 from hf_lrq import LRQConfig
 from hf_lrq.checkpoint import QuantizationHeader
+from hf_lrq.codebooks import known_families
 from hf_lrq.errors import CheckpointError, SpecError
-from hf_lrq.integrations.config import ALIASES
+from hf_lrq.integrations.aliases import ALIASES
+from hf_lrq.integrations.config import OPTIONS
 from hf_lrq.layout import LayerLayout
-from hf_lrq.spec import LayerSpec
+from hf_lrq.spec import CompressionSpec, LayerSpec
 
 STORED = QuantizationHeader(LayerLayout(codebook="e8p2", rank=8), {}, ("lm_head",))
 
@@ -25,6 +29,62 @@ def stored(**changes: Any) -> dict[str, Any]:
 
 def test_defaults_are_those_of_the_spec() -> None:
     assert LRQConfig().spec.default == LayerSpec()
+
+
+def test_the_signature_shows_every_option_with_its_default() -> None:
+    shown = inspect.signature(LRQConfig).parameters
+    config = LRQConfig()
+    assert {name: each.default for name, each in shown.items()} == {name: getattr(config, name) for name in OPTIONS}
+    assert {each.kind for each in shown.values()} == {inspect.Parameter.KEYWORD_ONLY}
+    assert shown["rank"].annotation is int
+    assert set(LayerSpec().to_dict()) <= set(shown)
+
+
+def test_the_docstrings_say_what_each_option_means() -> None:
+    for owner, names in ((LRQConfig, OPTIONS), (LayerSpec, LayerSpec().to_dict())):
+        text = inspect.getdoc(owner) or ""
+        assert "{options}" not in text
+        for name in names:
+            assert re.search(rf"^    {name}: [\w\"'].{{10}}", text, re.MULTILINE), name
+        assert max(map(len, text.splitlines())) <= 120
+
+
+def test_the_text_of_codebook_names_each_family_with_its_bits() -> None:
+    text = OPTIONS["codebook"].metadata["text"].replace(" bits)", ")")
+    for family, bits in known_families().items():
+        assert f"{family} ({', '.join(map(str, bits))})" in text
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        CompressionSpec(),
+        CompressionSpec(default=LayerSpec(bits=4, sweeps=0), seed=3),
+        CompressionSpec(patterns={"up": {"rank": 2}, "layers.0": {"init": "zero"}}, layers={"a.b": LayerSpec(rank=1)}),
+    ],
+)
+def test_a_config_is_made_of_a_spec_and_gives_it_back(spec: CompressionSpec) -> None:
+    config = LRQConfig.from_spec(spec, dataset="bundled")
+    assert config.spec == spec
+    assert (config.dataset, config.nsamples) == ("bundled", 128)
+    assert json.loads(json.dumps(config.options()))["seed"] == spec.seed
+    assert LRQConfig(**config.options(), dataset="bundled") == config
+
+
+def test_the_spec_of_a_layer_is_that_of_all() -> None:
+    assert LRQConfig.from_spec(LayerSpec(rank=3)).spec == CompressionSpec(default=LayerSpec(rank=3))
+
+
+def test_general_patterns_win_over_the_short_forms_and_names_over_all() -> None:
+    config = LRQConfig(
+        bits_pattern={"mlp": 4, "up": 2},
+        rank_pattern={"up": 3, "mlp": 5},
+        patterns={"up": {"rank": 7}},
+        layers={"a.mlp.up": {"rank": 1}},
+    )
+    assert config.spec.for_layer("mlp.down") == LayerSpec(bits=4, rank=5)
+    assert config.spec.for_layer("mlp.up") == LayerSpec(bits=2, rank=7)
+    assert config.spec.for_layer("a.mlp.up") == LayerSpec(rank=1)
 
 
 def test_config_and_quantizer_are_registered() -> None:
@@ -74,9 +134,8 @@ def test_other_names_are_taken_with_one_warning() -> None:
 
 
 def test_every_alias_leads_to_an_option() -> None:
-    known = LRQConfig().options().keys()
-    assert set(ALIASES.values()) <= set(known)
-    assert not set(ALIASES) & set(known)
+    assert set(ALIASES.values()) <= set(OPTIONS)
+    assert not set(ALIASES) & set(OPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -179,6 +238,10 @@ def test_the_config_of_a_checkpoint_compresses_another_model_alike() -> None:
         ({"codebook": 3}, "codebook must be the name of a family"),
         ({"bits_pattern": ["a"]}, "bits_pattern must map regular expressions to numbers"),
         ({"rank_pattern": {1: 4}}, "rank_pattern must map regular expressions to numbers"),
+        ({"patterns": {"a": 4}}, "patterns must map regular expressions to options, such as"),
+        ({"patterns": {"a": {"rnk": 4}}}, "for modules that match 'a': Unknown field 'rnk'"),
+        ({"layers": {"a": 4}}, "layers must be a dict such as"),
+        ({"modules_to_not_convert": ["*.lm_head"]}, r"'\*\.lm_head' is not a regular expression"),
         ({"modules_to_not_convert": 3}, "modules_to_not_convert must be a list of names, got 3"),
     ],
 )

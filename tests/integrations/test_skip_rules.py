@@ -93,6 +93,13 @@ def test_reads_are_found_in_decorated_inherited_and_nested_code(child: str, expe
     assert reads_weight(Heir, child) is expected
 
 
+def test_fused_experts_are_left_alone_by_the_name_of_either_stack() -> None:
+    model = on_meta("MixtralForCausalLM", **SMALL, num_local_experts=2, vocab_size=128)
+    reasons = skip_reasons(model, ["layers.1.mlp.experts.down_proj"])
+    assert reasons["model.layers.1.mlp.experts"] == "matches 'layers.1.mlp.experts.down_proj' in modules_to_not_convert"
+    assert "model.layers.0.mlp.experts" not in reasons
+
+
 def test_a_module_in_two_places_is_left_alone() -> None:
     model = on_meta("LlamaForCausalLM", **SMALL)
     model.model.layers[1].mlp.up_proj = model.model.layers[0].mlp.up_proj

@@ -11,6 +11,7 @@ import json, resource, sys
 import torch
 from hf_lrq.layout import LayerLayout
 from hf_lrq.nn import LRQLinear
+from hf_lrq.nn.random import random_layer
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -21,12 +22,12 @@ def step(layer, x):
 torch.set_num_threads(1)
 backend, size = sys.argv[1], int(sys.argv[2])
 x = torch.randn(4, 256, requires_grad=True)
-small = LRQLinear.random(256, 256, LayerLayout(codebook="bt2", rank=8))
+small = random_layer(256, 256, LayerLayout(codebook="bt2", rank=8))
 small.backend = backend
 for parameter in (small.lr_L, small.lr_R, small.scales, small.rot_in, small.rot_out):
     parameter.requires_grad_(True)
 step(small, x)  # Whatever is made once and kept.
-layer = LRQLinear.random(size, size, LayerLayout(codebook="bt2", rank=8))
+layer = random_layer(size, size, LayerLayout(codebook="bt2", rank=8))
 layer.backend = backend
 vectors = [layer.scales, layer.rot_in, layer.rot_out]
 for parameter in (layer.lr_L, layer.lr_R, *(vectors if sys.argv[3] == "all" else [])):

@@ -5,7 +5,7 @@ import torch
 
 from hf_lrq.kernels import Operands, linear
 from hf_lrq.layout import LayerLayout
-from hf_lrq.nn import LRQLinear
+from hf_lrq.nn.random import random_layer
 
 LAYOUTS = [
     LayerLayout(codebook="e8p2", rank=5, factor_bits=4, rotation_block=8),
@@ -17,7 +17,7 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.codebook)
 def test_tensors_of_a_file_compute_the_dense_weight(layout):
-    layer = LRQLinear.random(40, 24, layout, bias=True)
+    layer = random_layer(40, 24, layout, bias=True)
     tensors = {name: tensor.data for name, tensor in layer.named_parameters() if name != "bias"}
     assert tensors.keys() == layout.tensors(24, 40).keys()
     operands = Operands.of(tensors, layout, layer.bias)
@@ -28,7 +28,7 @@ def test_tensors_of_a_file_compute_the_dense_weight(layout):
 
 def test_a_pair_takes_the_place_of_all_stored_factors():
     layout = LAYOUTS[2]
-    layer = LRQLinear.random(40, 24, layout)
+    layer = random_layer(40, 24, layout)
     L, R = torch.zeros(24, 1), torch.zeros(1, 40)
     operands = Operands.of(layer.stored_tensors(), layout, pair=(L, R))
     assert operands.L is L

@@ -8,6 +8,7 @@ from hf_lrq.decomposition import compress_matrix
 from hf_lrq.kernels import Operands, hadamard, linear, linear_group
 from hf_lrq.layout import LayerLayout
 from hf_lrq.nn import LRQLinear
+from hf_lrq.nn.random import random_layer
 from hf_lrq.spec import LayerSpec
 
 VARIANTS = [
@@ -213,7 +214,7 @@ def test_codes_of_another_codebook_are_refused(backend):
 
 @pytest.mark.parametrize("tokens", [4, 600])
 def test_sums_in_float16_do_not_overflow_before_their_scales(tokens):
-    layer = LRQLinear.random(512, 256, LayerLayout(codebook="bt2", rank=0), seed=1)
+    layer = random_layer(512, 256, LayerLayout(codebook="bt2", rank=0), seed=1)
     layer.scales.data.fill_(0.002)
     x = torch.randn(tokens, 512, generator=torch.Generator().manual_seed(0)).half() * 2000
     assert torch.isfinite(layer(x)).all()

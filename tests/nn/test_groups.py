@@ -10,7 +10,8 @@ from torch import nn
 
 from hf_lrq.kernels import dispatch
 from hf_lrq.layout import LayerLayout
-from hf_lrq.nn import LRQLinear, fuse_layers, unfuse_layers
+from hf_lrq.nn import fuse_layers, unfuse_layers
+from hf_lrq.nn.random import random_layer
 
 LAYOUT = LayerLayout(codebook="bt2", rank=4)
 
@@ -22,7 +23,7 @@ class Attention(nn.Module):
         super().__init__()
         layouts = layouts or [LAYOUT] * 3
         for seed, (name, layout, width) in enumerate(zip("qkv", layouts, widths, strict=True)):
-            layer = LRQLinear.random(64, width, layout, bias=True, seed=seed)
+            layer = random_layer(64, width, layout, bias=True, seed=seed)
             self.add_module(f"{name}_proj", layer)
             if layer.rot_in is not None:
                 layer.rot_in.data.copy_(self.q_proj.rot_in.data)

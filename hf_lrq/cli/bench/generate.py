@@ -14,6 +14,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
+from hf_lrq.cli.arguments import GenerateOptions
 from hf_lrq.cli.bench.kernels import peers
 from hf_lrq.cli.loading import chosen_device, set_threads
 from hf_lrq.cli.output import print_json, print_table, say
@@ -21,7 +22,8 @@ from hf_lrq.codebooks import get_codebook
 from hf_lrq.errors import LRQError, SpecError
 from hf_lrq.kernels import status
 from hf_lrq.layout import LayerLayout
-from hf_lrq.nn import LRQLinear, fuse_layers
+from hf_lrq.nn import fuse_layers
+from hf_lrq.nn.random import random_layer
 
 # Models people know, by their widths: (layers, hidden, intermediate, heads, key-value heads, vocabulary, tied head).
 SHAPES = {
@@ -31,25 +33,6 @@ SHAPES = {
     "7b": (32, 4096, 11008, 32, 32, 32000, False),
     "8b": (32, 4096, 14336, 32, 8, 128256, False),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerateOptions:
-    """The arguments of the command, see its help."""
-
-    shape: str
-    codebook: str
-    rank: int
-    factor_bits: int
-    prompt: int
-    tokens: int
-    repetitions: int
-    static_cache: bool
-    compiled: bool
-    with_peers: bool
-    device: str | None
-    threads: int | None
-    as_json: bool
 
 
 @dataclass(frozen=True)
@@ -201,7 +184,7 @@ def _kinds(options: GenerateOptions) -> dict[str, _Kind]:
 
     def compressed(activation: str) -> Callable[[nn.Linear], nn.Module]:
         def make(linear: nn.Linear) -> nn.Module:
-            layer = LRQLinear.random(linear.in_features, linear.out_features, layout, dtype=torch.bfloat16)
+            layer = random_layer(linear.in_features, linear.out_features, layout, dtype=torch.bfloat16)
             layer.activation = activation
             return layer
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_lrq.cli.arguments import KernelOptions
 from hf_lrq.cli.bench.timing import Call, Timing, read_bandwidth, take_turns
 from hf_lrq.cli.loading import chosen_device, set_threads
 from hf_lrq.cli.output import print_json, print_table, say
@@ -17,7 +18,7 @@ from hf_lrq.codebooks import get_codebook
 from hf_lrq.errors import SpecError
 from hf_lrq.kernels import status
 from hf_lrq.layout import LayerLayout
-from hf_lrq.nn import LRQLinear
+from hf_lrq.nn.random import random_layer
 
 BASELINE = "bf16 linear"
 INT4, NF4 = "torch int4, groups of 128", "bitsandbytes NF4"
@@ -25,22 +26,6 @@ INT4, NF4 = "torch int4, groups of 128", "bitsandbytes NF4"
 # Times as fast as each baseline, by tokens: what the kernels are built to reach on a CPU with one thread.
 AIMS = {1: {BASELINE: 4.5, INT4: 1.7, NF4: 2.0}, 32: {BASELINE: 2.5}}
 BANDWIDTH_AIM = 0.65
-
-
-@dataclass(frozen=True, kw_only=True)
-class KernelOptions:
-    """The arguments of the command, see its help."""
-
-    shapes: tuple[str, ...]
-    tokens: tuple[int, ...]
-    codebooks: tuple[str, ...]
-    rank: int
-    factor_bits: int
-    repetitions: int
-    megabytes: int
-    device: str | None
-    threads: int | None
-    as_json: bool
 
 
 @dataclass(frozen=True)
@@ -73,7 +58,7 @@ def run(options: KernelOptions) -> None:
     """The command."""
     set_threads(options.threads)
     device = chosen_device(options.device)
-    options = replace(options, tokens=tuple(dict.fromkeys(options.tokens)))
+    options = replace(options, tokens=list(dict.fromkeys(options.tokens)))
     shapes = list(dict.fromkeys(map(_parsed, options.shapes)))
     layouts = {name: _layout(name, options) for name in options.codebooks}
     say(f"{device}: {status(device)}; {torch.get_num_threads()} CPU threads; torch {torch.__version__}")
@@ -134,7 +119,7 @@ def _measure(
         add(name, make, size)
     for codebook, layout in layouts.items():
         for activation in ("float", "int8"):
-            layer = LRQLinear.random(in_features, out_features, layout, dtype=torch.bfloat16).to(device)
+            layer = random_layer(in_features, out_features, layout, dtype=torch.bfloat16).to(device)
             layer.activation = activation
             backend = layer.runs_on(torch.bfloat16)
             if activation != "float" and backend.startswith("torch"):

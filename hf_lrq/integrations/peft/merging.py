@@ -10,7 +10,7 @@ from hf_lrq.errors import SpecError
 from hf_lrq.factors import concatenated
 from hf_lrq.matrices import Pair
 from hf_lrq.nn import LRQLinear
-from hf_lrq.nn.linear import StoredFactors
+from hf_lrq.nn.stored import StoredFactors
 
 
 class MergesIntoFactors:

@@ -23,7 +23,6 @@ KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3, t
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "hf_lrq_limit_isa": (ctypes.c_int32, (ctypes.c_int32,)),
     "hf_lrq_tier": (ctypes.c_int32, ()),
-    "hf_lrq_call_size": (ctypes.c_int64, ()),
     "hf_lrq_linear": (ctypes.c_int32, (ctypes.c_char_p, ctypes.c_int64)),
     "hf_lrq_decode": (None, (*[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 8, ctypes.c_double)),
     "hf_lrq_decode_uniform": (None, (*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 8, ctypes.c_double)),
@@ -47,7 +46,6 @@ class Library:
     path: Path
     limit_isa: Callable[[int], int]
     tier: Callable[[], int]
-    call_size: Callable[[], int]
     linear: Callable[..., int]
     decode: Callable[..., None]
     decode_uniform: Callable[..., None]

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from hf_lrq.kernels import cpu
+from hf_lrq.kernels.cpu.linear import CODEBOOKS
 
-CODEBOOKS = ("bt2", "bt4", "tcq2", "tcq3", "tcq4", "int2", "int3", "int4", "int8")
 # Rows and columns that are no multiples of a tile (128 x 16), one row, and blocks of the transform of 1, 8 and 256.
 SHAPES = ((1, 16), (130, 52), (8, 1000), (257, 7), (384, 512))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -5,6 +5,7 @@ import torch
 
 from hf_lrq.codebooks import get_codebook, viterbi
 from hf_lrq.kernels import cpu
+from hf_lrq.kernels.cpu.linear import CODEBOOKS
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def test_searches_refuse_what_they_would_misread(kernels):
         cpu.bit_viterbi(points.view(-1), norms.view(-1), x[..., 0], 5, 4)
 
 
-@pytest.mark.parametrize("codebook", ["bt2", "bt4", "tcq2", "tcq3", "tcq4", "int2", "int3", "int4", "int8"])
+@pytest.mark.parametrize("codebook", CODEBOOKS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_decoded_rows(tier, generator, integers, codebook, dtype):
     book = get_codebook(codebook)

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from hf_lrq.codebooks import known_codebooks
 from hf_lrq.kernels.triton import decode_rows
+from hf_lrq.kernels.triton.decoders import decoder_for
 
-CODEBOOKS = ["bt2", "bt4", "tcq2", "tcq3", "tcq4", "int2", "int4", "int8"]
+CODEBOOKS = [name for name in known_codebooks() if decoder_for(name) is not None]
 
 
 @pytest.mark.parametrize("codebook", CODEBOOKS)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from hf_lrq.codebooks import known_codebooks
 from hf_lrq.errors import BackendError
 from hf_lrq.kernels import Operands
 from hf_lrq.kernels.reference import hadamard
@@ -18,7 +19,7 @@ from hf_lrq.kernels.triton.gemv import gemv_kernel
 from hf_lrq.kernels.triton.launches import DotLaunch, GemvLaunch
 from hf_lrq.matrices import dense_factor, quantize_factor
 
-CODEBOOKS = ["bt2", "bt4", "tcq2", "tcq3", "tcq4", "int2", "int4", "int8"]
+CODEBOOKS = [name for name in known_codebooks() if decoder_for(name) is not None]
 
 
 def codes_of(made, columns):

@@ -27,8 +27,6 @@ typedef struct {
     double gain;
 } Call;
 
-HF_LRQ_EXPORT int64_t hf_lrq_call_size(void) { return sizeof(Call); }
-
 enum { TOKENS_AT_A_TIME = 32, RANKS_OF_A_PART = 8, STRIP = 1024, ROWS_AT_A_TIME = 32 };
 
 /* Parts of the work, in the order in which they are handed out: prepare a token; some rows of R z; some rows of y.

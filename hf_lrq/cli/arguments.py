@@ -1,0 +1,192 @@
+"""The arguments of the commands, each declared once; the docstring of a class is the help of its command.
+
+What `hf_lrq.options` declares is taken from there. Nothing heavy is imported, as help is to appear at once.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Optional, get_type_hints
+
+from typer import Argument, Option
+
+from hf_lrq.options import DataOptions, LayerOptions, ModuleOptions, options_of
+
+DECLARED = "declared"  # In the metadata of a field: the arguments that it gathers, those that were given, in a dict.
+
+
+class DType(str, Enum):
+    """Names of the types that weights can have in memory."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def declared(*kinds: type) -> dict[str, Any]:
+    """Name -> annotation for each option of `kinds` that is a number or a word; all can be left out."""
+    hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
+    return {
+        name: Annotated[Optional[hints[name]], Option(help=f"{item.metadata['text']} Default: {item.default}.")]  # noqa: UP045
+        for name, item in options_of(*kinds).items()
+        if hints[name] in (int, float, str)
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class AsJson:
+    """For commands that print figures."""
+
+    as_json: Annotated[bool, Option("--json", help="Print JSON instead of tables.")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Computing:
+    """For commands that compute."""
+
+    device: Annotated[
+        str | None, Option(help="Where to compute, for example cpu, cuda or cuda:1. Default: a GPU if any.")
+    ] = None
+    threads: Annotated[int | None, Option(min=1, help="CPU threads. Default: those torch takes.")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading(Computing):
+    """For commands that load models."""
+
+    dtype: Annotated[DType, Option(help="Type of weights in memory; auto is that of the files.")] = DType.auto
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measuring(Loading):
+    """For commands that evaluate."""
+
+    window: Annotated[
+        int | None, Option(min=2, help="Tokens seen at a time in evaluation. Default: the model's limit, at most 2048.")
+    ] = None
+    stride: Annotated[int | None, Option(min=1, help="Tokens between windows. Default: half the window.")] = None
+    eval_tokens: Annotated[
+        int | None, Option(min=2, help="Tokens of the text to evaluate on. Default: all of a file.")
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saving(Measuring):
+    """For commands that save a model and evaluate it."""
+
+    out: Annotated[Path, Option("--out", "-o", help="Folder to write; must be empty or not exist.")]
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace a model at --out.")] = False
+    eval_text: Annotated[
+        Path | None, Option(help="Text to evaluate on. Default: the part of the bundled text that is held out.")
+    ] = None
+    no_eval: Annotated[bool, Option("--no-eval", help="Do not evaluate.")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeOptions(Saving):
+    """Compress a model and save it with a report and a model card."""
+
+    model: Annotated[str, Argument(help="Folder or id on the Hub of the model to compress.")]
+    dataset: Annotated[
+        str | None,
+        Option(help="Calibration text: bundled, a text file, a data set's name, or none. Default: none (data-free)."),
+    ] = None
+    config: dict[str, Any] = field(metadata={DECLARED: declared(LayerOptions, DataOptions, ModuleOptions)})
+    independent: Annotated[
+        bool, Option("--independent", help="Calibrate every block on the original model's activations.")
+    ] = False
+    skip: Annotated[list[str] | None, Option(help="Module name or pattern to leave as it is; may be repeated.")] = None
+    rank_pattern: Annotated[list[str] | None, Option(help="REGEX=RANK for matching modules; may be repeated.")] = None
+    bits_pattern: Annotated[list[str] | None, Option(help="REGEX=BITS for matching modules; may be repeated.")] = None
+    jsonl: Annotated[
+        Path | None, Option(help="File that gets one line of JSON per compressed matrix; replaced if it exists.")
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions(AsJson):
+    """Show what is stored, from file headers alone: shapes, ranks, true bits per weight."""
+
+    directory: Annotated[Path, Argument(metavar="DIR", help="Folder of a saved model, compressed or not.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions(Measuring, AsJson):
+    """Measure perplexity, and divergence from the original."""
+
+    model: Annotated[str, Argument(help="Folder or id on the Hub of the model to evaluate.")]
+    against: Annotated[str | None, Option(help="The original, to compare with.")] = None
+    text: Annotated[Path | None, Option(help="Text file. Default: the bundled text.")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoverOptions(Saving, AsJson):
+    """Train a compressed model on what its original says, without labels, and save it."""
+
+    model: Annotated[str, Argument(help="Folder or id on the Hub of the compressed model.")]
+    teacher: Annotated[str, Option(help="Folder or id on the Hub of the original.")]
+    train: Annotated[
+        str, Option(help="What to train: factors, scales, norms, biases, rotations; separated by commas.")
+    ] = "factors,scales,norms"
+    dataset: Annotated[str, Option(help="Text: bundled, a text file, or a data set's name.")] = "bundled"
+    nsamples: Annotated[int, Option(help="Sequences.")] = 256
+    seqlen: Annotated[int, Option(help="Tokens per sequence.")] = 512
+    batch_size: Annotated[int, Option(help="Sequences per step.")] = 2
+    epochs: Annotated[int, Option(help="Passes over the text at most; it stops when nothing improves.")] = 4
+    lr: Annotated[float, Option(help="Learning rate of factors.")] = 1e-3
+    vector_lr: Annotated[float, Option(help="Learning rate of everything else, relative to its size.")] = 3e-3
+    top_k: Annotated[int, Option(help="Most likely tokens of the original to compare one by one.")] = 64
+    held_out: Annotated[float, Option(help="Fraction of the text that decides when to stop.")] = 0.1
+    patience: Annotated[int, Option(help="Evaluations without improvement before it stops.")] = 3
+    seed: Annotated[int, Option(help="Seed of every random choice.")] = 0
+    teacher_device: Annotated[str | None, Option(help="Where the original computes. Default: as --device.")] = None
+    record: Annotated[
+        Path | None, Option(help="Folder for the original's outputs, so that it need not stay in memory.")
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorOptions(AsJson):
+    """Check that compression, saving and loading work on this machine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions(Computing, AsJson):
+    """For the benchmarks."""
+
+    rank: Annotated[int, Option(min=0, help="Rank of L R.")] = 64
+    factor_bits: Annotated[int, Option(help="Bits per entry of L and R: 16, 8 or 4.")] = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelOptions(BenchOptions):
+    """Time one layer: compressed, in bfloat16, and compressed by others that are installed."""
+
+    shapes: Annotated[list[str], Option("--shape", help="OUTxIN of a layer; may be repeated.")] = field(
+        default_factory=lambda: ["4096x4096", "11008x4096"]
+    )
+    tokens: Annotated[list[int], Option(min=1, help="Rows of the input; may be repeated.")] = field(
+        default_factory=lambda: [1, 32]
+    )
+    codebooks: Annotated[
+        list[str], Option("--codebook", help="Codebook with bits, for example bt2 or int4; may be repeated.")
+    ] = field(default_factory=lambda: ["bt2"])
+    repetitions: Annotated[int, Option(min=1, help="Turns of each candidate.")] = 40
+    megabytes: Annotated[
+        int, Option(min=1, help="Copies of the weights of each candidate, so that no cache holds them.")
+    ] = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(BenchOptions):
+    """Let models of random weights write: tokens per second and memory, compressed and not."""
+
+    shape: Annotated[str, Option(help="Widths of the model: tiny, 1b, 3b, 7b or 8b.")] = "1b"
+    codebook: Annotated[str, Option(help="Codebook with bits, for example bt2.")] = "bt2"
+    prompt: Annotated[int, Option(min=1, help="Tokens of the prompt.")] = 32
+    tokens: Annotated[int, Option(min=2, help="New tokens.")] = 16
+    repetitions: Annotated[int, Option(min=1, help="Repetitions of each model; the best one counts.")] = 3
+    static_cache: Annotated[bool, Option("--static-cache", help="Use a static key-value cache.")] = False
+    compiled: Annotated[bool, Option("--compile", help="Run the model through torch.compile.")] = False
+    with_peers: Annotated[bool, Option("--peers", help="Also run bitsandbytes NF4.")] = False

@@ -1,0 +1,125 @@
+"""The options of a compression, each declared once: its name, type and default, and what it means.
+
+`LayerSpec`, `LRQConfig` and the command line take them from here. Nothing heavy is imported, as the help of the command
+line shows them.
+"""
+
+import re
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, TypeVar
+
+_Class = TypeVar("_Class", bound=type)
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"text": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerOptions:
+    """How one [out, in] matrix is compressed.
+
+    The defaults are the best values measured on trained layers; `examples/benchmarks/RESULTS.md` has the tables.
+    """
+
+    bits: int = _option(2, "Bits per weight of Q, 1 to 8; each codebook has its own choice.")
+    rank: int = _option(64, "Columns of L and rows of R, at most min(out, in); 0 stores Q alone.")
+    factor_bits: int = _option(16, "Bits per entry of L and R: 16, 8 or 4.")
+    codebook: str = _option(
+        "auto",
+        "Family of the codebook of Q: bt (2, 4 bits), tcq (2, 3, 4), e8p (2, 3, 4), int (2, 3, 4, 8), "
+        "lloyd (2, 3, 4), nf (4), or auto.",
+    )
+    group_size: int = _option(128, "Columns that share one scale, for codebook int.")
+    rotation: str = _option("hadamard", "hadamard (incoherence processing; QuIP#, 2024, section 3) or none.")
+    rotation_block: int = _option(256, "Largest Hadamard block, a power of two.")
+    rounding: str = _option("ldlq", "ldlq (adaptive rounding with feedback) or nearest.")
+    init: str = _option(
+        "svd",
+        "What L R is before the first rounding: zero, svd of the weight, outlier (svd over the channels of largest "
+        "energy; ODLRI, 2025), or auto: the best of them after one iteration.",
+    )
+    iters: int = _option(8, "Alternations of rounding from scratch and low-rank refit, at least 1.")
+    refinements: int = _option(4, "Alternations that improve the best of them, at least 0.")
+    sweeps: int = _option(
+        1,
+        "Guarded re-rounding passes after each LDLQ pass, at least 0. One more pass comes last, unless rank, "
+        "refinements and sweeps are all 0.",
+    )
+    damp_percent: float = _option(0.01, "Ridge on the Gram matrix, as a fraction of its mean diagonal.")
+    marginal_damping: float = _option(
+        0.2, "Ridge on the marginalised Gram matrix of the rounding step, as a fraction of its mean diagonal."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """What the layers are calibrated on, and how."""
+
+    dataset: object = _option(
+        None,
+        'Calibration data: None (compress without data), "bundled", a text file, the name of a data set, a list of '
+        "texts, or a list of token tensors.",
+    )
+    tokenizer: object = _option(
+        None, "Turns texts into tokens, or the name of one that does, if not that of the model; never stored."
+    )
+    nsamples: int = _option(128, "Calibration sequences.")
+    seqlen: int = _option(2048, "Tokens in each calibration sequence, never more than the model takes.")
+    batch_size: int = _option(1, "Calibration sequences run at a time.")
+    sequential: bool = _option(True, "Calibrate each block on the outputs of the compressed blocks before it.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModuleOptions:
+    """Which modules are compressed, and how they differ from each other; `patterns` says what a pattern matches."""
+
+    modules_to_not_convert: Sequence[str] | None = _option(
+        None,
+        "Patterns of modules to leave alone, in addition to the output head, tied weights, routers and the modules "
+        "that a model reads in its own way.",
+    )
+    bits_pattern: Mapping[str, int] | None = _option(None, "Pattern -> bits; short for patterns.")
+    rank_pattern: Mapping[str, int] | None = _option(None, "Pattern -> rank; short for patterns.")
+    patterns: Mapping[str, Mapping[str, Any]] | None = _option(
+        None, "Pattern -> {option of a matrix: value}; later ones win over earlier ones, and over the short forms."
+    )
+    layers: Mapping[str, Any] | None = _option(
+        None, "Name of a module -> its LayerSpec, or a dict of one; wins over all patterns."
+    )
+    seed: int = _option(0, "Seed of every random choice; equal seeds give equal bytes.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How a model runs: also for a checkpoint that is compressed already, and never stored in it."""
+
+    dequantize: bool = _option(False, "End up with ordinary floating-point layers.")
+    backend: str = _option("auto", 'What computes the layers: "auto", "cpu", "triton" or "torch" (the reference).')
+    activation: str = _option(
+        "float", '"float", or "int8" to round the inputs of Q to 8 bits where that is faster and nothing is trained.'
+    )
+    fuse: bool = _option(False, "Compute layers of one input together (q, k, v; gate, up), see `fuse_layers`.")
+
+
+def options_of(*kinds: type) -> dict[str, "Field[Any]"]:
+    """Name -> field of the options that these classes declare, in their order."""
+    return {item.name: item for kind in kinds for item in fields(kind)}
+
+
+def documented(*kinds: type) -> Callable[[_Class], _Class]:
+    """A class decorator that lists the options of `kinds` with their texts where the docstring says {options}."""
+
+    def put(owner: _Class) -> _Class:
+        owner.__doc__ = re.sub(r"(?m)^( *)\{options\}$", lambda mark: _listed(kinds, mark[1]), owner.__doc__ or "")
+        return owner
+
+    return put
+
+
+def _listed(kinds: Sequence[type], indent: str) -> str:
+    texts = [f"{name}: {item.metadata['text']}" for name, item in options_of(*kinds).items()]
+    lines = [textwrap.wrap(text, 120, initial_indent=indent, subsequent_indent=f"{indent}    ") for text in texts]
+    return "\n".join(line for each in lines for line in each)
