@@ -9,10 +9,11 @@ import transformers
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from hf_lrq.checkpoint import read_headers, weight_files
 from hf_lrq.errors import LRQError, SpecError
+from hf_lrq.integrations.calibration_data import read_tokenizer
 
 
 def set_threads(threads: int | None) -> None:
@@ -89,7 +90,7 @@ def load_tokenizer(*names: str) -> Any:
     failure: Exception | None = None
     for name in names:
         try:
-            return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            return read_tokenizer(name)
         except (OSError, ValueError, KeyError, ImportError) as error:
             failure = failure or error
     reason = _first_line(failure).rstrip(". ")

@@ -43,9 +43,22 @@ def _positions(model: Any) -> int | None:
     return longest if isinstance(longest, int) and longest > 0 else None
 
 
+def read_tokenizer(name: str | Path) -> Any:
+    """The tokenizer of a model.
+
+    Raises:
+        OSError, ValueError, KeyError, ImportError: if there is none that can be loaded.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    # Where a model has no tokenizer, early releases of transformers 5 make one up.
+    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
+        raise ValueError(f"{name} has a tokenizer that knows special tokens only")
+    return tokenizer
+
+
 def _load_tokenizer(name: str | Path) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return read_tokenizer(name)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise CalibrationError(
             f"calibration texts need a tokenizer, and {str(name)!r} has none that can be loaded "

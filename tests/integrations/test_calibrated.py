@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
@@ -107,6 +108,14 @@ def test_sequences_are_no_longer_than_the_model_can_take(original: Path, fast: d
 def test_texts_without_a_tokenizer_are_refused(original: Path, fast: dict[str, Any]) -> None:
     with pytest.raises(CalibrationError, match=r"has none that can be loaded .*Pass tokenizer= to LRQConfig"):
         AutoModelForCausalLM.from_pretrained(original, quantization_config=LRQConfig(**fast, dataset=["text"]))
+
+
+def test_a_tokenizer_without_words_is_none(original: Path, fast: dict[str, Any], tmp_path: Path) -> None:
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0}, "<unk>"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(tmp_path)
+    config = LRQConfig(**fast, dataset=["text"], tokenizer=str(tmp_path))
+    with pytest.raises(CalibrationError, match="has a tokenizer that knows special tokens only"):
+        AutoModelForCausalLM.from_pretrained(original, quantization_config=config)
 
 
 def test_calibrating_while_offloading_is_refused(

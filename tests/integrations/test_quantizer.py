@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -261,11 +262,22 @@ def test_disk_offload_of_a_compressed_model(compressed: Path, tmp_path: Path, to
     assert model.model.layers[1].mlp.up_proj.weight.device.type == "meta"
     expected = logits(AutoModelForCausalLM.from_pretrained(compressed), tokens)
     assert torch.equal(logits(model, tokens), expected)
-    with pytest.warns(UserWarning, match="offloaded modules"):
-        model.save_pretrained(tmp_path / "again")
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), tokens), expected)
     with pytest.raises(SpecError, match=r"model\.layers\.1\.\S+ is offloaded, so its weight is not at hand"):
         model.dequantize()
+
+
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.13"),
+    reason="this transformers release reads all that is on disk in one dtype",
+)
+def test_what_is_offloaded_to_disk_is_saved_as_it_is(compressed: Path, tmp_path: Path) -> None:
+    device_map = SPLIT | {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    model = AutoModelForCausalLM.from_pretrained(compressed, device_map=device_map, offload_folder=tmp_path / "disk")
+    with pytest.warns(UserWarning, match="offloaded modules"):
+        model.save_pretrained(tmp_path / "again")
+    before, after = weights(compressed), weights(tmp_path / "again")
+    assert {name: tensor.dtype for name, tensor in after.items()} == {name: t.dtype for name, t in before.items()}
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
 
 
 def test_compressing_with_disk_offload_is_refused(original: Path, fast: dict[str, Any], tmp_path: Path) -> None:
