@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from hf_lrq.cli import arguments
+from hf_lrq.cli.signs import spell_out
 from hf_lrq.errors import LRQError
 
 USER_ERROR = 2
@@ -47,6 +48,7 @@ _settings = _Settings()
 
 def main() -> None:
     """Entry point of the `hf-lrq` command."""
+    spell_out((sys.stdout, sys.stderr))
     app(prog_name="hf-lrq")
 
 

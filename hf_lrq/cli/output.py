@@ -1,15 +1,19 @@
 """Numbers as people read them: rich tables on standard output, messages on standard error, or JSON instead."""
 
+import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
+from hf_lrq.cli.signs import shown
 from hf_lrq.evaluation import Estimate, Evaluation, Part, Size
-from hf_lrq.report import human_bytes, report_text, with_error
+from hf_lrq.report import human_bytes, with_error
+from hf_lrq.report.text import json_ready
 
 
 def console() -> Console:
@@ -27,7 +31,8 @@ def say(message: str, style: str | None = None) -> None:
 
 def print_json(value: Mapping[str, Any]) -> None:
     """JSON and nothing else on standard output; what JSON cannot hold is null."""
-    typer.echo(report_text(value), nl=False)
+    # In ASCII: programs get the same bytes whatever the terminal can show.
+    typer.echo(json.dumps(json_ready(value), indent=2, allow_nan=False))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> None:
@@ -41,9 +46,10 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
     table = Table(title=Text(title), title_justify="left", title_style="bold", header_style="bold")
     aligned = set(right)
     for index, column in enumerate(columns):
-        table.add_column(Text(column), justify="right" if index in aligned else "left", overflow="fold")
+        side: JustifyMethod = "right" if index in aligned else "left"
+        table.add_column(Text(shown(column, sys.stdout)), justify=side, overflow="fold")
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(shown(cell, sys.stdout)) for cell in row))
     console().print(table)
 
 
