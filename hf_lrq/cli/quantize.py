@@ -26,6 +26,7 @@ from hf_lrq.cli.measuring import EvalText, eval_text, measure, size_on_disk
 from hf_lrq.cli.output import bits, console, measurement_rows, print_table, say
 from hf_lrq.errors import CheckpointError, LRQError, SpecError
 from hf_lrq.evaluation import Evaluation, position_limit, size
+from hf_lrq.integrations.companions import Companions, companions_of
 from hf_lrq.integrations.compression import compress
 from hf_lrq.integrations.config import LRQConfig
 from hf_lrq.integrations.planning import plan_for
@@ -59,7 +60,7 @@ def run(options: QuantizeOptions) -> None:
     plan = plan_for(model, config)
     check_room(options.out, _announce(model, plan.inventory))
     report = compress(model, batches, config, plan=plan, progress=TqdmProgress(options.jsonl))
-    save(model, options.out, tokenizer, options.overwrite, base_model=options.model)
+    save(model, options.out, _beside(options.model, tokenizer), options.overwrite, base_model=options.model)
     say(f"Saved to {options.out}", "green")
 
     measured = None
@@ -158,6 +159,19 @@ def _tokenizer(options: QuantizeOptions, config: LRQConfig) -> Any:
         if not options.no_eval:
             say(f"Not evaluated: {error}", "yellow")
         return None
+
+
+def _beside(source: str, tokenizer: Any) -> Companions:
+    """What is saved beside the weights, once said."""
+    found = companions_of(source, tokenizer)
+    loaded = [type(part).__name__ for part in (tokenizer, found.processor) if part is not None]
+    if found.obstacle is not None:
+        say(f"The processor of {source} cannot be loaded here; its files are copied. ({found.obstacle})", "yellow")
+    if code := found.code():
+        say(f"Code is not copied: {listed(code, 3)} of {source}. Copy what you trust.", "yellow")
+    if beside := [*loaded, *found.copied()]:
+        say(f"Beside the weights: {', '.join(beside)}")
+    return found
 
 
 def _batches(config: LRQConfig, tokenizer: Any, model_config: Any) -> list[Any] | None:

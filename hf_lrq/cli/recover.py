@@ -24,6 +24,7 @@ from hf_lrq.cli.output import measurement_rows, print_json, print_table, say
 from hf_lrq.cli.quantize import check_out
 from hf_lrq.errors import LRQError
 from hf_lrq.evaluation import Evaluation, position_limit
+from hf_lrq.integrations.companions import companions_of
 from hf_lrq.integrations.saving import save
 from hf_lrq.recovery import (
     RecoveryInterrupted,
@@ -80,7 +81,7 @@ def run(options: RecoverOptions) -> None:
     if interrupted and not report.gained:
         say(f"Interrupted before anything was gained. Nothing was saved; {options.model} is untouched.", "yellow")
         raise typer.Exit(INTERRUPTED)
-    save(model, options.out, tokenizer, options.overwrite)
+    save(model, options.out, companions_of(options.model, tokenizer), options.overwrite)
     say(f"Saved to {options.out}", "green")
     measured = None
     if text is not None and not interrupted:

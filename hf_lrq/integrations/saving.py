@@ -36,7 +36,7 @@ def save(
     Args:
         model: compressed.
         out: directory; made if it does not exist.
-        tokenizer: or processor, saved beside the model.
+        tokenizer: or processor, or `Companions`: its `save_pretrained` is called before that of the model.
         overwrite: replace a directory that holds a model.
         report: of the compression; None takes the one that the model carries.
         evaluation: of the compressed model, for report and card.
