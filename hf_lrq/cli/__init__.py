@@ -52,12 +52,12 @@ def main() -> None:
     app(prog_name="hf-lrq")
 
 
-def _friendly(command: Callable[..., None]) -> Callable[..., None]:
+def _friendly(command: Callable[..., Any]) -> Callable[..., Any]:
     """Errors of the user, the disk and the network become one red message and exit code 2, unless --debug is set."""
 
-    def run(**given: Any) -> None:
+    def run(**given: Any) -> Any:
         try:
-            command(**given)
+            return command(**given)
         except (LRQError, OSError, MemoryError) as error:
             if _settings.debug:
                 raise
@@ -152,11 +152,24 @@ def _parameters(options: type) -> Iterator[Parameter]:
         yield Parameter(name, Parameter.KEYWORD_ONLY, default=shown, annotation=hints[name])
 
 
+# All behind the program's name is the program's, its --help and --debug too.
+@app.command("run", context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})
+def _run(
+    program: Annotated[
+        list[str], typer.Argument(metavar="PROGRAM", help="Script, -m MODULE, or command; then its arguments.")
+    ],
+) -> None:
+    """Run a program that loads compressed models without importing hf_lrq, for example: run -- transformers serve."""
+    start = _friendly(import_module("hf_lrq.cli.run").find)(program=program)
+    start()  # From here on, errors are the program's own.
+
+
 _add_command(app, "quantize", arguments.QuantizeOptions, "quantize")
 _add_command(app, "inspect", arguments.InspectOptions, "inspection")
 _add_command(app, "eval", arguments.EvalOptions, "evaluation")
 _add_command(app, "recover", arguments.RecoverOptions, "recover")
 _add_command(app, "doctor", arguments.DoctorOptions, "doctor")
+_add_command(app, "autoload", arguments.AutoloadOptions, "autoload")
 app.add_typer(bench, name="bench")
 _add_command(bench, "kernels", arguments.KernelOptions, "bench.kernels")
 _add_command(bench, "generate", arguments.GenerateOptions, "bench.generate")
