@@ -77,6 +77,7 @@ class Measuring(Loading):
     eval_tokens: Annotated[
         int | None, Option(min=2, help="Tokens of the text to evaluate on. Default: all of a file.")
     ] = None
+    quiet: Annotated[bool, Option("--quiet", "-q", help="Print the result and warnings only, no progress.")] = False
 
 
 @dataclass(frozen=True, kw_only=True)

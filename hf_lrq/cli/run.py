@@ -9,11 +9,11 @@ from collections.abc import Callable, MutableMapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 
+from hf_lrq.cli.exits import INTERRUPTED
 from hf_lrq.errors import SpecError
 
 HOOK = Path(__file__).parent / "hook"  # Of a `sitecustomize` that Python imports when it starts.
 SCRIPTS = (".py", ".pyz")
-INTERRUPTED = 130
 
 
 def find(program: Sequence[str]) -> Callable[[], None]:
