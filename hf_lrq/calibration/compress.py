@@ -77,7 +77,9 @@ def compress_model(
             if batches is None:
                 work.without_data()
             else:
-                Calibration(work, ModelRunner(model, list(batches)), sequential).run()
+                runner = ModelRunner(model, list(batches))
+                progress.calibrate(runner.sequences)
+                Calibration(work, runner, sequential).run()
             later.release()
         except LRQError as error:
             if not sink.installed:

@@ -24,8 +24,11 @@ class Progress(Protocol):
     def start(self, matrices: int, parameters: int, device: torch.device) -> None:
         """So much is going to be compressed, on this device."""
 
+    def calibrate(self, sequences: int) -> None:
+        """The model runs over so many calibration sequences before the first block can begin."""
+
     def group(self, name: str, matrices: int) -> None:
-        """The next block begins."""
+        """The next block is compressed; what went before since the last matrix was its calibration."""
 
     def layer(self, record: LayerRecord) -> None:
         """A matrix is compressed."""
@@ -41,6 +44,9 @@ class SilentProgress:
     """Says nothing."""
 
     def start(self, matrices: int, parameters: int, device: torch.device) -> None:
+        """Say nothing."""
+
+    def calibrate(self, sequences: int) -> None:
         """Say nothing."""
 
     def group(self, name: str, matrices: int) -> None:
@@ -72,29 +78,41 @@ class TqdmProgress:
         self._bar: Any = None
         self._started = 0.0
         self._matrices = self._matrices_done = self._parameters = self._parameters_done = 0
+        self._work = _WorkClock()
 
     def start(self, matrices: int, parameters: int, device: torch.device) -> None:
         """Begin the clock."""
         self._matrices, self._parameters, self._device = matrices, parameters, device
         self._matrices_done = self._parameters_done = 0
         self._started = time.monotonic()
+        self._work = _WorkClock()
         if isinstance(self._jsonl, Path):
             self._opened = self._jsonl.open("w", encoding="utf-8")
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         self._write({"event": "start", "matrices": matrices, "parameters": parameters, "device": str(device)})
 
+    def calibrate(self, sequences: int) -> None:
+        """Write a line."""
+        tqdm.write(
+            f"calibrating: {sequences} sequences go through the model before its first matrix is compressed",
+            file=self._out,
+        )
+
     def group(self, name: str, matrices: int) -> None:
         """Begin a bar."""
         self._close_bar()
+        self._work.group(matrices, time.monotonic())
         self._bar = tqdm(total=matrices, desc=name, unit="matrix", leave=False, file=self._out, disable=None)
 
     def layer(self, record: LayerRecord) -> None:
         """Write a line."""
         self._matrices_done += 1
         self._parameters_done += record.shape[0] * record.shape[1]
-        elapsed = time.monotonic() - self._started
-        eta = elapsed * (self._parameters - self._parameters_done) / max(self._parameters_done, 1)
+        now = time.monotonic()
+        elapsed = now - self._started
+        self._work.layer(now)
+        eta = self._work.left(self._parameters_done, self._parameters, self._matrices)
         memory = peak_memory(self._device)
         error = record.relative_error
         tqdm.write(
@@ -162,6 +180,37 @@ class TqdmProgress:
         if target is not None:
             target.write(json.dumps(event) + "\n")
             target.flush()  # Whoever reads along, or picks up after a crash, sees whole lines.
+
+
+class _WorkClock:
+    """Seconds of calibration and of compression apart, as they grow with different things.
+
+    Compression takes time by the weight. Calibration takes time by the block, and nothing is learnt from the first one:
+    before it the whole model runs over the data.
+    """
+
+    def __init__(self) -> None:
+        self._mark: float | None = None
+        self._compressing = self._calibrating = 0.0
+        self._begun = self._calibrated = 0  # Matrices of the groups that have begun; of those after the first.
+
+    def group(self, matrices: int, now: float) -> None:
+        """A group of matrices is calibrated."""
+        if self._mark is not None:
+            self._calibrating += now - self._mark
+            self._calibrated += matrices
+        self._begun += matrices
+        self._mark = now
+
+    def layer(self, now: float) -> None:
+        """A matrix of the group is compressed."""
+        self._compressing += now - (now if self._mark is None else self._mark)
+        self._mark = now
+
+    def left(self, parameters_done: int, parameters: int, matrices: int) -> float:
+        """Seconds until the last matrix; in the first group without the calibration of others, which is not known."""
+        compressing = self._compressing * (parameters - parameters_done) / max(parameters_done, 1)
+        return compressing + self._calibrating * (matrices - self._begun) / max(self._calibrated, 1)
 
 
 def peak_memory(device: torch.device) -> int | None:

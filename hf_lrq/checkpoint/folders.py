@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -10,7 +11,8 @@ from pathlib import Path
 from hf_lrq.errors import CheckpointError
 
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin")
-_SAVED_FOLDERS = ("additional_chat_templates",)  # Of a tokenizer.
+# Of a tokenizer, of a processor with two of them, and of sentence-transformers.
+_SAVED_FOLDER = re.compile(r"additional_chat_templates|\w+_tokenizer|\d+_\w+")
 
 
 @contextlib.contextmanager
@@ -75,7 +77,7 @@ def check_free(out: str | os.PathLike[str], overwrite: bool = False) -> None:
             f"{out} is not empty and holds no model (config.json with weights beside it), so it is not replaced. "
             "Choose another folder."
         )
-    folders = sorted(path.name for path in target.iterdir() if path.is_dir() and path.name not in _SAVED_FOLDERS)
+    folders = sorted(path.name for path in target.iterdir() if path.is_dir() and not _SAVED_FOLDER.fullmatch(path.name))
     if folders:
         raise CheckpointError(
             f"{out} holds folders that are no part of a model ({', '.join(folders[:3])}), so it is not replaced. "

@@ -12,15 +12,14 @@ import typer
 from rich.console import Console
 
 from hf_lrq.cli import arguments
+from hf_lrq.cli.exits import INTERRUPTED, USER_ERROR
+from hf_lrq.cli.signs import spell_out
 from hf_lrq.errors import LRQError
-
-USER_ERROR = 2
 
 app = typer.Typer(
     name="hf-lrq",
     help="Language models in a few bits per weight, W = Q + L R, for transformers and PEFT.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -47,20 +46,28 @@ _settings = _Settings()
 
 def main() -> None:
     """Entry point of the `hf-lrq` command."""
+    spell_out((sys.stdout, sys.stderr))
     app(prog_name="hf-lrq")
 
 
-def _friendly(command: Callable[..., None]) -> Callable[..., None]:
-    """Errors of the user, the disk and the network become one red message and exit code 2, unless --debug is set."""
+def _friendly(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Errors of the user, the disk and the network become one red message and exit code 2, unless --debug is set.
 
-    def run(**given: Any) -> None:
+    So does an interruption, with exit code 130.
+    """
+
+    def run(**given: Any) -> Any:
         try:
-            command(**given)
+            return command(**given)
         except (LRQError, OSError, MemoryError) as error:
             if _settings.debug:
                 raise
             _complain(str(error) or type(error).__name__)
             raise typer.Exit(USER_ERROR) from None
+        except KeyboardInterrupt:
+            # A command that has something to say about it says it first.
+            _complain("Interrupted.")
+            raise typer.Exit(INTERRUPTED) from None
         except Exception as error:
             # By name: their libraries are not to be imported for a test of a class.
             known = _FOREIGN.get(type(error).__name__)
@@ -155,6 +162,21 @@ _add_command(app, "inspect", arguments.InspectOptions, "inspection")
 _add_command(app, "eval", arguments.EvalOptions, "evaluation")
 _add_command(app, "recover", arguments.RecoverOptions, "recover")
 _add_command(app, "doctor", arguments.DoctorOptions, "doctor")
+
+
+# All behind the program's name is the program's, its --help and --debug too.
+@app.command("run", context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})
+def _run(
+    program: Annotated[
+        list[str], typer.Argument(metavar="PROGRAM", help="Script, -m MODULE, or command; then its arguments.")
+    ],
+) -> None:
+    """Run a program that loads compressed models without importing hf_lrq, for example: run -- transformers serve."""
+    start = _friendly(import_module("hf_lrq.cli.run").find)(program=program)
+    start()  # From here on, errors are the program's own.
+
+
+_add_command(app, "autoload", arguments.AutoloadOptions, "autoload")
 app.add_typer(bench, name="bench")
 _add_command(bench, "kernels", arguments.KernelOptions, "bench.kernels")
 _add_command(bench, "generate", arguments.GenerateOptions, "bench.generate")

@@ -24,6 +24,14 @@ class DType(str, Enum):
     float16 = "float16"
 
 
+class Switch(str, Enum):
+    """What is done to something that is on or off."""
+
+    on = "on"
+    off = "off"
+    status = "status"
+
+
 def declared(*kinds: type) -> dict[str, Any]:
     """Name -> annotation for each option of `kinds` that is a number or a word; all can be left out."""
     hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
@@ -69,6 +77,7 @@ class Measuring(Loading):
     eval_tokens: Annotated[
         int | None, Option(min=2, help="Tokens of the text to evaluate on. Default: all of a file.")
     ] = None
+    quiet: Annotated[bool, Option("--quiet", "-q", help="Print the result and warnings only, no progress.")] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +158,13 @@ class RecoverOptions(Saving, AsJson):
 @dataclass(frozen=True, kw_only=True)
 class DoctorOptions(AsJson):
     """Check that compression, saving and loading work on this machine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoloadOptions:
+    """Let all programs of this Python environment load compressed models, without `import hf_lrq`; or no longer."""
+
+    action: Annotated[Switch, Argument(help="on writes a file to site-packages, off removes it, status looks.")]
 
 
 @dataclass(frozen=True, kw_only=True)

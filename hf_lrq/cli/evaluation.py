@@ -6,11 +6,12 @@ from pathlib import Path
 from hf_lrq.cli.arguments import EvalOptions
 from hf_lrq.cli.loading import chosen_device, load_config, load_model, load_tokenizer, set_threads
 from hf_lrq.cli.measuring import eval_text, measure, size_on_disk
-from hf_lrq.cli.output import measurement_rows, print_json, print_size, print_table
+from hf_lrq.cli.output import hush, measurement_rows, print_json, print_size, print_table
 
 
 def run(options: EvalOptions) -> None:
     """The command."""
+    hush(options.quiet)
     set_threads(options.threads)
     names = [options.model, *([options.against] if options.against is not None else [])]
     text = eval_text(options.text, options.eval_tokens)

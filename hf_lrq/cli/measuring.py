@@ -12,6 +12,7 @@ from torch import Tensor
 from hf_lrq.calibration.batches import bundled_text
 from hf_lrq.checkpoint import header_of, read_config, read_headers, weight_files
 from hf_lrq.cli.loading import read_text, tokenize
+from hf_lrq.cli.output import is_quiet
 from hf_lrq.evaluation import (
     Evaluation,
     Size,
@@ -92,4 +93,4 @@ def _windows(model: Any, tokens: Tensor) -> Iterator[dict[str, Tensor]]:
 
 def _progress() -> Progress:
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    return Progress(*columns, console=Console(stderr=True), transient=True, disable=is_quiet())

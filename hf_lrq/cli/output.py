@@ -1,15 +1,66 @@
 """Numbers as people read them: rich tables on standard output, messages on standard error, or JSON instead."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+import contextlib
+import io
+import json
+import logging
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TextIO
 
 import typer
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
+from transformers.utils.logging import disable_progress_bar
 
+from hf_lrq.cli.exits import INTERRUPTED
+from hf_lrq.cli.signs import shown
 from hf_lrq.evaluation import Estimate, Evaluation, Part, Size
-from hf_lrq.report import human_bytes, report_text, with_error
+from hf_lrq.report import human_bytes, with_error
+from hf_lrq.report.text import json_ready
+
+WARNING = "yellow"
+
+
+@dataclass
+class _Settings:
+    """What holds for this call of the command line; each call of a command that can be quiet sets it anew."""
+
+    quiet: bool = False
+
+
+_settings = _Settings()
+
+
+def hush(quiet: bool) -> None:
+    """Say only what warns from here on, and show no progress, if that is asked for."""
+    _settings.quiet = quiet
+    if quiet:
+        disable_progress_bar()
+        # It repeats what the commands print at the end.
+        logging.getLogger("hf_lrq.integrations.transformers").setLevel(logging.ERROR)
+
+
+def is_quiet() -> bool:
+    """Whether no progress is to be shown."""
+    return _settings.quiet
+
+
+def progress_stream() -> TextIO | None:
+    """Where progress is written: nowhere, or None for standard error."""
+    return io.StringIO() if _settings.quiet else None
+
+
+@contextlib.contextmanager
+def if_interrupted(kept: str) -> Iterator[None]:
+    """Say what was kept when Ctrl-C ends the block, and end the command."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"Interrupted. {kept}", WARNING)
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def console() -> Console:
@@ -21,13 +72,16 @@ def console() -> Console:
 
 
 def say(message: str, style: str | None = None) -> None:
-    """One line on standard error, as it is."""
+    """One line on standard error, as it is; under --quiet only if it warns."""
+    if _settings.quiet and style != WARNING:
+        return
     Console(stderr=True, highlight=False).print(Text(message, style=style or ""), soft_wrap=True)
 
 
 def print_json(value: Mapping[str, Any]) -> None:
     """JSON and nothing else on standard output; what JSON cannot hold is null."""
-    typer.echo(report_text(value), nl=False)
+    # In ASCII: programs get the same bytes whatever the terminal can show.
+    typer.echo(json.dumps(json_ready(value), indent=2, allow_nan=False))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> None:
@@ -41,9 +95,10 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
     table = Table(title=Text(title), title_justify="left", title_style="bold", header_style="bold")
     aligned = set(right)
     for index, column in enumerate(columns):
-        table.add_column(Text(column), justify="right" if index in aligned else "left", overflow="fold")
+        side: JustifyMethod = "right" if index in aligned else "left"
+        table.add_column(Text(shown(column, sys.stdout)), justify=side, overflow="fold")
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(shown(cell, sys.stdout)) for cell in row))
     console().print(table)
 
 

@@ -23,9 +23,10 @@ from hf_lrq.cli.loading import (
     set_threads,
 )
 from hf_lrq.cli.measuring import EvalText, eval_text, measure, size_on_disk
-from hf_lrq.cli.output import bits, console, measurement_rows, print_table, say
+from hf_lrq.cli.output import bits, console, hush, if_interrupted, measurement_rows, print_table, progress_stream, say
 from hf_lrq.errors import CheckpointError, LRQError, SpecError
 from hf_lrq.evaluation import Evaluation, position_limit, size
+from hf_lrq.integrations.companions import Companions, companions_of
 from hf_lrq.integrations.compression import compress
 from hf_lrq.integrations.config import LRQConfig
 from hf_lrq.integrations.planning import plan_for
@@ -38,14 +39,29 @@ NO_DATA = "none"
 
 
 def run(options: QuantizeOptions) -> None:
-    """The command: everything that can be wrong with the arguments is found before anything large is loaded."""
+    """The command."""
+    hush(options.quiet)
+    with if_interrupted(f"No model was written; {options.model} is as it was."):
+        text = eval_text(options.eval_text, options.eval_tokens) if not options.no_eval else None
+        model, report, tokenizer = compressed(options)
+    measured = None
+    if text is not None and tokenizer is not None:
+        with if_interrupted(f"The model is saved in {options.out}, but not evaluated."):
+            measured = _evaluated(model, options, text, text.tokens(tokenizer))
+    _show(report, measured, options.out, type(model).__name__)
+
+
+def compressed(options: QuantizeOptions) -> tuple[Any, CompressionReport, Any]:
+    """The compressed and saved model, what happened to it, and its tokenizer.
+
+    Everything that can be wrong with the arguments is found before anything large is loaded.
+    """
     config = config_of(options)
     check_out(options.out, options.overwrite, options.model)
     check_inputs(options, config)
     check_folder(options.model)
     if options.dataset is None:
         say("Compressing without data, as there is no --dataset. --dataset bundled gives much better models.", "yellow")
-    text = eval_text(options.eval_text, options.eval_tokens) if not options.no_eval else None
     set_threads(options.threads)
     device = chosen_device(options.device)
     model_config = load_config(options.model)
@@ -58,20 +74,10 @@ def run(options: QuantizeOptions) -> None:
     model = load_model(options.model, options.dtype, device)
     plan = plan_for(model, config)
     check_room(options.out, _announce(model, plan.inventory))
-    report = compress(model, batches, config, plan=plan, progress=TqdmProgress(options.jsonl))
-    save(model, options.out, tokenizer, options.overwrite, base_model=options.model)
+    report = compress(model, batches, config, plan=plan, progress=TqdmProgress(options.jsonl, progress_stream()))
+    save(model, options.out, _beside(options.model, tokenizer), options.overwrite, base_model=options.model)
     say(f"Saved to {options.out}", "green")
-
-    measured = None
-    if text is not None and tokenizer is not None:
-        try:
-            measured = _evaluate(model, options, text, text.tokens(tokenizer))
-        except Exception:
-            say(f"The model is saved in {options.out}, but it could not be evaluated:", "yellow")
-            raise
-        model.hf_quantizer.provenance.evaluation = measured
-        write_report_and_card(model, options.out)
-    _show(report, measured, options.out, type(model).__name__)
+    return model, report, tokenizer
 
 
 def config_of(options: QuantizeOptions) -> LRQConfig:
@@ -160,6 +166,19 @@ def _tokenizer(options: QuantizeOptions, config: LRQConfig) -> Any:
         return None
 
 
+def _beside(source: str, tokenizer: Any) -> Companions:
+    """What is saved beside the weights, once said."""
+    found = companions_of(source, tokenizer)
+    loaded = [type(part).__name__ for part in (tokenizer, found.processor) if part is not None]
+    if found.obstacle is not None:
+        say(f"The processor of {source} cannot be loaded here; its files are copied. ({found.obstacle})", "yellow")
+    if code := found.code():
+        say(f"Code is not copied: {listed(code, 3)} of {source}. Copy what you trust.", "yellow")
+    if beside := [*loaded, *found.copied()]:
+        say(f"Beside the weights: {', '.join(beside)}")
+    return found
+
+
 def _batches(config: LRQConfig, tokenizer: Any, model_config: Any) -> list[Any] | None:
     """Calibration batches."""
     if not config.calibrated:
@@ -196,11 +215,19 @@ def _announce(model: Any, inventory: Inventory) -> int:
     return then.total_bytes
 
 
-def _evaluate(model: Any, options: QuantizeOptions, text: EvalText, tokens: Tensor) -> Evaluation:
-    # The original is loaded again rather than kept: two models were in memory during compression otherwise.
-    reference = load_model(options.model, options.dtype, model.device)
-    measured = measure(model, reference, tokens, text.name, options.window, options.stride)
-    return replace(measured, size=size_on_disk(options.out))
+def _evaluated(model: Any, options: QuantizeOptions, text: EvalText, tokens: Tensor) -> Evaluation:
+    """Measure the model, and say so in its report and card."""
+    try:
+        # The original is loaded again rather than kept: two models were in memory during compression otherwise.
+        reference = load_model(options.model, options.dtype, model.device)
+        measured = measure(model, reference, tokens, text.name, options.window, options.stride)
+        measured = replace(measured, size=size_on_disk(options.out))
+    except Exception:
+        say(f"The model is saved in {options.out}, but it could not be evaluated:", "yellow")
+        raise
+    model.hf_quantizer.provenance.evaluation = measured
+    write_report_and_card(model, options.out)
+    return measured
 
 
 def _show(report: CompressionReport, measured: Evaluation | None, out: Path, architecture: str) -> None:

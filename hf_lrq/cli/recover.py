@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_lrq.calibration.batches import make_batches
 from hf_lrq.cli.arguments import RecoverOptions
+from hf_lrq.cli.exits import INTERRUPTED
 from hf_lrq.cli.loading import (
     check_folder,
     chosen_device,
@@ -20,10 +21,11 @@ from hf_lrq.cli.loading import (
     set_threads,
 )
 from hf_lrq.cli.measuring import EvalText, eval_text, measure, size_on_disk
-from hf_lrq.cli.output import measurement_rows, print_json, print_table, say
+from hf_lrq.cli.output import hush, if_interrupted, measurement_rows, print_json, print_table, progress_stream, say
 from hf_lrq.cli.quantize import check_out
 from hf_lrq.errors import LRQError
 from hf_lrq.evaluation import Evaluation, position_limit
+from hf_lrq.integrations.companions import companions_of
 from hf_lrq.integrations.saving import save
 from hf_lrq.recovery import (
     RecoveryInterrupted,
@@ -35,11 +37,10 @@ from hf_lrq.recovery import (
 )
 from hf_lrq.report import REPORT_NAME, write_report
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it.
-
 
 def run(options: RecoverOptions) -> None:
     """The command: everything that can be wrong with the arguments is found before anything large is loaded."""
+    hush(options.quiet)
     recovery = recovery_of(options)
     check_out(options.out, options.overwrite, options.model)
     for name in (options.model, options.teacher):
@@ -65,7 +66,7 @@ def run(options: RecoverOptions) -> None:
         teacher = record_teacher(teacher, batches, options.record, recovery.top_k)
     say(f"Loading {options.model}")
     model = load_model(options.model, options.dtype, device)
-    bar = TqdmRecoveryProgress()
+    bar = TqdmRecoveryProgress(progress_stream())
     interrupted = False
     try:
         report = recover(model, teacher, batches, recovery, progress=bar)
@@ -80,11 +81,12 @@ def run(options: RecoverOptions) -> None:
     if interrupted and not report.gained:
         say(f"Interrupted before anything was gained. Nothing was saved; {options.model} is untouched.", "yellow")
         raise typer.Exit(INTERRUPTED)
-    save(model, options.out, tokenizer, options.overwrite)
+    save(model, options.out, companions_of(options.model, tokenizer), options.overwrite)
     say(f"Saved to {options.out}", "green")
     measured = None
     if text is not None and not interrupted:
-        measured = evaluate_again(model, options, text, text.tokens(tokenizer))
+        with if_interrupted(f"The model is saved in {options.out}, but not evaluated."):
+            measured = evaluate_again(model, options, text, text.tokens(tokenizer))
     note_in_report(options.out, report, measured)
     show(report, measured, options)
     if interrupted:

@@ -16,6 +16,7 @@ from hf_lrq.checkpoint import QUANT_METHOD, header_of, read_config, read_headers
 from hf_lrq.errors import LRQError
 from hf_lrq.evaluation import Evaluation, Size, size_of_headers
 from hf_lrq.integrations.provenance import Provenance
+from hf_lrq.nn import LRQExpertStack, LRQLinear
 from hf_lrq.report import REPORT_NAME, base_card, build_report, write_report
 
 CARD_NAME = "README.md"
@@ -36,7 +37,7 @@ def save(
     Args:
         model: compressed.
         out: directory; made if it does not exist.
-        tokenizer: or processor, saved beside the model.
+        tokenizer: or processor, or `Companions`: its `save_pretrained` is called before that of the model.
         overwrite: replace a directory that holds a model.
         report: of the compression; None takes the one that the model carries.
         evaluation: of the compressed model, for report and card.
@@ -100,17 +101,18 @@ def write_report_and_card(model: Any, directory: Path, ask_hub: bool = False) ->
 
 
 def bind_saving(model: Any) -> None:
-    """Make `save_pretrained` and `push_to_hub` of this model write its report and card.
+    """Make `save_pretrained` and `push_to_hub` of this model write its report and card, and `num_parameters` count.
 
     On the instance, as the class belongs to transformers; a deep copy of the model gets methods of its own.
     """
     model.save_pretrained = MethodType(save_pretrained, model)
     model.push_to_hub = MethodType(push_with_report_and_card, model)
+    model.num_parameters = MethodType(num_parameters, model)
 
 
 def unbind_saving(model: Any) -> None:
     """Undo `bind_saving`."""
-    for name in ("save_pretrained", "push_to_hub"):
+    for name in ("save_pretrained", "push_to_hub", "num_parameters"):
         model.__dict__.pop(name, None)
 
 
@@ -130,6 +132,13 @@ def save_pretrained(
         # Not the directory itself: there may be more in it than the model.
         to_hub |= {name: kwargs[name] for name in ("token", "max_shard_size") if name in kwargs}
         push_with_report_and_card(model, to_hub.pop("repo_id", directory.name), **to_hub)
+
+
+@functools.wraps(PreTrainedModel.num_parameters)
+def num_parameters(model: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+    stored = int(type(model).num_parameters(model, only_trainable, exclude_embeddings))
+    # What can be trained is what there is: factors, not the weights that they stand for.
+    return stored if only_trainable else stored + sum(_not_stored(module) for module in model.modules())
 
 
 @functools.wraps(PreTrainedModel.push_to_hub)
@@ -177,6 +186,16 @@ def _upload(
             repo_id=repo.repo_id, folder_path=folder, commit_message=commit_message or "Upload model", **commit
         )
     )
+
+
+def _not_stored(module: Any) -> int:
+    """Weights that a compressed module stands for, less the numbers that it keeps for them."""
+    if not isinstance(module, LRQLinear | LRQExpertStack):
+        return 0
+    experts = module.experts if isinstance(module, LRQExpertStack) else 1
+    kept = (getattr(module, name) for name in module.layout.tensors(module.out_features, module.in_features))
+    numbers = sum(tensor.numel() for tensor in kept if tensor is not None)  # Factors can be elsewhere, in training.
+    return experts * module.out_features * module.in_features - numbers
 
 
 def _provenance_of(model: Any) -> Provenance:

@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,33 @@ def test_each_matrix_is_a_line(make_toy: Callable[..., Any], tokens: list[Tensor
     out = io.StringIO()
     report = compress(make_toy(), tokens[:1], quick, progress=TqdmProgress(stream=out))
     lines = out.getvalue().splitlines()
+    assert lines.pop(0) == "calibrating: 2 sequences go through the model before its first matrix is compressed"
     for layer, line in zip(report.layers, lines, strict=False):
         assert line.startswith(f"{layer.name}  error {layer.relative_error:.4f}  {layer.bits_per_weight:.2f} bit  ")
         assert "ETA 0:0" in line
         assert "GiB" in line
     assert lines[6].endswith("[7/7]")
     assert lines[-1].startswith(f"7 matrices at {report.bits_per_weight:.2f} bit per weight in 0:0")
+
+
+def test_the_time_left_is_that_of_the_work_that_is_left(
+    make_toy: Callable[..., Any], quick: CompressionSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five minutes before the first block, 2 s for each block after it, 1 s for each matrix of 100 weights."""
+    record = compress(make_toy(), None, quick).layers[0]
+    now = 0.0
+    monkeypatch.setattr("hf_lrq.calibration.progress.time.monotonic", lambda: now)
+    stream = io.StringIO()
+    progress = TqdmProgress(stream, io.StringIO())
+    progress.start(8, 800, torch.device("cpu"))
+    for block in range(4):
+        now += 2 if block else 300
+        progress.group(f"block {block}", 2)
+        for _ in range(2):
+            now += 1
+            progress.layer(replace(record, shape=(10, 10)))
+    left = [event["eta_seconds"] for event in events(stream.getvalue()) if event["event"] == "layer"]
+    assert left == [7, 6, 5 + 2 * 2, 4 + 2 * 2, 3 + 2, 2 + 2, 1, 0]
 
 
 def test_warnings_are_printed(make_toy: Callable[..., Any], quick: CompressionSpec) -> None:

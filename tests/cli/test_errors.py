@@ -333,12 +333,12 @@ def test_help_lists_the_commands(cli) -> None:
     result = cli("--help")
     assert result.exit_code == 0
     commands = [command.name for command in (*app.registered_commands, *app.registered_groups)]
-    assert commands == ["quantize", "inspect", "eval", "recover", "doctor", "bench"]
+    assert commands == ["quantize", "inspect", "eval", "recover", "doctor", "run", "autoload", "bench"]
     assert all(command in result.stdout for command in commands)
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["quantize"], ["inspect"], ["eval"], ["recover"], ["doctor"], ["bench"], ["bench", "kernels"]]
+    "arguments", [[], ["quantize"], ["inspect"], ["eval"], ["recover"], ["run"], ["autoload"], ["bench"]]
 )
 def test_help_imports_no_torch(arguments: list[str]) -> None:
     code = f"""

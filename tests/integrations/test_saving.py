@@ -11,7 +11,7 @@ import transformers
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
-from hf_lrq import LRQConfig
+from hf_lrq import LRQConfig, compress
 from hf_lrq.errors import CheckpointError, LRQError
 from hf_lrq.integrations import saving
 from hf_lrq.integrations.saving import save
@@ -51,6 +51,23 @@ def model(original: Path, fast: dict[str, Any]) -> Any:
 
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
+
+
+def test_parameters_are_counted_as_in_the_original(original: Path, model: Any) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(original)
+    assert model.num_parameters() == plain.num_parameters()
+    assert model.num_parameters(exclude_embeddings=True) == plain.num_parameters(exclude_embeddings=True)
+    assert model.num_parameters(only_trainable=True) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert model.dequantize().num_parameters() == plain.num_parameters()
+
+
+def test_parameters_of_experts_are_counted_as_in_the_original(fast: dict[str, Any]) -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.MixtralConfig(**shape, vocab_size=64, num_key_value_heads=2, num_local_experts=3)
+    experts = transformers.MixtralForCausalLM(config)
+    before = experts.num_parameters()
+    compress(experts, config=LRQConfig(**fast))
+    assert experts.num_parameters() == before
 
 
 class Tokenizer:
