@@ -10,6 +10,7 @@ from torch import Tensor
 from hf_lrq.decomposition import GramAccumulator, InputGram
 from hf_lrq.decomposition.gram import FOLD_TOKENS
 from hf_lrq.errors import CalibrationError
+from hf_lrq.numerics import full_precision
 from hf_lrq.work import Executor
 from hf_lrq.work.plan import listed
 
@@ -70,9 +71,12 @@ class GramStore:
         def add_strip(strip: tuple[_SharedGram, int]) -> None:
             group, start = strip
             assert group.accumulator is not None, "made above"
+            total = group.accumulator.total
             for batch, each in zip(batches, passes, strict=True):
                 for rows in each.get(group.members[0], ()):
-                    if not _add_rows(group.accumulator.total, rows, start):
+                    with full_precision(total.device):  # The passes keep the user's settings, their Grams do not.
+                        finite = _add_rows(total, rows, start)
+                    if not finite:
                         raise CalibrationError(
                             f"calibration batch {batch} makes inputs of {listed(group.members, 4)} that hold "
                             "NaN or Inf (or squares that overflow float32). Look for NaN weights before this module, "

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hf_lrq.codebooks.packing import TILE, pack_rows, unpack_rows
 from hf_lrq.errors import SpecError
+from hf_lrq.numerics import full_precision
 
 P = ParamSpec("P")
 BITS = (1, 8)  # The smallest and the largest number of bits per weight.
@@ -202,8 +203,8 @@ def cached_table(build: Callable[P, Tensor]) -> Callable[Concatenate[torch.devic
         key = (device, dtype, *args, *kwargs.items())
         found = cache.get(key)
         if found is None:
-            # The table outlives the caller's inference mode and default device.
-            with torch.inference_mode(False), torch.device("cpu"):
+            # The table outlives the caller's inference mode, default device and other settings.
+            with torch.inference_mode(False), full_precision(torch.device("cpu")):
                 found = build(*args, **kwargs).to(device=device, dtype=dtype)
             # Under a tensor mode (fake tensors and the like) it must not outlive that mode.
             if type(found) is Tensor:

@@ -1,9 +1,8 @@
 """From a spec to a compressed matrix: the one place where the strings of a spec become objects."""
 
-import contextlib
 import functools
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +17,7 @@ from hf_lrq.decomposition.schedule import Schedule, alternating
 from hf_lrq.errors import CompressionError
 from hf_lrq.layout import LayerLayout
 from hf_lrq.matrices import Pair
+from hf_lrq.numerics import fixed_numerics
 from hf_lrq.spec import LayerSpec
 
 SMALLEST_RMS, LARGEST_RMS = 1e-5, 1e4
@@ -116,7 +116,8 @@ def compress_matrix(
         W: [out, in] weight, any float dtype; computed in float32 on its device.
         gram: second moment of the inputs; None compresses without data (H = I).
         spec: what to do.
-        generator: source of every random choice; equal states give equal bytes, with any number of threads.
+        generator: source of every random choice; equal states give equal bytes, with any number of threads and
+            whatever torch is set to (see `numerics`).
         rotate_in: rotation of the inputs, to share it between matrices; None draws one.
         schedule: what to do instead of the `iters`, `refinements` and `marginal_damping` of the spec; see
             `decomposition.schedule`.
@@ -125,28 +126,10 @@ def compress_matrix(
         CompressionError: if W is not a matrix, is empty, or holds NaN or Inf; if the Gram is for another width; if the
             schedule ends with factors of another rank than the spec stores.
     """
-    W = _checked(W)
-    spec = spec.fitted(*W.shape)
-    with _one_thread(W.device), torch.autocast(W.device.type, enabled=False):
+    with fixed_numerics(W.device):
+        W = _checked(W)
+        spec = spec.fitted(*W.shape)
         return _compress(W, gram, spec, generator, rotate_in, schedule)
-
-
-@contextlib.contextmanager
-def _one_thread(device: torch.device) -> Iterator[None]:
-    """Products and factorisations on a CPU by one thread.
-
-    The order in which several add up depends on how many they are, and the last digits on the order: near a tie, so
-    would the codes. Many matrices at a time, one per thread, is also the faster way to use a processor.
-    """
-    threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _compress(

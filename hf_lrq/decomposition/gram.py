@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_lrq.errors import CalibrationError
+from hf_lrq.numerics import full_precision
 
 FOLD_TOKENS = 2048  # float32 sums over so few tokens lose nothing that the float64 total would keep.
 DAMPING_CAP = 1.0
@@ -39,8 +40,8 @@ class GramAccumulator:
         rows = x.detach().reshape(-1, x.shape[-1])
         for piece in rows.split(FOLD_TOKENS):
             piece = piece.float()
-            # A model may be run under autocast; its Gram is not to be a product of half-precision numbers.
-            with torch.autocast(piece.device.type, enabled=False):
+            # A model may be run under autocast or with TF32; its Gram is not to be a product of rounded numbers.
+            with full_precision(piece.device):
                 product = piece.T @ piece
             # A non-finite activation always leaves a non-finite diagonal, so one check of n numbers covers all tokens.
             if not torch.isfinite(product.diagonal()).all():

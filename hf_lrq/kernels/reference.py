@@ -41,6 +41,9 @@ def hadamard(x: Tensor, largest: int) -> Tensor:
 def lrq_linear(x: Tensor, layer: Operands) -> Tensor:
     """y = rot_out * H_out(Q z + L (R z)) + bias with z = H_in(rot_in * x), in the dtype of x.
 
+    For float16 what lies between is float32: a rotation adds up to sqrt(block) times the largest number to one, which
+    overflows float16 where inputs and outputs are far from it.
+
     Args:
         x: [..., in], any float dtype.
         layer: its tensors, as stored.
@@ -48,6 +51,8 @@ def lrq_linear(x: Tensor, layer: Operands) -> Tensor:
     Returns:
         [..., out].
     """
+    if x.dtype == torch.float16:
+        return lrq_linear(x.float(), layer).half()
     z = _rotate_in(x, layer)
     scales, group_size = layer.scales, layer.group_size
     y = torch.cat([z @ _scaled(values, scales[part], group_size, x).T for part, values in _tiles(layer, x)], dim=-1)
@@ -64,6 +69,9 @@ def lrq_linear_backward(grad: Tensor, x: Tensor, layer: Operands, needs: list[bo
     An input that does not need its gradient gets an empty tensor. Q is decoded again, tile by tile, rather than saved:
     keeping it would cost as much memory as the uncompressed layer.
     """
+    if x.dtype == torch.float16:
+        found = lrq_linear_backward(grad.float(), x.float(), layer, needs)
+        return [g.to(x.dtype) if i in (0, 6) or not needs[i] else g for i, g in enumerate(found)]
     need_x, need_scales, need_rot_in, need_rot_out, need_L, need_R, need_bias = needs
     scales, rot_in, rot_out, L, R = layer.scales, layer.rot_in, layer.rot_out, layer.L, layer.R
     block, group_size = layer.block, layer.group_size

@@ -220,6 +220,24 @@ def test_sums_in_float16_do_not_overflow_before_their_scales(tokens):
     assert torch.isfinite(layer(x)).all()
 
 
+@pytest.mark.parametrize("codebook", ["e8p2", "nf4", "bt2"])
+def test_float16_does_not_overflow_between_the_rotations(codebook):
+    """Inputs in phase with the signs meet in one number, 16 times as large, in each block of 256."""
+    layer = random_layer(512, 256, LayerLayout(codebook=codebook, rank=4), seed=1)
+    x = (5000 * layer.rot_in).half().unsqueeze(0).requires_grad_()
+    expected = layer.dense().double() @ x[0].detach().double()
+    expected *= (largest := 30000 / expected.abs().max())
+    layer.scales.data *= largest
+    layer.lr_L.data *= largest
+    y = linear(x, layer.operands(), "torch")
+    assert (y[0].double() - expected).abs().max() < 4e-3 * expected.abs().max()
+    grad = (5000 * layer.rot_out).half().unsqueeze(0)
+    (gradient,) = torch.autograd.grad(y, x, grad * 0.1)
+    wanted = (grad * 0.1).double() @ layer.dense().double()
+    assert gradient.dtype == torch.float16
+    assert (gradient.double() - wanted).abs().max() < 4e-3 * wanted.abs().max()
+
+
 def test_layers_of_one_group_have_one_format():
     layer, generator = make({"codebook": "bt"})
     x = torch.randn(2, 40, generator=generator)

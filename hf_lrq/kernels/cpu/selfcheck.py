@@ -12,6 +12,7 @@ from hf_lrq.kernels.cpu.library import Library
 from hf_lrq.kernels.cpu.linear import CODEBOOKS, decode_rows, lrq_linear_group
 from hf_lrq.kernels.operands import Operands
 from hf_lrq.matrices import expand_scales
+from hf_lrq.numerics import fixed_numerics
 
 ROWS, RANK = 136, 3  # a block and a bit; whole blocks of 8 for the transforms
 # Three tiles and a half of a trellis; two and a half groups of scales.
@@ -28,8 +29,7 @@ def fault(library: Library) -> str | None:
         _disable_current_modes(),
         torch.inference_mode(False),
         torch.no_grad(),
-        torch.device("cpu"),
-        torch.autocast("cpu", enabled=False),
+        fixed_numerics(torch.device("cpu")),
     )
     with contextlib.ExitStack() as stack:
         for mode in modes:
