@@ -17,6 +17,7 @@ def register() -> None:
         LRQError: Here or from the import of transformers: the installed release lacks something this package builds on.
     """
     after_import("transformers.quantizers.auto", _register_with_transformers)
+    after_import("transformers.trainer", _guard_trainer)
     after_import("peft.mapping_func", _register_with_peft)
 
 
@@ -31,6 +32,12 @@ def _register_with_transformers() -> None:
             f"hf_lrq could not register itself with transformers {version} ({type(error).__name__}: {error}). "
             "It needs transformers >= 5.2: upgrade transformers, or do not import hf_lrq in this process."
         ) from error
+
+
+def _guard_trainer() -> None:
+    from hf_lrq.integrations.untrained import guard_trainer
+
+    guard_trainer()
 
 
 def _register_with_peft() -> None:

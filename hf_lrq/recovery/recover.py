@@ -219,8 +219,7 @@ class Run:
                     group["lr"] = lr * rate(self.steps, steps, options.warmup)
                 loss = self.loss(batch)[0]
                 loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
+                self.trainable.step(optimizer)
                 self.steps, self.tokens = self.steps + 1, self.tokens + tokens_of(batch)
                 measured = None
                 if self.steps % every == 0 or self.steps == steps:
@@ -264,15 +263,15 @@ def groups_of(trainable: Trainable, options: RecoveryOptions) -> list[dict[str, 
     """Groups of the optimizer: the pairs; and vectors by their size, which the learning rate is relative to."""
     groups: list[dict[str, Any]] = []
     if trainable.pairs:
-        factors = [slot.parameter for pair in trainable.pairs for slot in pair]
+        factors = [slot.master for pair in trainable.pairs for slot in pair]
         groups.append({"params": factors, "paired": True, "lr": options.lr})
     alike: dict[int, list[Slot]] = {}
     for slot in trainable.vectors:
-        size = slot.parameter.detach().square().mean().sqrt().item()
+        size = slot.master.detach().square().mean().sqrt().item()
         # To powers of two, or there would be a group for each.
         alike.setdefault(round(math.log2(size)) if size > 0 else 0, []).append(slot)
     for exponent, slots in sorted(alike.items()):
-        groups.append({"params": [slot.parameter for slot in slots], "lr": options.vector_lr * 2.0**exponent})
+        groups.append({"params": [slot.master for slot in slots], "lr": options.vector_lr * 2.0**exponent})
     return groups
 
 

@@ -1,4 +1,8 @@
-"""The tensors of a compressed model that a recovery trains: float32 while it lasts, afterwards as they are stored."""
+"""The tensors of a compressed model that a recovery trains: in float32 while it lasts, afterwards as they are stored.
+
+Compressed layers take float32 beside activations of any dtype. Other modules do not: they keep the dtype they have, and
+what is trained is a float32 master of each parameter, which it is rounded from before every pass.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -25,12 +29,24 @@ class Slot:
     """One tensor that is trained.
 
     Attributes:
-        parameter: the parameter of the module; float32 while it is trained.
+        parameter: the parameter of the module, which the forward pass sees.
         original: the tensor that it had before.
+        master: what the optimizer trains, float32; the parameter itself where that is float32 while it is trained.
     """
 
     parameter: nn.Parameter
     original: Tensor
+    master: nn.Parameter
+
+    def lift_gradient(self) -> None:
+        """Move the gradient to the master."""
+        if self.master is not self.parameter and self.parameter.grad is not None:
+            self.master.grad, self.parameter.grad = self.parameter.grad.float(), None
+
+    def show_master(self) -> None:
+        """Let the forward pass see the master, in the dtype of the parameter."""
+        if self.master is not self.parameter:
+            self.parameter.data.copy_(self.master.data)
 
     def round(self) -> None:
         """Round the parameter to the dtype it had.
@@ -38,7 +54,7 @@ class Slot:
         Raises:
             FloatingPointError: if that cannot hold it.
         """
-        rounded = self.parameter.data.to(self.original.dtype)
+        rounded = self.master.data.to(self.original.dtype)
         if not rounded.isfinite().all():
             raise FloatingPointError(f"a trained tensor is beyond the range of {self.original.dtype}.")
         self.parameter.data = rounded
@@ -70,7 +86,7 @@ class Trainable:
     _flags: list[tuple[nn.Parameter, bool]] = field(default_factory=list)
 
     def open(self) -> None:
-        """Turn what is trained to float32 and freeze everything else.
+        """Make float32 of what is trained and freeze everything else.
 
         Raises:
             RecoveryError: if there is nothing to train.
@@ -82,7 +98,7 @@ class Trainable:
                 if isinstance(module, LRQLinear | LRQExpertStack):
                     self._open_compressed(name, module)
                 elif "norms" in self.kinds and is_norm(module):
-                    self.vectors += [slot_of(p) for p in module.parameters(recurse=False) if p.is_floating_point()]
+                    self.vectors += [master_of(p) for p in module.parameters(recurse=False) if p.is_floating_point()]
             self.in_place += self.vectors
             if not self.pairs and not self.vectors:
                 raise RecoveryError(
@@ -120,12 +136,22 @@ class Trainable:
 
     def state(self) -> State:
         """A copy of all values, on the CPU."""
-        return [slot.parameter.detach().to("cpu", copy=True) for slot in self.slots()]
+        return [slot.master.detach().to("cpu", copy=True) for slot in self.slots()]
 
     def load(self, state: State) -> None:
         """Put values back that `state` returned."""
         for slot, values in zip(self.slots(), state, strict=True):
-            slot.parameter.data.copy_(values)
+            slot.master.data.copy_(values)
+            slot.show_master()
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """After a backward pass: one step of the masters, which the next pass sees."""
+        for slot in self.slots():
+            slot.lift_gradient()
+        optimizer.step()
+        optimizer.zero_grad()
+        for slot in self.slots():
+            slot.show_master()
 
     @torch.no_grad()
     def store(self, generator: torch.Generator) -> None:
@@ -169,11 +195,21 @@ class Trainable:
 
 
 def slot_of(parameter: nn.Parameter) -> Slot:
-    """The parameter, turned to a float32 copy of itself that requires a gradient."""
+    """The parameter of a compressed module, turned to a float32 copy of itself that requires a gradient."""
     original = parameter.data
     parameter.data = original.float().clone()
     parameter.requires_grad_(True)
-    return Slot(parameter, original)
+    return Slot(parameter, original, parameter)
+
+
+def master_of(parameter: nn.Parameter) -> Slot:
+    """Any other parameter: it stays in its dtype, requires a gradient, and gets a float32 master if it has less."""
+    if parameter.dtype == torch.float32:
+        return slot_of(parameter)
+    original = parameter.data
+    parameter.data = original.clone()
+    parameter.requires_grad_(True)
+    return Slot(parameter, original, nn.Parameter(original.float().clone()))
 
 
 def is_norm(module: nn.Module) -> bool:

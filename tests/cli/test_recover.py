@@ -56,6 +56,16 @@ def test_it_does_what_the_function_does(cli, original: Path, compressed: Path, t
     assert json.loads((out / "quantization_report.json").read_text(encoding="utf-8"))["evaluation"] is None
 
 
+def test_it_recovers_a_model_in_bfloat16(cli, original: Path, compressed: Path, text: Path, tmp_path: Path) -> None:
+    arguments = (*SMALL, "--dataset", text, "--no-eval", "--json", "--dtype", "bfloat16")
+    result = cli("recover", compressed, "--teacher", original, "-o", tmp_path / "out", *arguments)
+    assert result.exit_code == 0, result.output
+    recovery = json.loads(result.stdout)["recovery"]
+    assert recovery["after"]["total"] < recovery["before"]["total"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.model.norm.weight.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("step", [1, 20])
 def test_an_interruption_saves_the_best_state_if_there_is_one(
     cli, original: Path, compressed: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int

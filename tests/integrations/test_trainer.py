@@ -16,6 +16,7 @@ from transformers.training_args import OptimizerNames
 
 import hf_lrq
 from hf_lrq.calibration import input_grams
+from hf_lrq.errors import SpecError
 from hf_lrq.integrations.trainer import OPTIMIZERS
 from hf_lrq.optim import riemannian_param_groups
 
@@ -121,6 +122,26 @@ def test_the_bare_compressed_model_trains_without_peft(compressed: Path, tmp_pat
     train(model, tmp_path, optim_args="precond=two_sided")
     assert all(not torch.equal(after, before[name]) for name, after in trained(model).items())
     assert torch.equal(model.get_submodule("model.layers.0.mlp.up_proj").weight, codes)
+
+
+def test_a_model_as_it_was_loaded_is_not_trained_beside_its_factors(compressed: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(compressed)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    args = TrainingArguments(tmp_path, max_steps=1, report_to=[], use_cpu=True, save_strategy="no")
+    run = Trainer(model, args, train_dataset=Sequences(), eval_dataset=Sequences())
+    assert run.evaluate()["eval_loss"] > 0  # Measuring is no training.
+    with pytest.raises(SpecError, match=r"nothing of the 14 compressed layers.*get_peft_model\(model, hf_lrq.LRQAda"):
+        run.train()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    model.get_input_embeddings().requires_grad_(False)  # Chosen on purpose.
+    run.train()
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_model_that_is_not_compressed_trains_as_ever(original: Path, tmp_path: Path) -> None:
+    args = TrainingArguments(tmp_path, max_steps=1, report_to=[], use_cpu=True, save_strategy="no")
+    run = Trainer(AutoModelForCausalLM.from_pretrained(original), args, train_dataset=Sequences())
+    assert run.train().global_step == 1
 
 
 def test_registering_again_changes_nothing() -> None:

@@ -12,6 +12,18 @@ from hf_lrq.integrations.peft.modes import Mode, parse_mode, with_number
 from hf_lrq.integrations.peft.peft_type import LRQ
 
 INITS = ("zero", "random")
+# Words of PEFT's LoraConfig -> what to say here.
+LORA_WORDS = {
+    "r": "The number of ranks is part of the mode: mode='append:8' trains a new pair of 8 ranks beside the layer, as "
+    "LoRA does, mode='head:8' the first 8 of the ranks that the layer has.",
+    "lora_alpha": "Nothing is scaled: leave it out, and choose the learning rate.",
+    "lora_dropout": "There is no dropout: leave it out.",
+    "init_lora_weights": "Say init='zero' (the default) or init='random'.",
+    "alpha_pattern": "Nothing is scaled: leave it out.",
+    "use_rslora": "Nothing is scaled: leave it out.",
+    "use_dora": "There is no such mode: leave it out.",
+    "bias": "Biases are not trained: leave it out.",
+}
 
 
 @dataclass
@@ -51,6 +63,13 @@ class LRQAdapterConfig(PeftConfig):
     seed: int = field(default=0, metadata={"help": "Of every random choice."})
     rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Ranks of some modules."})
     base_layers: dict[str, str] | None = field(default=None, metadata={"help": "What a saved adapter was trained on."})
+
+    def __new__(cls, *args: Any, **options: Any) -> "LRQAdapterConfig":
+        """Say the right word for one of LoRA's. Others that are unknown stay TypeErrors, which PEFT looks for."""
+        for word in options:
+            if word in LORA_WORDS:
+                raise SpecError(f"LRQAdapterConfig has no {word!r}, which is of LoraConfig. {LORA_WORDS[word]}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,8 +8,10 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from hf_lrq.errors import SpecError
 from hf_lrq.factors import concatenated, dense_pair
 from hf_lrq.integrations.peft.merging import MergesIntoFactors
+from hf_lrq.integrations.peft.mixed import rows_of
 from hf_lrq.integrations.peft.modes import Mode
 from hf_lrq.matrices import Pair
 from hf_lrq.nn import LRQLinear
@@ -96,14 +98,26 @@ class LRQAdapterLinear(nn.Module, MergesIntoFactors, LRQAdapterLayer):
         containers = {name: getattr(self, name) for name in (*TRAINED, *KEPT)}
         return {name: tensors[adapter] for name, tensors in containers.items() if adapter in tensors}
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """[..., in] -> [..., out] through the base layer and the active adapters."""
+    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
+        """[..., in] -> [..., out] through the base layer and the active adapters.
+
+        Args:
+            adapter_names: of each row of x, the adapter to use instead of the active ones.
+        """
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        names = [name for name in self.active_adapters if name in self.modes]
-        if self.merged or not names:
+        if adapter_names is not None:
+            return self._row_by_row(x, adapter_names, *args, **kwargs)
+        if self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        return self._through(self.active_adapters, x, *args, **kwargs)
+
+    def _through(self, adapters: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Through the base layer and those of the adapters that this layer has."""
+        names = [name for name in adapters if name in self.modes]
+        if not names:
             return self.base_layer(x, *args, **kwargs)
         inside = [name for name in names if not self.modes[name].outside]
         adapt = functools.partial(self._adapted_pair, inside) if inside else None
@@ -116,17 +130,31 @@ class LRQAdapterLinear(nn.Module, MergesIntoFactors, LRQAdapterLayer):
                 y = y + nn.functional.linear(nn.functional.linear(z, own["lrq_R"]), own["lrq_L"])
         return y.to(dtype)
 
-    def _adapted_pair(self, inside: Sequence[str], L: Tensor, R: Tensor) -> Pair:
-        """The pair that the layer applies instead of (L, R)."""
+    def _row_by_row(self, x: Tensor, names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
+        """Each row through its own adapter; rows of one adapter together."""
+        if self.merged:
+            raise SpecError("adapter_names: adapters are merged into the layers. Call unmerge_adapter() first.")
+        y = x.new_empty(*x.shape[:-1], self.out_features)
+        for name, rows in rows_of(names, x).items():
+            y[rows] = self._through([name], x[rows], *args, **kwargs)
+        return y
+
+    def _adapted_pair(self, inside: Sequence[str], L: Tensor, R: Tensor, dtype: torch.dtype | None = None) -> Pair:
+        """The pair that the layer applies instead of (L, R).
+
+        Args:
+            dtype: of the sums; None takes that of the adapters.
+        """
         # Sums over ranks in the dtype of the adapters; the layer rounds the result to that of its input.
         with torch.autocast(L.device.type, enabled=False):
             pairs = []
             for name in inside:
                 own = self.own(name)
-                dtype = next(iter(own.values())).dtype
-                pairs.append(self.modes[name].product(L.to(dtype), R.to(dtype), own))
+                to = dtype or next(iter(own.values())).dtype
+                own = {key: tensor.to(to) for key, tensor in own.items()}
+                pairs.append(self.modes[name].product(L.to(to), R.to(to), own))
             # Each of them contains L R.
-            surplus = [(L * -(len(pairs) - 1), R)] if len(pairs) > 1 else []
+            surplus = [(L.to(pairs[0][0]) * -(len(pairs) - 1), R)] if len(pairs) > 1 else []
             return concatenated([*pairs, *surplus])
 
     def change_of(self, adapter: str) -> Pair:
@@ -152,9 +180,9 @@ class LRQAdapterLinear(nn.Module, MergesIntoFactors, LRQAdapterLayer):
             super().fold(base, adapters)
             return
         with torch.no_grad():
-            pair = self._adapted_pair(inside, *(factor.float() for factor in base.low_rank()))
+            pair = self._adapted_pair(inside, *base.low_rank(), dtype=torch.float32)
         outside = [self.change_of(adapter) for adapter in adapters if self.modes[adapter].outside]
-        base.replace_factors(*concatenated([(pair[0].float(), pair[1].float()), *outside]))
+        base.replace_factors(*concatenated([pair, *outside]))
 
     def factor_gram(self, H: Tensor, adapter: str) -> Tensor:
         """See `LRQLinear.factor_gram`; a pair that stands outside the rotations meets the inputs as they are."""

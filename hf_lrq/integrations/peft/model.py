@@ -1,9 +1,11 @@
 """The tuner: puts adapters around the compressed layers of a model, and everything PEFT does with them afterwards."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, cast
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
@@ -12,6 +14,7 @@ from hf_lrq.errors import CheckpointError, SpecError, did_you_mean
 from hf_lrq.factors import concatenated, least_ranks
 from hf_lrq.integrations.peft.config import LRQAdapterConfig
 from hf_lrq.integrations.peft.layer import LRQAdapterLayer, LRQAdapterLinear
+from hf_lrq.integrations.peft.mixed import told_to_layers
 from hf_lrq.integrations.peft.offloading import check_none_is_offloaded
 from hf_lrq.integrations.peft.peft_type import PREFIX
 from hf_lrq.integrations.peft.targets import chosen_layers, fingerprints, layers_of, ranks_of
@@ -72,6 +75,21 @@ class LRQAdapterModel(BaseTuner):
                 adapted.requires_grad_(False)
             self._replace_module(parent, target_name, adapted, target)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Adapters are made in float32; without autocast they get the dtype that the rest of the model has."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype:
+            return
+        dtype = running_dtype(self.model)
+        for module in self.model.modules():
+            if isinstance(module, LRQAdapterLinear):
+                for tensor in module.own(adapter_name).values():
+                    tensor.data = tensor.data.to(dtype)
+
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
+        """What PEFT enters around every call to the model."""
+        return told_to_layers(self.model, LRQAdapterLinear, list(self.peft_config), kwargs)
+
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
         check_none_is_offloaded(self.model, layers_of(self.model), "merged")
@@ -82,6 +100,7 @@ class LRQAdapterModel(BaseTuner):
         weights: Sequence[float],
         adapter_name: str,
         combination_type: str = "cat",
+        **lossy: Any,
     ) -> None:
         """Make a new adapter that adds to each layer the weighted sum of what others add; exact, as ranks concatenate.
 
@@ -90,12 +109,16 @@ class LRQAdapterModel(BaseTuner):
             weights: one for each; negative ones subtract.
             adapter_name: of the new one; it has mode "append:r" and, like any other that is added, is not active.
             combination_type: "cat"; there is no approximation to choose.
+            lossy: options of LoRA's approximations (`density`, `svd_rank`, ...), which are refused.
 
         Raises:
             SpecError: on a name that is unknown, given twice, or taken; on weights that do not match; if one of the
                 adapters also trains whole modules.
         """
         self._check_combination(adapters, weights, adapter_name, combination_type)
+        given = [name for name, value in lossy.items() if value is not None]
+        if given:
+            raise SpecError(f"{', '.join(given)}: sums of adapters are exact (combination_type='cat'); leave it out.")
         pairs: dict[str, Pair] = {}
         for name, module in self.model.named_modules():
             if isinstance(module, LRQAdapterLinear):
@@ -142,7 +165,17 @@ class LRQAdapterModel(BaseTuner):
         if adapter_name in known:
             raise SpecError(f"There is an adapter {adapter_name!r} already. Choose another name, or delete it first.")
         if combination_type != "cat":
-            raise SpecError(f"combination_type must be 'cat', which is exact; got {combination_type!r}.")
+            raise SpecError(
+                f"combination_type must be 'cat', which is exact; got {combination_type!r}. PEFT's approximations are "
+                "for its LoRA: LoraConfig adapters on the same model take them."
+            )
+
+
+def running_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of what is not compressed and no adapter: that of activations."""
+    skipped = {id(p) for m in model.modules() if isinstance(m, LRQLinear | LRQAdapterLinear) for p in m.parameters()}
+    floats = (p.dtype for p in model.parameters() if p.is_floating_point() and id(p) not in skipped)
+    return next(floats, torch.float32)
 
 
 def _check_loaded(tuner: LRQAdapterModel, keys: Any) -> None:

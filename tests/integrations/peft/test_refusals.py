@@ -23,6 +23,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
     [
         ({"mode": "heads:4"}, r"Unknown mode 'heads:4'. Did you mean 'head'\? Modes: all, head:k, append:k"),
         ({"mode": "append"}, "mode 'append' needs a number of ranks"),
+        ({"r": 8}, r"has no 'r', which is of LoraConfig\. .* mode='append:8' trains a new pair of 8 ranks"),
+        ({"lora_alpha": 16}, r"has no 'lora_alpha', which is of LoraConfig\. Nothing is scaled: leave it out"),
+        ({"init_lora_weights": False}, "Say init='zero'"),
         ({"init": "zeros"}, r"init must be one of 'zero', 'random', got 'zeros'. Did you mean 'zero'\?"),
         ({"seed": -1}, r"seed must be an integer from 0 to 2\*\*63 - 1, got -1"),
         ({"target_modules": 3}, "target_modules must be a list of names or one regular expression, got 3"),
@@ -220,6 +223,7 @@ def _other(model: Any) -> Any:
         ((["defualt"], [1.0], "sum"), r"no adapter 'defualt'. Did you mean 'default'\? Adapters: default"),
         ((["default", "default"], [1.0, 2.0], "sum"), "given twice"),
         ((["default"], [1.0], "default"), "There is an adapter 'default' already"),
+        ((["default"], [1.0], "sum", "ties"), "got 'ties'. PEFT's approximations are for its LoRA"),
         ((["default"], [1.0], "sum", "svd"), "combination_type must be 'cat', which is exact; got 'svd'"),
     ],
 )
@@ -229,6 +233,15 @@ def test_a_sum_that_makes_no_sense_is_refused(
     model = trained(base())
     with pytest.raises(SpecError, match=message):
         model.add_weighted_adapter(*arguments)
+    assert list(model.peft_config) == ["default"]
+
+
+def test_options_of_approximations_are_refused(base: Any, trained: Any) -> None:
+    model = trained(base())
+    with pytest.raises(SpecError, match="density: sums of adapters are exact"):
+        model.add_weighted_adapter(["default"], [1.0], "sum", density=0.5, svd_rank=None)
+    with pytest.raises(SpecError, match="got 'ties'"):
+        model.add_weighted_adapter(["default"], [1.0], "sum", combination_type="ties", density=0.5)
     assert list(model.peft_config) == ["default"]
 
 

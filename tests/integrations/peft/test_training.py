@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+from hf_lrq.integrations.peft import LRQAdapterConfig
 from hf_lrq.optim import (
     RiemannianAdamW,
     factor_pairs,
@@ -134,3 +136,19 @@ def test_hooks_precondition_the_gradients_of_an_adapter(
     for pair, (grad_L, grad_R) in zip(pairs, expected, strict=True):
         torch.testing.assert_close(pair.L.grad, grad_L, rtol=1e-3, atol=1e-5 * grad_L.abs().max().item())
         torch.testing.assert_close(pair.R.grad, grad_R, rtol=1e-3, atol=1e-5 * grad_R.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_without_autocast_adapters_have_the_dtype_of_the_model(
+    bases: dict[int, Path], tokens: torch.Tensor, mode: str, dtype: torch.dtype
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(bases[16], dtype=dtype)
+    config = LRQAdapterConfig(mode=mode, init="random", task_type="CAUSAL_LM")
+    model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {dtype}
+    model(tokens, labels=tokens).loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    layer = model.get_base_model().get_submodule("model.layers.0.mlp.up_proj")
+    expected = layer.base_layer.dense() + layer.get_delta_weight("default")
+    layer.merge()
+    torch.testing.assert_close(layer.base_layer.dense(), expected, rtol=0, atol=2e-3 * expected.abs().max().item())
