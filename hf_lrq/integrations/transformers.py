@@ -21,6 +21,7 @@ from hf_lrq.integrations.compress_on_load import CompressOnLoad, LoadingCompress
 from hf_lrq.integrations.config import LRQConfig, stored_header
 from hf_lrq.integrations.conversions import keep_arrangement, without_rearranging
 from hf_lrq.integrations.decompression import decompress
+from hf_lrq.integrations.dtypes import report_uncompressed_dtype
 from hf_lrq.integrations.loading import default_layout, empty_layers, header_of_model
 from hf_lrq.integrations.planning import plan_for
 from hf_lrq.integrations.provenance import Provenance
@@ -66,6 +67,7 @@ def _merge_quantization_configs(quantization_config: Any, quantization_config_fr
 
 
 auto.AutoHfQuantizer.merge_quantization_configs = staticmethod(_merge_quantization_configs)
+report_uncompressed_dtype()
 
 
 @_registered(auto.register_quantizer, auto.AUTO_QUANTIZER_MAPPING)
@@ -254,8 +256,8 @@ class LRQHfQuantizer(HfQuantizer):
     ) -> None:
         """Compress a model that is loaded; None for `batches` is without data."""
         sequential = self.quantization_config.sequential
-        self.provenance.report = compress_model(model, plan, batches, sequential=sequential, progress=progress)
-        self.inventory = plan.inventory
+        report = compress_model(model, plan, batches, sequential=sequential, progress=progress)
+        self.provenance.report, self.inventory = report, plan.without(report.skipped).inventory
 
     def _make_compressed(self, model: Any) -> None:
         """From here on the model is a compressed one, however it came to be."""
