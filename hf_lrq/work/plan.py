@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from hf_lrq.work.sites import Site, find_sites, sites_of
 logger = logging.getLogger(__name__)
 
 LISTED = 3  # Names spelled out for each reason.
+_TOO_LARGE = "would not get smaller with this rank and these bits"
+# Part of a reason -> what changes it.
+_REMEDIES = {_TOO_LARGE: "lower the rank", "in modules_to_not_convert": "shorten modules_to_not_convert"}
 
 
 @dataclass
@@ -84,6 +87,21 @@ class Plan:
         """The names of all matrices to compress, in order."""
         return [name for site in self.specs for name in site.matrices]
 
+    def without(self, alone: Mapping[str, str]) -> "Plan":
+        """This plan with more left alone: a module computes with all of its stacks compressed or with none.
+
+        Args:
+            alone: label of a site -> reason.
+        """
+        names = {site.name for site in self.specs if site.label in alone}
+        left = {
+            site.label: alone.get(site.label, "its other stack is left alone")
+            for site in self.specs
+            if site.name in names
+        }
+        kept = {site: spec for site, spec in self.specs.items() if site.name not in names}
+        return replace(self, specs=kept, left_alone={**self.left_alone, **left})
+
     def jobs(self, site: Site) -> Iterator[Job]:
         """One for each matrix of a site."""
         for name in site.matrices:
@@ -114,7 +132,7 @@ def make_plan(
         for site, chosen in sites.items():
             reason = alone.get(name) or site.obstacle(module)
             if reason is None and site.bytes(chosen.layout) >= bytes_per_weight * site.weights:
-                reason = "would not get smaller with this rank and these bits"
+                reason = _TOO_LARGE
             if reason is not None:
                 left[site.label] = reason
         kept = {site: chosen for site, chosen in sites.items() if site.label not in left}
@@ -124,7 +142,7 @@ def make_plan(
             # The module computes with all of its stacks compressed or with none.
             left |= {site.label: "only one of its two stacks would gain" for site in kept}
     if not specs:
-        raise CompressionError(_nothing(type(model).__name__, left))
+        raise CompressionError(nothing_left(type(model).__name__, left))
     _warn_of_slow_codebooks(specs, spec, device)
     return Plan(specs, left, count_parameters(model), spec.seed)
 
@@ -162,10 +180,15 @@ def _warn_of_slow_codebooks(specs: Mapping[Site, LayerSpec], spec: CompressionSp
         )
 
 
-def _nothing(model: str, left: Mapping[str, str]) -> str:
+def nothing_left(model: str, left: Mapping[str, str]) -> str:
+    """What is said of a model none of whose matrices can be compressed, with a remedy for each reason that has one."""
+    if not left:
+        return f"{model} has no layer to compress: none is linear."
+    reasons = " ".join(left.values())
+    remedies = [remedy for reason, remedy in _REMEDIES.items() if reason in reasons]
+    advice = f" {', or '.join(remedies).capitalize()}." if remedies else ""
     found = f"{len(left)} linear layers found, all skipped ({by_reason(left)})"
-    advice = f"{found}. Lower the rank, or shorten modules_to_not_convert." if left else "none is linear."
-    return f"{model} has no layer to compress: {advice}"
+    return f"{model} has no layer to compress: {found}.{advice}"
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hf_lrq.decomposition import CompressedMatrix
+from hf_lrq.decomposition import CompressedMatrix, scale_problem
 from hf_lrq.layout import LayerLayout, TensorLayout
 from hf_lrq.nn import LRQExpertStack, LRQLinear
 from hf_lrq.nn.fused_experts import (
@@ -82,6 +82,11 @@ class Site(ABC):
         """Why the module cannot compute with compressed matrices, None if it can."""
         return None
 
+    def scale_problem(self, parameter: Tensor) -> str | None:
+        """Why the magnitude of its finite weights keeps a matrix from being compressed, None if it does not."""
+        matrices = (self.matrix(parameter, index) for index in range(self.count))
+        return next((problem for W in matrices if (problem := scale_problem(W)) is not None), None)
+
     def tensors(self, layout: LayerLayout) -> dict[str, TensorLayout]:
         """Full name -> layout of everything that is stored, bias excluded."""
         stored = layout.tensors(self.out_features, self.in_features)
@@ -114,9 +119,9 @@ class Site(ABC):
             keep_parameter: leave an uncompressed parameter under its name, to be loaded and then compressed.
         """
 
-    def untouched(self, module: nn.Module) -> nn.Module | None:
-        """Undo `empty`: the uncompressed module around the parameter that was kept; None where there is no way."""
-        return None
+    @abstractmethod
+    def untouched(self, module: nn.Module, parameter: Tensor) -> nn.Module:
+        """Undo `empty`: the uncompressed module around its uncompressed parameter."""
 
     @abstractmethod
     def uncompressed(self, module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -160,11 +165,11 @@ class LinearSite(Site):
             layer._is_hf_initialized = False  # A head that is not in the checkpoint is initialised as usual.
         return layer
 
-    def untouched(self, module: nn.Module) -> nn.Module | None:
+    def untouched(self, module: nn.Module, parameter: Tensor) -> nn.Module:
         """See `Site`."""
         bias = module._parameters["bias"]
         plain = self._plain(bias is not None)
-        plain.weight = nn.Parameter(module.get_parameter("weight").detach())
+        plain.weight = nn.Parameter(parameter.detach())
         plain.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach()))
         return plain
 
@@ -300,9 +305,15 @@ class ExpertStackSite(Site):
             delattr(module, self.stack)
         return module
 
+    def untouched(self, module: nn.Module, parameter: Tensor) -> nn.Module:
+        """See `Site`."""
+        remove_stack(module, self.stack, parameter.detach())
+        return module
+
     def uncompressed(self, module: nn.Module, dtype: torch.dtype) -> nn.Module:
         """See `Site`."""
-        remove_stack(module, self.stack, dtype)
+        stack: Any = module._modules[PREFIX + self.stack]
+        remove_stack(module, self.stack, stack.dense(dtype))
         return module
 
 

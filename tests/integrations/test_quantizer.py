@@ -577,3 +577,32 @@ def test_other_quantizers_are_not_disturbed() -> None:
     assert auto.merge_quantization_configs(stored.to_dict(), None).load_in_8bit
     with pytest.warns(UserWarning, match="The `quantization_config` from the model will be used"):
         assert auto.merge_quantization_configs(stored.to_dict(), transformers.BitsAndBytesConfig()).load_in_8bit
+
+
+@pytest.mark.parametrize("stack", ["gate_up_proj", "down_proj"])
+def test_weights_out_of_range_are_left_alone_while_loading(fast: dict[str, Any], tmp_path: Path, stack: str) -> None:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.MixtralConfig(**shape, num_key_value_heads=2, vocab_size=64, num_local_experts=2)
+    model = transformers.MixtralForCausalLM(config)
+    first, second = model.model.layers
+    getattr(first.mlp.experts, stack).data[1] *= 1e-9
+    second.self_attn.q_proj.weight.data *= 1e-9
+    model.save_pretrained(tmp_path / "original")
+    again = transformers.MixtralForCausalLM.from_pretrained(
+        tmp_path / "original", quantization_config=LRQConfig(**fast | {"rank": 1})
+    )
+    reasons = again.hf_quantizer.inventory.left_alone
+    experts = "model.layers.0.mlp.experts."
+    assert {name for name, reason in reasons.items() if "root mean square of" in reason} == {
+        experts + stack,
+        "model.layers.1.self_attn.q_proj",
+    }
+    for name in reasons:
+        name = name if name.startswith(experts) else f"{name}.weight"
+        assert torch.equal(again.get_parameter(name), model.get_parameter(name)), name
+    assert {experts + "gate_up_proj", experts + "down_proj"} <= reasons.keys()
+    again.save_pretrained(tmp_path / "compressed")
+    loaded = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "compressed")
+    tokens = torch.arange(10)[None]
+    assert torch.equal(loaded(tokens).logits, again(tokens).logits)
