@@ -13,6 +13,7 @@ from hf_lrq.errors import CompressionError
 from hf_lrq.integrations.loading import put_empty
 from hf_lrq.work import CompressionReport, Held, Inline, Inventory, LayerRecord, Plan, Site, compress_sites
 from hf_lrq.work.plan import nothing_left
+from hf_lrq.work.sites import joined
 
 
 class LoadingCompression:
@@ -68,6 +69,8 @@ class LoadingCompression:
             (missing or set()).difference_update(site.tensors(self._plan.specs[site].layout))
             return {name: parameter}
         values = self._compressed(site, parameter)
+        # Some models' initialisation would look at the shape of a weight.
+        model.get_submodule(site.name)._is_hf_initialized = True
         self._remove(site, model)
         return {key: frozen(value, parameter.device) for key, value in values.items()}
 
@@ -88,6 +91,7 @@ class LoadingCompression:
             raise CompressionError(nothing_left(type(model).__name__, plan.left_alone))
         for site in self._plan.specs.keys() - plan.specs.keys():
             self._restore(model, site)
+        self._zero_missing_biases(model)
         inventory = plan.inventory
         report = inventory.report()
         report.layers = [record for site in inventory.layouts for record in self._records[site]]
@@ -110,6 +114,13 @@ class LoadingCompression:
             raise CompressionError(f"the checkpoint has no {name}. Load it without compression to see what it has.")
         # A head that this class adds to the model that was saved; transformers has initialised it.
         self._problems[site.label] = "not in the checkpoint, newly initialised"
+
+    def _zero_missing_biases(self, model: Any) -> None:
+        """Initialise those that the checkpoint has not, as every model of transformers does."""
+        for site in self._records:
+            bias = model.get_submodule(site.holder)._parameters.get("bias")
+            if bias is not None and joined(site.holder, "bias") in (self._missing or ()):
+                bias.data.zero_()
 
     def _left_alone(self, site: Site, parameter: Tensor) -> bool:
         """Whether a parameter cannot be compressed, or belongs to a module with one that cannot."""

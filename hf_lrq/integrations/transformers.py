@@ -26,6 +26,7 @@ from hf_lrq.integrations.loading import default_layout, empty_layers, header_of_
 from hf_lrq.integrations.planning import plan_for
 from hf_lrq.integrations.provenance import Provenance
 from hf_lrq.integrations.saving import bind_saving, unbind_saving
+from hf_lrq.integrations.trial import check_reads, try_out
 from hf_lrq.nn import LRQExpertStack, LRQLinear, fuse_layers
 from hf_lrq.nn.fused_experts import owns_stacks, use_stacks
 from hf_lrq.work import CompressionReport, Inventory, Plan
@@ -241,6 +242,7 @@ class LRQHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self._loading is not None:
             self.inventory, self.provenance.report = self._loading.finish(model)
+            check_reads(model, try_out(model, self.inventory.layouts))
         elif self._afterwards is not None:
             plan, batches = self._afterwards
             self.compress_in_place(model, plan, batches, TqdmProgress() if is_progress_bar_enabled() else None)

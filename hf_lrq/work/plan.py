@@ -1,7 +1,7 @@
 """What is compressed and how, and what is left alone and why: made once, before any work."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -127,10 +127,11 @@ def make_plan(
     fast = has_backend(device)
     specs: dict[Site, LayerSpec] = {}
     left: dict[str, str] = {}
+    listed_elsewhere = _held_in_containers(model)
     for name, module in model.named_modules():
         sites = {site: _fitted(site, spec, fast) for site in sites_of(name, module)}
         for site, chosen in sites.items():
-            reason = alone.get(name) or site.obstacle(module)
+            reason = alone.get(name) or listed_elsewhere.get(id(module)) or site.obstacle(module)
             if reason is None and site.bytes(chosen.layout) >= bytes_per_weight * site.weights:
                 reason = _TOO_LARGE
             if reason is not None:
@@ -154,6 +155,24 @@ def excluded(model: nn.Module, patterns: Sequence[str]) -> dict[str, str]:
         for site in find_sites(model)
         if (pattern := first_match(patterns, site.name, site.label)) is not None
     }
+
+
+def _held_in_containers(model: nn.Module) -> dict[int, str]:
+    """Id of each module that an attribute holds which is no child, where a replacement would not get to -> reason."""
+    found: dict[int, str] = {}
+    for owner in model.modules():
+        for attribute, value in vars(owner).items():
+            if attribute == "_modules":
+                continue
+            reason = f"also held by {type(owner).__name__}.{attribute}, where it cannot be replaced"
+            found |= {id(one): reason for one in _items(value) if isinstance(one, nn.Module)}
+    return found
+
+
+def _items(value: object) -> Iterable[object]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list | tuple) else (value,)
 
 
 def _device_of_work(model: nn.Module) -> torch.device:

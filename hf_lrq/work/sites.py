@@ -6,7 +6,7 @@ asks a site for the names and shapes of what is stored. A new kind of home is on
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +23,7 @@ from hf_lrq.nn.fused_experts import (
     remove_stack,
     unsupported_flag,
 )
+from hf_lrq.work.plainness import bare, is_plain_linear
 
 
 @dataclass(frozen=True)
@@ -130,15 +131,23 @@ class Site(ABC):
 
 @dataclass(frozen=True)
 class LinearSite(Site):
-    """A linear layer, y = x W^T + b."""
+    """A linear layer, y = x W^T + b.
+
+    Attributes:
+        template: the module without its parameters, where its class is a subclass of nn.Linear that computes the same.
+    """
+
+    template: nn.Module | None = field(default=None, compare=False, repr=False, kw_only=True)
 
     kind: ClassVar[str] = "linear"
 
     @classmethod
     def of(cls, name: str, module: nn.Module) -> list[Site]:
         """See `Site`."""
-        # Not isinstance: subclasses of nn.Linear often have a forward of their own.
-        return [cls(name, module.out_features, module.in_features)] if type(module) is nn.Linear else []
+        if not is_plain_linear(module):
+            return []
+        template = None if type(module) is nn.Linear else bare(module)
+        return [cls(name, module.out_features, module.in_features, template=template)]
 
     def matrix(self, parameter: Tensor, index: int) -> Tensor:
         """See `Site`."""
@@ -176,11 +185,18 @@ class LinearSite(Site):
     def uncompressed(self, module: nn.Module, dtype: torch.dtype) -> nn.Module:
         """See `Site`."""
         assert isinstance(module, LRQLinear), "that is what `compressed` makes"
-        return module.to_linear(dtype).requires_grad_(True).train(module.training)
+        linear: nn.Module = module.to_linear(dtype).requires_grad_(True)
+        if self.template is not None:
+            plain = self._plain(linear.bias is not None)
+            plain.weight, plain.bias = linear.weight, linear.bias
+            linear = plain
+        return linear.train(module.training)
 
     def _plain(self, bias: bool) -> nn.Module:
-        """An uncompressed layer on the meta device."""
-        return nn.Linear(self.in_features, self.out_features, bias, device="meta")
+        """An uncompressed layer without its weights, or with those on the meta device."""
+        if self.template is None:
+            return nn.Linear(self.in_features, self.out_features, bias, device="meta")
+        return bare(self.template)
 
 
 @dataclass(frozen=True)
