@@ -8,7 +8,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import BertConfig, BertForMaskedLM, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    EncodecConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MusicgenConfig,
+    MusicgenDecoderConfig,
+    PreTrainedModel,
+    T5Config,
+)
 
 from hf_lrq.checkpoint import QuantizationHeader, read_headers
 from hf_lrq.errors import EvaluationError
@@ -26,7 +37,7 @@ from hf_lrq.evaluation import (
 )
 from hf_lrq.evaluation.likelihood import Estimate, kl_divergence
 from hf_lrq.evaluation.sizes import stored_tensors
-from hf_lrq.evaluation.windows import strided_windows
+from hf_lrq.evaluation.windows import position_limit, strided_windows
 from hf_lrq.layout import LayerLayout
 from hf_lrq.nn import LRQExpertStack, LRQLinear
 from hf_lrq.safetensors_headers import Headers
@@ -430,3 +441,9 @@ def test_evaluation_is_json_able(model: LlamaForCausalLM, reference: LlamaForCau
         "output": "logits",
     }
     assert outputs["perplexity"] is None
+
+
+def test_of_two_text_parts_the_shorter_limit_counts() -> None:
+    encoder, decoder = T5Config(max_position_embeddings=40), MusicgenDecoderConfig(max_position_embeddings=24)
+    config = MusicgenConfig(text_encoder=encoder, audio_encoder=EncodecConfig(), decoder=decoder)
+    assert position_limit(config) == 24

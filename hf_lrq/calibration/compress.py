@@ -25,6 +25,7 @@ from hf_lrq.work import (
     Threads,
     compress_sites,
 )
+from hf_lrq.work.plan import nothing_left
 
 DATA_FREE = {"method": "data-free", "sequences": 0, "tokens": 0}  # What a report says about calibration.
 
@@ -52,10 +53,10 @@ def compress_model(
 
     Returns:
         What happened to each matrix. Modules that saw no usable input are compressed without data and named in
-        `warnings`.
+        `warnings`; those whose weights are too large or too small are left alone and named in `skipped`.
 
     Raises:
-        CompressionError: if a weight is not finite, or the model is itself a layer to compress.
+        CompressionError: if a weight is not finite, nothing is left to compress, or the model is itself a layer.
         CalibrationError: if `batches` is empty, or activations are not finite. After an error the model may be partly
             compressed; the message says so.
     """
@@ -67,10 +68,10 @@ def compress_model(
         )
     progress = progress or SilentProgress()
     with Threads.for_model(model) as workers, as_for_inference(model) as modes:
+        plan = _checked(plan, model, workers)
         sink = ModelSink(model, modes)
         later = Deferred(sink)
         work = _ModelWork(model, plan, later if batches is not None and not sequential else sink, workers, progress)
-        work.check_weights()
         inventory = plan.inventory
         progress.start(len(plan.matrices), inventory.compressed_parameters, next(model.parameters()).device)
         try:
@@ -125,28 +126,6 @@ class _ModelWork:
 
         compress_sites(self._plan, sites, self._source, self._sink, self.workers, grams, done)
 
-    def check_weights(self) -> None:
-        """Look at all weights before hours are spent on some of them.
-
-        Raises:
-            CompressionError: naming the matrix that is not finite or not in memory.
-        """
-
-        def check(site: Site) -> None:
-            weight = self._source.parameter(site)
-            if weight.device.type == "meta":
-                raise CompressionError(
-                    f"{site.label}: the weight is not in memory (meta device). Load the model without offloading."
-                )
-            if not torch.isfinite(weight).all():
-                bad = int((~torch.isfinite(weight)).sum())
-                raise CompressionError(
-                    f"{site.label}: the weight holds {bad} values that are NaN or Inf. Repair or re-download the "
-                    "model, or leave this module out with modules_to_not_convert."
-                )
-
-        self.workers.map(check, self.sites)
-
     def without_data(self) -> None:
         """Compress all sites without data, a stack's block at a time."""
         homes: dict[str, list[Site]] = {}
@@ -157,3 +136,32 @@ class _ModelWork:
         for block, sites in homes.items():
             self.compress(block or "outside the blocks", sites, {})
         self.report.calibration = dict(DATA_FREE)
+
+
+def _checked(plan: Plan, model: nn.Module, workers: Threads) -> Plan:
+    """What can be done of a plan: looks at all weights before hours are spent on some of them.
+
+    Raises:
+        CompressionError: naming a matrix that is not finite or not in memory; if nothing is left.
+    """
+    source = ModelSource(model)
+
+    def problem_of(site: Site) -> str | None:
+        weight = source.parameter(site)
+        if weight.device.type == "meta":
+            raise CompressionError(
+                f"{site.label}: the weight is not in memory (meta device). Load the model without offloading."
+            )
+        if not torch.isfinite(weight).all():
+            bad = int((~torch.isfinite(weight)).sum())
+            raise CompressionError(
+                f"{site.label}: the weight holds {bad} values that are NaN or Inf. Repair or re-download the "
+                "model, or leave this module out with modules_to_not_convert."
+            )
+        return site.scale_problem(weight)
+
+    found = zip(plan.specs, workers.map(problem_of, plan.specs), strict=True)
+    plan = plan.without({site.label: problem for site, problem in found if problem is not None})
+    if not plan.specs:
+        raise CompressionError(nothing_left(type(model).__name__, plan.left_alone))
+    return plan

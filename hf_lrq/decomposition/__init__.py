@@ -1,6 +1,12 @@
 """W ~ Q + L R for one matrix. Torch only: no modules, no files, no Hugging Face."""
 
-from hf_lrq.decomposition.compress_matrix import CompressedMatrix, compress_matrix, generator_for, input_rotation
+from hf_lrq.decomposition.compress_matrix import (
+    CompressedMatrix,
+    compress_matrix,
+    generator_for,
+    input_rotation,
+    scale_problem,
+)
 from hf_lrq.decomposition.gram import DampedGram, GramAccumulator, InputGram, proxy_loss
 from hf_lrq.decomposition.incoherence import RandomHadamard
 from hf_lrq.decomposition.lowrank import LPLR, LowRankSolver, WhitenedSVD
@@ -45,4 +51,5 @@ __all__ = [
     "input_rotation",
     "proxy_loss",
     "register_schedule",
+    "scale_problem",
 ]

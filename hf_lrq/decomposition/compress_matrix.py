@@ -185,6 +185,18 @@ def _rotate_factors(factors: Pair, rotate_in: RandomHadamard | None, rotate_out:
     return rotate_out.apply(L.T).T, rotate_in.apply(R)
 
 
+def scale_problem(W: Tensor) -> str | None:
+    """What is wrong with the magnitude of a finite weight matrix; None if it can be compressed, as zeros can."""
+    rms = W.detach().float().square().mean().sqrt().item()
+    # Not rms != 0, or weights whose squares underflow would pass for zeros.
+    if not W.any() or SMALLEST_RMS <= rms <= LARGEST_RMS:
+        return None
+    return (
+        f"the weight has a root mean square of {rms:.3g}; scales are stored in float16, which allows "
+        f"{SMALLEST_RMS:g} to {LARGEST_RMS:g}"
+    )
+
+
 def _checked(W: Tensor) -> Tensor:
     if W.ndim != 2 or 0 in W.shape:
         raise CompressionError(f"a weight matrix has shape [out, in], got {tuple(W.shape)}.")
@@ -192,13 +204,8 @@ def _checked(W: Tensor) -> Tensor:
         bad = int((~torch.isfinite(W)).sum())
         raise CompressionError(f"the weight holds {bad} values that are NaN or Inf. Repair or re-download the model.")
     W = W.detach().float()
-    rms = W.square().mean().sqrt().item()
-    # Not rms != 0, or weights whose squares underflow would pass for zeros.
-    if W.any() and not SMALLEST_RMS <= rms <= LARGEST_RMS:
-        raise CompressionError(
-            f"the weight has a root mean square of {rms:.3g}; scales are stored in float16, which allows "
-            f"{SMALLEST_RMS:g} to {LARGEST_RMS:g}. Rescale the layer, or leave it out with modules_to_not_convert."
-        )
+    if (problem := scale_problem(W)) is not None:
+        raise CompressionError(f"{problem}. Rescale the layer, or leave it out with modules_to_not_convert.")
     return W
 
 

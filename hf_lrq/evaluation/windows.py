@@ -132,13 +132,24 @@ def as_tokens(tokens: Tensor) -> Tensor:
 
 def position_limit(config: Any) -> int | None:
     """Most tokens a transformers-like config has positions for (of the text part), or None where it does not say."""
+    limits = [limit for part in text_configs(config) if (limit := _limit_of(part, _POSITION_LIMITS)) is not None]
+    return min(limits, default=None)
+
+
+def text_configs(config: Any) -> list[Any]:
+    """The text parts of a transformers-like config: as a rule one, which may be the config itself."""
     of_text = getattr(config, "get_text_config", None)
-    config = of_text() if callable(of_text) else config
-    for name in _POSITION_LIMITS:
-        value = getattr(config, name, None)
-        if isinstance(value, int) and value > 1:
-            return value
-    return None
+    if not callable(of_text):
+        return [config]
+    try:
+        return [of_text()]
+    except ValueError:  # There is one to read with and one to write with.
+        return [of_text(encoder=True), of_text(decoder=True)]
+
+
+def _limit_of(config: Any, names: Sequence[str]) -> int | None:
+    values = (getattr(config, name, None) for name in names)
+    return next((value for value in values if isinstance(value, int) and value > 1), None)
 
 
 def device_of(model: nn.Module) -> torch.device:

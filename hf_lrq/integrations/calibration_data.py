@@ -8,6 +8,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from hf_lrq.calibration.batches import Batch, make_batches
 from hf_lrq.errors import CalibrationError
+from hf_lrq.evaluation.windows import text_configs
 from hf_lrq.integrations.config import LRQConfig
 
 
@@ -39,8 +40,8 @@ def _positions(model: Any) -> int | None:
     """The most tokens that a model of transformers takes, None where it does not say."""
     if not isinstance(model, PreTrainedModel):
         return None
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return longest if isinstance(longest, int) and longest > 0 else None
+    given = (getattr(part, "max_position_embeddings", None) for part in text_configs(model.config))
+    return min((longest for longest in given if isinstance(longest, int) and longest > 0), default=None)
 
 
 def read_tokenizer(name: str | Path) -> Any:

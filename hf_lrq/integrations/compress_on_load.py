@@ -1,6 +1,7 @@
 """Compression of weights one by one, as transformers loads them."""
 
 import time
+from collections import Counter
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from hf_lrq.calibration.compress import DATA_FREE
 from hf_lrq.errors import CompressionError
 from hf_lrq.integrations.loading import put_empty
 from hf_lrq.work import CompressionReport, Held, Inline, Inventory, LayerRecord, Plan, Site, compress_sites
+from hf_lrq.work.plan import nothing_left
+from hf_lrq.work.sites import joined
 
 
 class LoadingCompression:
@@ -27,6 +30,9 @@ class LoadingCompression:
         self._plan = plan
         self._awaited = {site.parameter: site for site in plan.specs}
         self._records: dict[Site, list[LayerRecord]] = {}
+        self._siblings = Counter(site.name for site in plan.specs)
+        self._uncompressed: dict[Site, Tensor] = {}  # As long as another stack of the module can be left alone.
+        self._problems: dict[str, str] = {}  # Label of a site -> why it is left alone after all.
         self._missing: set[str] | None = None
         self._failure: Exception | None = None
         self._started = time.monotonic()
@@ -59,7 +65,12 @@ class LoadingCompression:
         if site is None:
             return {name: parameter}
         self._missing = missing
+        if self._left_alone(site, parameter):
+            (missing or set()).difference_update(site.tensors(self._plan.specs[site].layout))
+            return {name: parameter}
         values = self._compressed(site, parameter)
+        # Some models' initialisation would look at the shape of a weight.
+        model.get_submodule(site.name)._is_hf_initialized = True
         self._remove(site, model)
         return {key: frozen(value, parameter.device) for key, value in values.items()}
 
@@ -72,32 +83,60 @@ class LoadingCompression:
         """
         if self._failure is not None:
             raise self._failure
-        inventory = self._plan.inventory
         for name, site in self._awaited.items():
-            if site not in self._records:
-                self._finish_site(model, name, site, inventory)
+            if site not in self._records and site.label not in self._problems:
+                self._finish_site(model, name, site)
+        plan = self._plan.without(self._problems)
+        if not plan.specs:
+            raise CompressionError(nothing_left(type(model).__name__, plan.left_alone))
+        for site in self._plan.specs.keys() - plan.specs.keys():
+            self._restore(model, site)
+        self._zero_missing_biases(model)
+        inventory = plan.inventory
         report = inventory.report()
         report.layers = [record for site in inventory.layouts for record in self._records[site]]
         report.seconds = time.monotonic() - self._started
         report.calibration = dict(DATA_FREE)
         return inventory, report
 
-    def _finish_site(self, model: Any, name: str, site: Site, inventory: Inventory) -> None:
+    def _finish_site(self, model: Any, name: str, site: Site) -> None:
         if self._missing is not None and name not in self._missing:
             # It came together with other weights, in one tensor that transformers took apart.
             parameter = model.get_parameter(name)
+            if self._left_alone(site, parameter):
+                return
             values = self._run(site, parameter)
             self._remove(site, model)
             for key, value in values.items():
                 setattr(model.get_submodule(site.holder), key.rpartition(".")[2], frozen(value, parameter.device))
             return
-        # A head that this class adds to the model that was saved; transformers has initialised it.
-        plain = site.untouched(model.get_submodule(site.name))
-        if plain is None:
+        if site.routed:
             raise CompressionError(f"the checkpoint has no {name}. Load it without compression to see what it has.")
-        model.set_submodule(site.name, plain)
-        del inventory.layouts[site]
-        inventory.left_alone[site.label] = "not in the checkpoint, newly initialised"
+        # A head that this class adds to the model that was saved; transformers has initialised it.
+        self._problems[site.label] = "not in the checkpoint, newly initialised"
+
+    def _zero_missing_biases(self, model: Any) -> None:
+        """Initialise those that the checkpoint has not, as every model of transformers does."""
+        for site in self._records:
+            bias = model.get_submodule(site.holder)._parameters.get("bias")
+            if bias is not None and joined(site.holder, "bias") in (self._missing or ()):
+                bias.data.zero_()
+
+    def _left_alone(self, site: Site, parameter: Tensor) -> bool:
+        """Whether a parameter cannot be compressed, or belongs to a module with one that cannot."""
+        if torch.isfinite(parameter).all() and (problem := site.scale_problem(parameter)) is not None:
+            self._problems[site.label] = problem
+        elif any(other.name == site.name and other.label in self._problems for other in self._plan.specs):
+            self._problems[site.label] = "its other stack is left alone"
+        return site.label in self._problems
+
+    def _restore(self, model: Any, site: Site) -> None:
+        """Put the uncompressed module back."""
+        module = model.get_submodule(site.name)
+        parameter = self._uncompressed.get(site)
+        plain = site.untouched(module, model.get_parameter(site.parameter) if parameter is None else parameter)
+        if plain is not module:
+            model.set_submodule(site.name, plain)
 
     def _remove(self, site: Site, model: Any) -> None:
         """Take the uncompressed parameter away, unless a compressed one has its name."""
@@ -117,9 +156,15 @@ class LoadingCompression:
         return {key: torch.zeros(each.shape, dtype=each.dtype) for key, each in site.tensors(layout).items()}
 
     def _run(self, site: Site, parameter: Tensor) -> dict[str, Tensor]:
+        if self._siblings[site.name] > 1:
+            self._uncompressed[site] = parameter
         held = Held({site.label: parameter})
         records = self._records.setdefault(site, [])
         compress_sites(self._plan, [site], held, held, Inline(), done=records.append)
+        siblings = [other for other in self._uncompressed if other.name == site.name]
+        if len(siblings) == self._siblings[site.name]:
+            for other in siblings:
+                del self._uncompressed[other]
         return held.values
 
 

@@ -171,6 +171,12 @@ TRANSFORMERS = (
         ("work", *_HOSTED),
         "tied weights are left uncompressed and counted once",
     ),
+    HostName(
+        "transformers.modeling_utils.PreTrainedModel.dtype",
+        "attribute",
+        _HOSTED,
+        "replaced: it would be that of a factor where one comes first",
+    ),
     HostName("transformers.modeling_utils.hf_quantizer", "attribute", ("cli", *_HOSTED), "the quantizer of a model"),
     HostName("transformers.modeling_utils.hf_device_map", "attribute", _ADAPTERS, "which layers are offloaded"),
     HostName("transformers.quantizers.base.is_quantized", "attribute", _HOSTED, "set on a model compressed in place"),

@@ -3,10 +3,13 @@
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_lrq.errors import CompressionError
 from hf_lrq.integrations.config import LRQConfig
 from hf_lrq.integrations.skip_rules import skip_reasons
+from hf_lrq.integrations.trial import try_out
 from hf_lrq.patterns import check_names
 from hf_lrq.work import Plan, excluded, find_sites, make_plan
+from hf_lrq.work.plan import nothing_left
 
 
 def plan_for(model: nn.Module, config: LRQConfig) -> Plan:
@@ -24,5 +27,13 @@ def plan_for(model: nn.Module, config: LRQConfig) -> Plan:
     config.check_patterns([*(name for name, _ in model.named_modules()), *labels])
     check_names("layers", config.layers or (), labels)
     patterns = tuple(config.modules_to_not_convert or ())
-    alone = skip_reasons(model, patterns) if isinstance(model, PreTrainedModel) else excluded(model, patterns)
-    return make_plan(model, config.spec, alone)
+    if not isinstance(model, PreTrainedModel):
+        return make_plan(model, config.spec, excluded(model, patterns))
+    plan = make_plan(model, config.spec, skip_reasons(model, patterns))
+    reads = try_out(model, plan.specs).reads
+    plan = plan.without(
+        {site.label: f"{reads[site.name]} reads its weight directly" for site in plan.specs if site.name in reads}
+    )
+    if not plan.specs:
+        raise CompressionError(nothing_left(type(model).__name__, plan.left_alone))
+    return plan

@@ -16,7 +16,7 @@ from hf_lrq.work import sites_of
 ROUTERS = ("gate", "router", "wg", "shared_expert_gate")
 
 # Classes that look at a weight only behind an option that is off by default, or only to spare quantized dtypes.
-_HARMLESS_READS = {
+HARMLESS_READS = {
     ("BloomAttention", "dense"),
     ("BloomMLP", "dense_4h_to_h"),
     ("NllbMoeDenseActDense", "fc2"),
@@ -84,9 +84,9 @@ def reads_weight(owner: type, child: str) -> bool:
     """Whether code of class `owner` takes `self.<child>.weight` for anything but its device.
 
     Some models multiply with the weight themselves, or cast activations to its dtype, which would be that of the codes.
-    Looks at the attribute chains in the byte code of the methods; a weight reached on other ways goes unnoticed.
+    Looks at the attribute chains in the byte code of the methods; what is reached on other ways is left to `trial`.
     """
-    if (owner.__name__, child) in _HARMLESS_READS:
+    if (owner.__name__, child) in HARMLESS_READS:
         return False
     bases = [base for base in owner.__mro__ if base is not object and not base.__module__.startswith("torch.")]
     methods = (method for base in bases for name, method in vars(base).items() if name != "__init__")

@@ -21,10 +21,12 @@ from hf_lrq.integrations.compress_on_load import CompressOnLoad, LoadingCompress
 from hf_lrq.integrations.config import LRQConfig, stored_header
 from hf_lrq.integrations.conversions import keep_arrangement, without_rearranging
 from hf_lrq.integrations.decompression import decompress
+from hf_lrq.integrations.dtypes import report_uncompressed_dtype
 from hf_lrq.integrations.loading import default_layout, empty_layers, header_of_model
 from hf_lrq.integrations.planning import plan_for
 from hf_lrq.integrations.provenance import Provenance
 from hf_lrq.integrations.saving import bind_saving, unbind_saving
+from hf_lrq.integrations.trial import check_reads, try_out
 from hf_lrq.nn import LRQExpertStack, LRQLinear, fuse_layers
 from hf_lrq.nn.fused_experts import owns_stacks, use_stacks
 from hf_lrq.work import CompressionReport, Inventory, Plan
@@ -66,6 +68,7 @@ def _merge_quantization_configs(quantization_config: Any, quantization_config_fr
 
 
 auto.AutoHfQuantizer.merge_quantization_configs = staticmethod(_merge_quantization_configs)
+report_uncompressed_dtype()
 
 
 @_registered(auto.register_quantizer, auto.AUTO_QUANTIZER_MAPPING)
@@ -239,6 +242,7 @@ class LRQHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self._loading is not None:
             self.inventory, self.provenance.report = self._loading.finish(model)
+            check_reads(model, try_out(model, self.inventory.layouts))
         elif self._afterwards is not None:
             plan, batches = self._afterwards
             self.compress_in_place(model, plan, batches, TqdmProgress() if is_progress_bar_enabled() else None)
@@ -254,8 +258,8 @@ class LRQHfQuantizer(HfQuantizer):
     ) -> None:
         """Compress a model that is loaded; None for `batches` is without data."""
         sequential = self.quantization_config.sequential
-        self.provenance.report = compress_model(model, plan, batches, sequential=sequential, progress=progress)
-        self.inventory = plan.inventory
+        report = compress_model(model, plan, batches, sequential=sequential, progress=progress)
+        self.provenance.report, self.inventory = report, plan.without(report.skipped).inventory
 
     def _make_compressed(self, model: Any) -> None:
         """From here on the model is a compressed one, however it came to be."""

@@ -1,7 +1,6 @@
 """Fused mixture-of-experts layers of transformers, computed on compressed stacks."""
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,9 +79,10 @@ def owns_stacks(module: nn.Module) -> bool:
     return any(isinstance(module._modules.get(PREFIX + matrix), LRQExpertStack) for matrix in EXPERT_MATRICES)
 
 
-def remove_stack(module: nn.Module, matrix: str, dtype: torch.dtype) -> None:
-    """Undo `add_stack`: the uncompressed parameter in `dtype`, and the original class."""
-    stack: Any = module._modules.pop(PREFIX + matrix)
-    module.register_parameter(matrix, nn.Parameter(stack.dense(dtype)))
+def remove_stack(module: nn.Module, matrix: str, parameter: Tensor) -> None:
+    """Undo `add_stack`: the uncompressed parameter, and the original class."""
+    del module._modules[PREFIX + matrix]
+    module._parameters.pop(matrix, None)
+    module.register_parameter(matrix, nn.Parameter(parameter))
     if isinstance(module, CompressedExperts):
         module.__class__ = type(module).__mro__[2]

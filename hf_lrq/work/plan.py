@@ -1,8 +1,8 @@
 """What is compressed and how, and what is left alone and why: made once, before any work."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from hf_lrq.work.sites import Site, find_sites, sites_of
 logger = logging.getLogger(__name__)
 
 LISTED = 3  # Names spelled out for each reason.
+_TOO_LARGE = "would not get smaller with this rank and these bits"
+# Part of a reason -> what changes it.
+_REMEDIES = {_TOO_LARGE: "lower the rank", "in modules_to_not_convert": "shorten modules_to_not_convert"}
 
 
 @dataclass
@@ -84,6 +87,21 @@ class Plan:
         """The names of all matrices to compress, in order."""
         return [name for site in self.specs for name in site.matrices]
 
+    def without(self, alone: Mapping[str, str]) -> "Plan":
+        """This plan with more left alone: a module computes with all of its stacks compressed or with none.
+
+        Args:
+            alone: label of a site -> reason.
+        """
+        names = {site.name for site in self.specs if site.label in alone}
+        left = {
+            site.label: alone.get(site.label, "its other stack is left alone")
+            for site in self.specs
+            if site.name in names
+        }
+        kept = {site: spec for site, spec in self.specs.items() if site.name not in names}
+        return replace(self, specs=kept, left_alone={**self.left_alone, **left})
+
     def jobs(self, site: Site) -> Iterator[Job]:
         """One for each matrix of a site."""
         for name in site.matrices:
@@ -109,12 +127,13 @@ def make_plan(
     fast = has_backend(device)
     specs: dict[Site, LayerSpec] = {}
     left: dict[str, str] = {}
+    listed_elsewhere = _held_in_containers(model)
     for name, module in model.named_modules():
         sites = {site: _fitted(site, spec, fast) for site in sites_of(name, module)}
         for site, chosen in sites.items():
-            reason = alone.get(name) or site.obstacle(module)
+            reason = alone.get(name) or listed_elsewhere.get(id(module)) or site.obstacle(module)
             if reason is None and site.bytes(chosen.layout) >= bytes_per_weight * site.weights:
-                reason = "would not get smaller with this rank and these bits"
+                reason = _TOO_LARGE
             if reason is not None:
                 left[site.label] = reason
         kept = {site: chosen for site, chosen in sites.items() if site.label not in left}
@@ -124,7 +143,7 @@ def make_plan(
             # The module computes with all of its stacks compressed or with none.
             left |= {site.label: "only one of its two stacks would gain" for site in kept}
     if not specs:
-        raise CompressionError(_nothing(type(model).__name__, left))
+        raise CompressionError(nothing_left(type(model).__name__, left))
     _warn_of_slow_codebooks(specs, spec, device)
     return Plan(specs, left, count_parameters(model), spec.seed)
 
@@ -136,6 +155,24 @@ def excluded(model: nn.Module, patterns: Sequence[str]) -> dict[str, str]:
         for site in find_sites(model)
         if (pattern := first_match(patterns, site.name, site.label)) is not None
     }
+
+
+def _held_in_containers(model: nn.Module) -> dict[int, str]:
+    """Id of each module that an attribute holds which is no child, where a replacement would not get to -> reason."""
+    found: dict[int, str] = {}
+    for owner in model.modules():
+        for attribute, value in vars(owner).items():
+            if attribute == "_modules":
+                continue
+            reason = f"also held by {type(owner).__name__}.{attribute}, where it cannot be replaced"
+            found |= {id(one): reason for one in _items(value) if isinstance(one, nn.Module)}
+    return found
+
+
+def _items(value: object) -> Iterable[object]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list | tuple) else (value,)
 
 
 def _device_of_work(model: nn.Module) -> torch.device:
@@ -162,10 +199,15 @@ def _warn_of_slow_codebooks(specs: Mapping[Site, LayerSpec], spec: CompressionSp
         )
 
 
-def _nothing(model: str, left: Mapping[str, str]) -> str:
+def nothing_left(model: str, left: Mapping[str, str]) -> str:
+    """What is said of a model none of whose matrices can be compressed, with a remedy for each reason that has one."""
+    if not left:
+        return f"{model} has no layer to compress: none is linear."
+    reasons = " ".join(left.values())
+    remedies = [remedy for reason, remedy in _REMEDIES.items() if reason in reasons]
+    advice = f" {', or '.join(remedies).capitalize()}." if remedies else ""
     found = f"{len(left)} linear layers found, all skipped ({by_reason(left)})"
-    advice = f"{found}. Lower the rank, or shorten modules_to_not_convert." if left else "none is linear."
-    return f"{model} has no layer to compress: {advice}"
+    return f"{model} has no layer to compress: {found}.{advice}"
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -6,13 +6,13 @@ asks a site for the names and shapes of what is stored. A new kind of home is on
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from hf_lrq.decomposition import CompressedMatrix
+from hf_lrq.decomposition import CompressedMatrix, scale_problem
 from hf_lrq.layout import LayerLayout, TensorLayout
 from hf_lrq.nn import LRQExpertStack, LRQLinear
 from hf_lrq.nn.fused_experts import (
@@ -23,6 +23,7 @@ from hf_lrq.nn.fused_experts import (
     remove_stack,
     unsupported_flag,
 )
+from hf_lrq.work.plainness import bare, is_plain_linear
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,11 @@ class Site(ABC):
         """Why the module cannot compute with compressed matrices, None if it can."""
         return None
 
+    def scale_problem(self, parameter: Tensor) -> str | None:
+        """Why the magnitude of its finite weights keeps a matrix from being compressed, None if it does not."""
+        matrices = (self.matrix(parameter, index) for index in range(self.count))
+        return next((problem for W in matrices if (problem := scale_problem(W)) is not None), None)
+
     def tensors(self, layout: LayerLayout) -> dict[str, TensorLayout]:
         """Full name -> layout of everything that is stored, bias excluded."""
         stored = layout.tensors(self.out_features, self.in_features)
@@ -114,9 +120,9 @@ class Site(ABC):
             keep_parameter: leave an uncompressed parameter under its name, to be loaded and then compressed.
         """
 
-    def untouched(self, module: nn.Module) -> nn.Module | None:
-        """Undo `empty`: the uncompressed module around the parameter that was kept; None where there is no way."""
-        return None
+    @abstractmethod
+    def untouched(self, module: nn.Module, parameter: Tensor) -> nn.Module:
+        """Undo `empty`: the uncompressed module around its uncompressed parameter."""
 
     @abstractmethod
     def uncompressed(self, module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -125,15 +131,23 @@ class Site(ABC):
 
 @dataclass(frozen=True)
 class LinearSite(Site):
-    """A linear layer, y = x W^T + b."""
+    """A linear layer, y = x W^T + b.
+
+    Attributes:
+        template: the module without its parameters, where its class is a subclass of nn.Linear that computes the same.
+    """
+
+    template: nn.Module | None = field(default=None, compare=False, repr=False, kw_only=True)
 
     kind: ClassVar[str] = "linear"
 
     @classmethod
     def of(cls, name: str, module: nn.Module) -> list[Site]:
         """See `Site`."""
-        # Not isinstance: subclasses of nn.Linear often have a forward of their own.
-        return [cls(name, module.out_features, module.in_features)] if type(module) is nn.Linear else []
+        if not is_plain_linear(module):
+            return []
+        template = None if type(module) is nn.Linear else bare(module)
+        return [cls(name, module.out_features, module.in_features, template=template)]
 
     def matrix(self, parameter: Tensor, index: int) -> Tensor:
         """See `Site`."""
@@ -160,22 +174,29 @@ class LinearSite(Site):
             layer._is_hf_initialized = False  # A head that is not in the checkpoint is initialised as usual.
         return layer
 
-    def untouched(self, module: nn.Module) -> nn.Module | None:
+    def untouched(self, module: nn.Module, parameter: Tensor) -> nn.Module:
         """See `Site`."""
         bias = module._parameters["bias"]
         plain = self._plain(bias is not None)
-        plain.weight = nn.Parameter(module.get_parameter("weight").detach())
+        plain.weight = nn.Parameter(parameter.detach())
         plain.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach()))
         return plain
 
     def uncompressed(self, module: nn.Module, dtype: torch.dtype) -> nn.Module:
         """See `Site`."""
         assert isinstance(module, LRQLinear), "that is what `compressed` makes"
-        return module.to_linear(dtype).requires_grad_(True).train(module.training)
+        linear: nn.Module = module.to_linear(dtype).requires_grad_(True)
+        if self.template is not None:
+            plain = self._plain(linear.bias is not None)
+            plain.weight, plain.bias = linear.weight, linear.bias
+            linear = plain
+        return linear.train(module.training)
 
     def _plain(self, bias: bool) -> nn.Module:
-        """An uncompressed layer on the meta device."""
-        return nn.Linear(self.in_features, self.out_features, bias, device="meta")
+        """An uncompressed layer without its weights, or with those on the meta device."""
+        if self.template is None:
+            return nn.Linear(self.in_features, self.out_features, bias, device="meta")
+        return bare(self.template)
 
 
 @dataclass(frozen=True)
@@ -300,9 +321,15 @@ class ExpertStackSite(Site):
             delattr(module, self.stack)
         return module
 
+    def untouched(self, module: nn.Module, parameter: Tensor) -> nn.Module:
+        """See `Site`."""
+        remove_stack(module, self.stack, parameter.detach())
+        return module
+
     def uncompressed(self, module: nn.Module, dtype: torch.dtype) -> nn.Module:
         """See `Site`."""
-        remove_stack(module, self.stack, dtype)
+        stack: Any = module._modules[PREFIX + self.stack]
+        remove_stack(module, self.stack, stack.dense(dtype))
         return module
 
 

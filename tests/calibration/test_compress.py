@@ -1,6 +1,7 @@
 """The verb as a whole: what it replaces, what it refuses, what it falls back on and says."""
 
 import copy
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -331,3 +332,28 @@ def test_batches_of_different_kinds(make_model: Callable[[str], nn.Module], quic
     assert report.layers[-1].name == "pooler.dense"
     assert report.layers[-1].n_tokens == 5
     assert len(report.warnings) == 1  # Too few tokens; the blocks were replayed.
+
+
+@pytest.mark.parametrize("factor", [1e-9, 1e9])
+@pytest.mark.parametrize("with_data", [True, False])
+def test_weights_out_of_range_are_left_alone_before_the_start(
+    make_toy: Callable[..., Any], tokens: list[Tensor], quick: CompressionSpec, factor: float, with_data: bool
+) -> None:
+    model = make_toy()
+    model.head.weight.data *= factor
+    model.blocks[0].up.weight.data.zero_()
+    before = model.head.weight.detach().clone()
+    report = compress(model, tokens if with_data else None, quick)
+    assert compressed_names(model) == [f"blocks.{i}.{side}" for i in range(3) for side in ("up", "down")]
+    assert re.match(r"the weight has a root mean square of .*, which allows 1e-05 to 10000$", report.skipped["head"])
+    assert torch.equal(model.head.weight, before)
+    assert not model.blocks[0].up.dense().any()
+
+
+def test_a_model_of_weights_out_of_range_is_refused(make_toy: Callable[..., Any], quick: CompressionSpec) -> None:
+    model = make_toy()
+    for parameter in model.parameters():
+        parameter.data *= 1e-9
+    with pytest.raises(CompressionError, match=r"Toy has no layer to compress.*root mean square") as caught:
+        compress(model, None, quick)
+    assert "Lower the rank" not in str(caught.value)

@@ -589,3 +589,61 @@ def test_other_quantizers_are_not_disturbed() -> None:
     assert auto.merge_quantization_configs(stored.to_dict(), None).load_in_8bit
     with pytest.warns(UserWarning, match="The `quantization_config` from the model will be used"):
         assert auto.merge_quantization_configs(stored.to_dict(), transformers.BitsAndBytesConfig()).load_in_8bit
+
+
+@pytest.mark.parametrize("stack", ["gate_up_proj", "down_proj"])
+def test_weights_out_of_range_are_left_alone_while_loading(fast: dict[str, Any], tmp_path: Path, stack: str) -> None:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.MixtralConfig(**shape, num_key_value_heads=2, vocab_size=64, num_local_experts=2)
+    model = transformers.MixtralForCausalLM(config)
+    first, second = model.model.layers
+    getattr(first.mlp.experts, stack).data[1] *= 1e-9
+    second.self_attn.q_proj.weight.data *= 1e-9
+    model.save_pretrained(tmp_path / "original")
+    again = transformers.MixtralForCausalLM.from_pretrained(
+        tmp_path / "original", quantization_config=LRQConfig(**fast | {"rank": 1})
+    )
+    reasons = again.hf_quantizer.inventory.left_alone
+    experts = "model.layers.0.mlp.experts."
+    assert {name for name, reason in reasons.items() if "root mean square of" in reason} == {
+        experts + stack,
+        "model.layers.1.self_attn.q_proj",
+    }
+    for name in reasons:
+        name = name if name.startswith(experts) else f"{name}.weight"
+        assert torch.equal(again.get_parameter(name), model.get_parameter(name)), name
+    assert {experts + "gate_up_proj", experts + "down_proj"} <= reasons.keys()
+    again.save_pretrained(tmp_path / "compressed")
+    loaded = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "compressed")
+    tokens = torch.arange(10)[None]
+    assert torch.equal(loaded(tokens).logits, again(tokens).logits)
+
+
+def test_falcon_is_compressed_and_comes_back(fast: dict[str, Any], tmp_path: Path) -> None:
+    config = transformers.FalconConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=4)
+    original = transformers.FalconForCausalLM(config)
+    original.save_pretrained(tmp_path)
+    model = transformers.FalconForCausalLM.from_pretrained(tmp_path, quantization_config=LRQConfig(**fast))
+    mlp = model.transformer.h[0].mlp
+    assert isinstance(mlp.dense_h_to_4h, LRQLinear)
+    tokens = torch.arange(8)[None]
+    y = model(tokens).logits
+    model.dequantize()
+    assert type(mlp.dense_h_to_4h) is type(original.transformer.h[0].mlp.dense_h_to_4h)
+    assert torch.allclose(model(tokens).logits, y, atol=1e-4)
+
+
+def test_initialisation_does_not_look_at_codes(fast: dict[str, Any], tmp_path: Path) -> None:
+    config = transformers.FunnelConfig(
+        vocab_size=64, block_sizes=[1], num_decoder_layers=1, d_model=32, n_head=2, d_head=16, d_inner=64
+    )
+    original = transformers.FunnelModel(config)
+    original.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "encoder.blocks.0.0.ffn.linear_1.bias"
+    del tensors[name]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model = transformers.FunnelModel.from_pretrained(tmp_path, quantization_config=LRQConfig(**fast))
+    assert isinstance(model.encoder.blocks[0][0].ffn.linear_1, LRQLinear)
+    assert not model.get_parameter(name).any()

@@ -55,3 +55,19 @@ def test_experts_are_compressed_whole_or_not_at_all(homes: nn.Module, spec: Comp
     homes.experts.has_bias = True
     reason = "fused experts with has_bias=True are not supported"
     assert make_plan(homes, spec).left_alone == dict.fromkeys(["experts.gate_up_proj", "experts.down_proj"], reason)
+
+
+def test_a_module_in_a_plain_list_is_left_alone(spec: CompressionSpec) -> None:
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third = (nn.Linear(32, 32) for _ in range(3))
+            self.stages = [self.first]
+            self.by_name = {"second": self.second}
+
+    plan = make_plan(nn.Sequential(Holder()), spec)
+    assert [site.label for site in plan.specs] == ["0.third"]
+    assert plan.left_alone == {
+        "0.first": "also held by Holder.stages, where it cannot be replaced",
+        "0.second": "also held by Holder.by_name, where it cannot be replaced",
+    }

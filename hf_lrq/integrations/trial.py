@@ -1,0 +1,171 @@
+"""One pass through a model on a few tokens that shows which layers' weights it reads itself, by whatever path.
+
+The pass runs on a copy that shares the weights, with candidate layers that compute nothing: it takes milliseconds, also
+for a large model, and works for models that are not loaded yet (meta device).
+"""
+
+import copy
+import functools
+import inspect
+import itertools
+import logging
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_lrq.calibration.capture import ModelRunner, as_for_inference
+from hf_lrq.errors import CompressionError
+from hf_lrq.integrations.dtypes import dtype_of_uncompressed
+from hf_lrq.integrations.skip_rules import HARMLESS_READS
+from hf_lrq.nn import LRQLinear
+from hf_lrq.nn.fused_experts import owns_stacks
+from hf_lrq.work import Site
+from hf_lrq.work.plan import listed
+
+logger = logging.getLogger(__name__)
+
+TOKENS = 8
+# What may be asked of a weight that is codes: where it is.
+_HARMLESS = {Tensor.device.__get__, Tensor.is_cuda.__get__, Tensor.is_cpu.__get__}  # type: ignore[attr-defined]
+
+
+@dataclass
+class Trial:
+    """What a pass has shown.
+
+    Attributes:
+        reads: name of a layer whose weight is read -> what reads it.
+        complete: whether the model came to its end; where it did not, more reads may be in what is left of it.
+    """
+
+    reads: dict[str, str] = field(default_factory=dict)
+    complete: bool = False
+
+
+class _Watched(Tensor):
+    """A weight that notes when it is used."""
+
+    trial: Trial
+    read: tuple[str, str]  # Name of the layer, and what reads its weight.
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in _HARMLESS:
+            for value in (*args, *(kwargs or {}).values()):
+                if isinstance(value, _Watched):
+                    value.trial.reads.setdefault(*value.read)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+class _WatchedLayer:
+    """Mixed into the class of a layer: gives zeros, and hands out a weight that is watched."""
+
+    _hf_lrq_trial: tuple[str, int, torch.dtype, Trial]
+
+    @property
+    def weight(self) -> Tensor:
+        """Zeros [out, in] that note their use."""
+        name, out_features, dtype, trial = self._hf_lrq_trial
+        stored: Tensor = self._parameters["weight"]  # type: ignore[attr-defined]
+        shape = (out_features, self.in_features) if isinstance(self, LRQLinear) else stored.shape
+        weight = torch.zeros(shape, dtype=dtype, device=stored.device).as_subclass(_Watched)
+        weight.trial, weight.read = trial, (name, _caller())
+        return weight
+
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Zeros in the place of the product."""
+        return x.new_zeros(*x.shape[:-1], self._hf_lrq_trial[1])
+
+
+def _caller() -> str:
+    """Module and name of the function that has called the one that calls this."""
+    frame = inspect.currentframe()
+    for _ in range(2):
+        frame = frame.f_back if frame is not None else None
+    return "its code" if frame is None else f"{frame.f_globals['__name__'].rpartition('.')[2]}.{frame.f_code.co_name}"
+
+
+class _IdleExperts:
+    """Mixed into the class of fused experts: they contribute nothing."""
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Zeros like the inputs."""
+        return torch.zeros_like(hidden_states)
+
+
+@functools.cache
+def _mixed(mixin: Any, original: Any) -> Any:
+    return type(original.__name__, (mixin, original), {"__module__": original.__module__})
+
+
+def try_out(model: Any, sites: Iterable[Site]) -> Trial:
+    """Call a model of transformers that takes tokens; other models are not called.
+
+    Args:
+        model: not changed. Its weights may be on the meta device.
+        sites: of the matrices that are compressed, or will be.
+    """
+    trial = Trial()
+    devices = {parameter.device for parameter in model.parameters()}
+    if getattr(model, "main_input_name", None) != "input_ids" or len(devices) != 1:
+        return trial
+    skeleton = _skeleton(model)
+    dtype = dtype_of_uncompressed(model) or torch.get_default_dtype()
+    for site in sites:
+        module = skeleton.get_submodule(site.name)
+        kind: Any = type(module)
+        if site.routed or owns_stacks(module):
+            if not isinstance(module, _IdleExperts):
+                module.__class__ = _mixed(_IdleExperts, kind)
+        else:
+            parent, _, child = site.name.rpartition(".")
+            harmless = (type(skeleton.get_submodule(parent)).__name__, child) in HARMLESS_READS
+            module._hf_lrq_trial = (site.name, site.out_features, dtype, Trial() if harmless else trial)
+            module.__class__ = _mixed(_WatchedLayer, kind)
+    try:
+        with torch.no_grad(), as_for_inference(skeleton), torch.random.fork_rng(devices=[]):
+            args, kwargs = ModelRunner(skeleton, [torch.arange(1, TOKENS + 1)[None] % _vocabulary(model)]).arguments(0)
+            skeleton(*args, **kwargs)
+        trial.complete = True
+    # Whatever a model raises: what it has read up to there is noted.
+    except Exception as error:
+        logger.debug("hf_lrq: the trial pass of %s ends early: %s", type(model).__name__, error)
+    return trial
+
+
+def check_reads(model: Any, trial: Trial) -> None:
+    """Refuse a compressed model that reads the weights of compressed layers.
+
+    Raises:
+        CompressionError: naming them, and what to leave out.
+    """
+    if not trial.reads:
+        return
+    names = list(trial.reads)
+    readers = listed(sorted(set(trial.reads.values())), 3)
+    patterns = sorted({_without_indices(name) for name in names})
+    raise CompressionError(
+        f"{type(model).__name__} reads the weights of {listed(names, 3)} itself (in {readers}), which would be codes. "
+        f"Leave these layers out with modules_to_not_convert={patterns}."
+    )
+
+
+def _without_indices(name: str) -> str:
+    """A pattern for the layers of this name in all blocks."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", r"\\d+", name)
+
+
+def _vocabulary(model: Any) -> int:
+    table = model.get_input_embeddings()
+    return int(getattr(table, "num_embeddings", TOKENS + 1))
+
+
+def _skeleton(model: Any) -> Any:
+    """A copy that shares the parameters, so that what a pass changes about the model is lost with it."""
+    shared = itertools.chain(model.parameters(), (parameter.data for parameter in model.parameters()))
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in shared})

@@ -1,0 +1,112 @@
+"""Weights that a model reads itself, by whatever path, are found by one pass and left alone."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from hf_lrq import LRQConfig, compress
+from hf_lrq.errors import CompressionError
+from hf_lrq.integrations.planning import plan_for
+from hf_lrq.integrations.trial import try_out
+from hf_lrq.nn import LRQLinear
+
+
+class OddConfig(transformers.PretrainedConfig):
+    model_type = "odd_reader"
+
+
+class Reader(transformers.PreTrainedModel):
+    config_class = OddConfig
+    main_input_name = "input_ids"
+
+    def __init__(self, config: OddConfig):
+        super().__init__(config)
+        self.embed = nn.Embedding(20, 32)
+        self.inner = nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 32))
+        self.blocks = nn.ModuleList(nn.ModuleDict({"mix": nn.Linear(32, 32), "out": nn.Linear(32, 32)}) for _ in "ab")
+        self.calls = 0
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        self.calls += 1
+        x = self.embed(self.seen(input_ids))
+        x = self.inner(x.to(self.inner[0].weight.dtype).to(self.inner[2].weight.device))
+        for block in self.blocks:
+            block["mix"].weight.data.div_(2)
+            x = block["out"](x) + block["mix"](x)
+        return x
+
+    def seen(self, input_ids: Tensor) -> Tensor:
+        return input_ids
+
+
+class ReaderOfValues(Reader):
+    """Cannot be called on the meta device."""
+
+    def seen(self, input_ids: Tensor) -> Tensor:
+        assert max(input_ids.flatten().tolist()) < 20
+        return input_ids
+
+
+READ = {"inner.0", "blocks.0.mix", "blocks.1.mix"}
+
+
+def test_a_pass_finds_all_reads_and_changes_nothing(fast: dict[str, Any], rng_untouched: None) -> None:
+    with torch.random.fork_rng(devices=[]):
+        model = Reader(OddConfig()).train()
+    before = copy.deepcopy(model.state_dict())
+    plan = plan_for(model, LRQConfig(**fast))
+    assert plan.left_alone == dict.fromkeys(READ, "test_trial.forward reads its weight directly")
+    assert [site.label for site in plan.specs] == ["inner.2", "blocks.0.out", "blocks.1.out"]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert (model.calls, model.training, type(model.inner[0])) == (0, True, nn.Linear)
+
+
+def test_they_are_left_alone_while_loading(fast: dict[str, Any], tmp_path: Path) -> None:
+    Reader(OddConfig()).save_pretrained(tmp_path)
+    model = Reader.from_pretrained(tmp_path, quantization_config=LRQConfig(**fast))
+    assert {name for name, module in model.named_modules() if type(module) is nn.Linear} == READ
+    assert model(torch.arange(4)[None]).isfinite().all()
+
+
+def test_reads_that_show_too_late_are_an_error_with_the_remedy(fast: dict[str, Any], tmp_path: Path) -> None:
+    model = ReaderOfValues(OddConfig())
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CompressionError, match="ReaderOfValues reads the weights of") as caught:
+        ReaderOfValues.from_pretrained(tmp_path, quantization_config=LRQConfig(**fast))
+    remedy = [r"blocks.\d+.mix", "inner.0"]
+    assert str(caught.value).endswith(f"modules_to_not_convert={remedy}.")
+    config = LRQConfig(**fast, modules_to_not_convert=remedy)
+    loaded = ReaderOfValues.from_pretrained(tmp_path, quantization_config=config)
+    assert {name for name, module in loaded.named_modules() if type(module) is nn.Linear} == READ
+    compress(model, None, LRQConfig(**fast))
+    assert {name for name, module in model.named_modules() if type(module) is nn.Linear} == READ
+
+
+def test_rwkv_runs_after_loading(fast: dict[str, Any], tmp_path: Path) -> None:
+    config = transformers.RwkvConfig(
+        vocab_size=50, hidden_size=32, attention_hidden_size=32, num_hidden_layers=2, rescale_every=1, context_length=16
+    )
+    transformers.RwkvForCausalLM(config).save_pretrained(tmp_path)
+    model = transformers.RwkvForCausalLM.from_pretrained(tmp_path, quantization_config=LRQConfig(**fast))
+    alone = model.hf_quantizer.inventory.left_alone
+    assert {name.partition("blocks.")[2][2:] for name in alone} - {""} == {"attention.output", "feed_forward.value"}
+    assert isinstance(model.rwkv.blocks[0].attention.key, LRQLinear)
+    assert model(torch.arange(4)[None]).logits.isfinite().all()
+
+
+def test_models_of_other_inputs_are_not_called(fast: dict[str, Any]) -> None:
+    with torch.device("meta"):
+        model = transformers.ViTModel(
+            transformers.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+        )
+    trial = try_out(model, plan_for(model, LRQConfig(**fast)).specs)
+    assert (trial.reads, trial.complete) == ({}, False)
