@@ -84,12 +84,9 @@ def test_input_is_about_unit_variance() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_points_have_not_changed(name: str) -> None:
     book = get_codebook(name)
-    stage = torch.arange(2 ** min(book.bits * book.dim, 16))
-    codes = (
-        stage
-        if book.bits * book.dim <= 16
-        else torch.cat((stage, torch.arange(2 ** (book.bits * book.dim - 16)) << 16))
-    )
+    bits = book.bits * book.dim
+    stage = torch.arange(2 ** min(bits, 16))
+    codes = stage if bits <= 16 else torch.cat((stage, torch.arange(2 ** (bits - 16)) << 16))
     assert digest(fixed_point(book.decode(codes))) == POINTS[name]
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import doctest
 import importlib
 import math
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -157,16 +158,15 @@ def test_a_code_out_of_range_is_an_error(book: Codebook) -> None:
 
 
 def test_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(
-        SpecError, match=r"Unknown codebook 'e9p2'\. Known codebooks: e8p2, .*nf4\. Did you mean 'e8p2'\?"
-    ):
+    known = ", ".join(known_codebooks())
+    message = f"Unknown codebook 'e9p2'. Known codebooks: {known}. Did you mean 'e8p2'?"
+    with pytest.raises(SpecError, match=re.escape(message)):
         get_codebook("e9p2")
 
 
 def test_unknown_family_lists_the_known_ones() -> None:
-    with pytest.raises(
-        SpecError, match=r"family 'loyd'\. Known families: e8p, bt, tcq, int, lloyd, nf\. Did you mean 'lloyd'\?"
-    ):
+    message = f"family 'loyd'. Known families: {', '.join(known_families())}. Did you mean 'lloyd'?"
+    with pytest.raises(SpecError, match=re.escape(message)):
         codebook_name("loyd", 2)
 
 
