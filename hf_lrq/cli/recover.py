@@ -66,21 +66,8 @@ def run(options: RecoverOptions) -> None:
         teacher = record_teacher(teacher, batches, options.record, recovery.top_k)
     say(f"Loading {options.model}")
     model = load_model(options.model, options.dtype, device)
-    bar = TqdmRecoveryProgress(progress_stream())
-    interrupted = False
-    try:
-        report = recover(model, teacher, batches, recovery, progress=bar)
-    except RecoveryInterrupted as interruption:
-        report, interrupted = interruption.report, True
-    except KeyboardInterrupt:
-        say(f"Interrupted. Nothing was saved; {options.model} is untouched.", "yellow")
-        raise typer.Exit(INTERRUPTED) from None
-    finally:
-        bar.close()
+    report, interrupted = trained(model, teacher, batches, recovery, options)
     del teacher
-    if interrupted and not report.gained:
-        say(f"Interrupted before anything was gained. Nothing was saved; {options.model} is untouched.", "yellow")
-        raise typer.Exit(INTERRUPTED)
     save(model, options.out, companions_of(options.model, tokenizer), options.overwrite)
     say(f"Saved to {options.out}", "green")
     measured = None
@@ -95,6 +82,28 @@ def run(options: RecoverOptions) -> None:
             "yellow",
         )
         raise typer.Exit(INTERRUPTED)
+
+
+def trained(
+    model: Any, teacher: Any, batches: list[Any], recovery: RecoveryOptions, options: RecoverOptions
+) -> tuple[RecoveryReport, bool]:
+    """Recover the model; what was reached, and whether Ctrl-C ended it.
+
+    Raises:
+        typer.Exit: if it was interrupted before anything was gained.
+    """
+    bar = TqdmRecoveryProgress(progress_stream())
+    try:
+        return recover(model, teacher, batches, recovery, progress=bar), False
+    except RecoveryInterrupted as interruption:
+        if interruption.report.gained:
+            return interruption.report, True
+        say(f"Interrupted before anything was gained. Nothing was saved; {options.model} is untouched.", "yellow")
+    except KeyboardInterrupt:
+        say(f"Interrupted. Nothing was saved; {options.model} is untouched.", "yellow")
+    finally:
+        bar.close()
+    raise typer.Exit(INTERRUPTED)
 
 
 def recovery_of(options: RecoverOptions) -> RecoveryOptions:

@@ -15,7 +15,7 @@ BASE = "__base__"  # PEFT's name for no adapter.
 
 @contextmanager
 def told_to_layers(
-    model: nn.Module, kind: type[nn.Module], known: Sequence[str], kwargs: Mapping[str, Any]
+    model: Any, kind: type[nn.Module], known: Sequence[str], kwargs: Mapping[str, Any]
 ) -> Iterator[None]:
     """While it lasts, every adapted layer gets the names of its rows' adapters.
 
