@@ -112,6 +112,13 @@ class InspectOptions(AsJson):
 
 
 @dataclass(frozen=True, kw_only=True)
+class VerifyOptions(AsJson):
+    """Compare every tensor of a compressed model with the digest recorded when it was saved, and config.json with it."""
+
+    directory: Annotated[Path, Argument(metavar="DIR", help="Folder of a compressed model.")]
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalOptions(Measuring, AsJson):
     """Measure perplexity, and divergence from the original."""
 
