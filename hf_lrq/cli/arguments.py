@@ -113,7 +113,7 @@ class InspectOptions(AsJson):
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions(AsJson):
-    """Compare every tensor of a compressed model with the digest recorded when it was saved, and config.json with it."""
+    """Compare every tensor of a compressed model, and config.json, with what was recorded when it was saved."""
 
     directory: Annotated[Path, Argument(metavar="DIR", help="Folder of a compressed model.")]
 
