@@ -16,7 +16,7 @@ from hf_lrq.errors import SpecError
 
 FACTOR_BITS = (4, 8, 16)
 MAX_RANK = MAX_GROUP = 65536
-ROTATIONS = ("hadamard", "none")
+ROTATIONS = ("hadamard", "none", "trained")
 FACTOR_NAMES = ("lr_L", "lr_R", "lr_L_scale", "lr_R_scale", "ft_L", "ft_R")
 TENSOR_NAMES = ("weight", "scales", "rot_in", "rot_out", *FACTOR_NAMES)
 SMALLEST_BLOCK, LARGEST_BLOCK = 8, 4096  # Shorter transforms mix too few weights to be worth a pass: signs only.
@@ -61,7 +61,7 @@ class LayerLayout:
         rank: columns of L and rows of R before clamping to the matrix.
         factor_bits: 16 (float16), 8 (int8 with one scale per rank) or 4 (two codes per byte along the rank axis).
         group_size: columns that share a scale, for codebooks with group scales.
-        rotation: "hadamard" or "none".
+        rotation: "hadamard", "none", or "trained": as "hadamard", with rotations that need not be signs any more.
         rotation_block: largest Hadamard block.
         ft_rank: columns of ft_L and rows of ft_R before clamping: a second pair, in float16, that holds what was merged
             into a layer whose L and R are codes; 0 is none.

@@ -102,6 +102,9 @@ class RunOptions:
         "float", '"float", or "int8" to round the inputs of Q to 8 bits where that is faster and nothing is trained.'
     )
     fuse: bool = _option(False, "Compute layers of one input together (q, k, v; gate, up), see `fuse_layers`.")
+    verify: bool = _option(
+        False, "Compare every tensor of a compressed checkpoint with the digest recorded when it was saved."
+    )
 
 
 def options_of(*kinds: type) -> dict[str, "Field[Any]"]:

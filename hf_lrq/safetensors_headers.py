@@ -5,6 +5,7 @@ import math
 import os
 import struct
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,37 @@ _NAMES = {
 Headers = Mapping[str, tuple[str, tuple[int, ...]]]  # Name of a tensor -> its dtype, such as "BF16", and its shape.
 
 
+@dataclass(frozen=True)
+class Span:
+    """One tensor in a file.
+
+    Attributes:
+        dtype: such as "BF16".
+        shape: of the tensor.
+        start, stop: bytes of the file.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class FileHeader:
+    """The header of one file.
+
+    Attributes:
+        file: where it is.
+        tensors: name -> where it lies.
+        metadata: `__metadata__`.
+    """
+
+    file: Path
+    tensors: Mapping[str, Span]
+    metadata: Mapping[str, str]
+
+
 def read_headers(files: Iterable[str | os.PathLike[str]]) -> Headers:
     """Name -> (safetensors dtype, shape) of every tensor, from the headers alone: no tensor is read.
 
@@ -64,16 +96,57 @@ def read_headers(files: Iterable[str | os.PathLike[str]]) -> Headers:
         CheckpointError: if a file is missing, truncated, damaged or not safetensors, or if two files hold the same
             tensor.
     """
+    return headers_of(read_file_headers(files))
+
+
+def headers_of(files: Iterable[FileHeader]) -> Headers:
+    """Name -> (safetensors dtype, shape) of every tensor of these files.
+
+    Raises:
+        CheckpointError: if two files hold the same tensor.
+    """
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for file in files:
-        for name, entry in _read_header(Path(file)).items():
+    for each in files:
+        for name, span in each.tensors.items():
             if name in found:
-                raise CheckpointError(f"tensor {name!r} is in {file} and in another file. Save the model again.")
-            found[name] = entry
+                raise CheckpointError(f"tensor {name!r} is in {each.file} and in another file. Save the model again.")
+            found[name] = (span.dtype, span.shape)
     return found
 
 
-def _read_header(file: Path) -> Headers:
+def read_file_headers(files: Iterable[str | os.PathLike[str]]) -> tuple[FileHeader, ...]:
+    """The header of each file.
+
+    Raises:
+        CheckpointError: if a file is missing, truncated, damaged or not safetensors.
+    """
+    return tuple(_read_header(Path(file)) for file in files)
+
+
+def _read_header(file: Path) -> FileHeader:
+    text, actual = _header_text(file)
+    data = 8 + len(text)
+    try:
+        table = json.loads(text, object_pairs_hook=_without_duplicates)
+        metadata = table.pop("__metadata__", None) or {}
+        entries = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in table.items()}
+        end = max((stop for *_, stop in entries.values()), default=0)
+        consistent = all(_spans(*entry) for entry in entries.values()) and _side_by_side(entries.values(), end)
+        metadata = {str(key): value for key, value in metadata.items() if isinstance(value, str)}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise CheckpointError(f"the header of {file} cannot be read. {_ANOTHER_COPY}") from None
+    if not consistent:
+        raise CheckpointError(f"the header of {file} gives a tensor another length than its shape. {_ANOTHER_COPY}")
+    if data + end != actual:
+        raise CheckpointError(f"{file} should have {data + end} bytes, it has {actual}. {_ANOTHER_COPY}")
+    tensors = {
+        name: Span(dtype, shape, data + start, data + stop) for name, (dtype, shape, start, stop) in entries.items()
+    }
+    return FileHeader(file, tensors, metadata)
+
+
+def _header_text(file: Path) -> tuple[bytes, int]:
+    """The JSON of a header, and the bytes of the file."""
     if not file.is_file():
         raise CheckpointError(f"{file} is missing. {_ANOTHER_COPY}")
     actual = file.stat().st_size
@@ -87,24 +160,44 @@ def _read_header(file: Path) -> Headers:
                 f"{file} is truncated: the header alone takes {8 + length} bytes, the file has {actual}. "
                 f"{_ANOTHER_COPY}"
             )
-        text = stream.read(length)
-    try:
-        table = json.loads(text)
-        table.pop("__metadata__", None)
-        entries = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in table.items()}
-        end = max((stop for *_, stop in entries.values()), default=0)
-        consistent = all(_spans(*entry) for entry in entries.values())
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise CheckpointError(f"the header of {file} cannot be read. {_ANOTHER_COPY}") from None
-    if not consistent:
-        raise CheckpointError(f"the header of {file} gives a tensor another length than its shape. {_ANOTHER_COPY}")
-    if 8 + length + end != actual:
-        raise CheckpointError(f"{file} should have {8 + length + end} bytes, it has {actual}. {_ANOTHER_COPY}")
-    return {name: (dtype, shape) for name, (dtype, shape, *_) in entries.items()}
+        return stream.read(length), actual
+
+
+def sort_metadata(file: Path) -> None:
+    """Put the entries of `__metadata__` in the order of their names: the library writes them in any order."""
+    text, _ = _header_text(file)
+    table = json.loads(text)
+    if len(table.get("__metadata__", {})) < 2:
+        return
+    table["__metadata__"] = dict(sorted(table["__metadata__"].items()))
+    again = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    if len(again) == len(text.rstrip(b" ")):
+        with file.open("r+b") as stream:
+            stream.seek(8)
+            stream.write(again)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise ValueError("a name stands twice")
+    return table
+
+
+def _side_by_side(entries: Iterable[tuple[Any, ...]], end: int) -> bool:
+    """Whether the tensors follow each other without overlaps and gaps, as the library demands."""
+    position = 0
+    for *_, start, stop in sorted(entries, key=lambda entry: entry[2:]):
+        if start != position:
+            return False
+        position = stop
+    return position == end
 
 
 def _spans(dtype: str, shape: tuple[int, ...], start: int, stop: int) -> bool:
     """Whether the offsets are as long as dtype and shape say; dtypes unknown here are the library's to judge."""
+    if not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
+        raise ValueError("not a number")
     return stop - start == tensor_bytes(dtype, shape) if dtype in _BITS else stop >= start
 
 
@@ -118,15 +211,20 @@ def dtype_name(dtype: torch.dtype) -> str:
     return _NAMES.get(dtype, f"U{8 * dtype.itemsize}")
 
 
+def is_known(dtype: torch.dtype) -> bool:
+    """Whether `dtype_name` is sure to be the name that the library writes."""
+    return dtype in _NAMES
+
+
 def float_dtype(name: str) -> torch.dtype:
     """The torch dtype of a safetensors dtype where that is a floating one of at least 16 bits, else float32."""
     named = next((dtype for dtype, own in _NAMES.items() if own == name), torch.float32)
     return named if named.is_floating_point and named.itemsize > 1 else torch.float32
 
 
-def header_bytes(tensors: Headers) -> int:
+def header_bytes(tensors: Headers, metadata: Mapping[str, str] | None = None) -> int:
     """Bytes of the header of one file that holds `tensors`: its length, its JSON, and padding to 8."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (_POSITION.get(item[1][0], 0), item[0])):
         end = offset + tensor_bytes(dtype, shape)

@@ -14,6 +14,7 @@ from hf_lrq.patterns import check_pattern, matches
 
 INITS = ("auto", "outlier", "svd", "zero")
 ROUNDINGS = ("ldlq", "nearest")
+ROTATIONS = ("hadamard", "none")
 # What "auto" takes, the best first. Trellises need a search that is slow without a backend for it.
 AUTO_FAMILIES = ("bt", "e8p", "int")
 LARGEST_PADDING = 1 / 8  # Of the codes; a smaller matrix is better off with a codebook of smaller blocks.
@@ -35,6 +36,7 @@ class LayerSpec(LayerOptions):
         check_integer("sweeps", self.sweeps, 0, 1000)
         check_choice("rounding", self.rounding, ROUNDINGS)
         check_choice("init", self.init, INITS)
+        check_choice("rotation", self.rotation, ROTATIONS)
         check_fraction("damp_percent", self.damp_percent)
         check_fraction("marginal_damping", self.marginal_damping)
         _ = self.layout  # Raises here, where the user can see which argument is at fault.

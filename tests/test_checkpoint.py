@@ -243,7 +243,7 @@ def test_an_interruption_leaves_everything_as_it_was(tmp_path: Path, error: Base
             (staging / "config.json").write_text("new")
             raise error
 
-    with pytest.raises(type(error)):
+    with pytest.raises(CheckpointError if isinstance(error, OSError) else type(error)):
         save()
     assert (out / "config.json").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -1,15 +1,27 @@
 """Folders of models: replaced as a whole or not at all, and never what somebody else keeps there."""
 
 import contextlib
+import errno
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from hf_lrq.checkpoint.leftovers import OLD, Held, clear_leftovers
 from hf_lrq.errors import CheckpointError
 
+# Of a disk, and what can be done about it.
+_DISK_ERRORS = {
+    errno.ENOSPC: "Make room on this disk, or choose a folder on another one.",
+    errno.EDQUOT: "Make room within your quota, or choose a folder elsewhere.",
+    errno.EROFS: "Choose a folder on a disk that can be written to.",
+    errno.EFBIG: "Save with a smaller max_shard_size, or choose a folder on another disk.",
+    errno.EACCES: "Choose a folder that you may write to.",
+    errno.EPERM: "Choose a folder that you may write to.",
+}
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin")
 # Of a tokenizer, of a processor with two of them, and of sentence-transformers.
 _SAVED_FOLDER = re.compile(r"additional_chat_templates|\w+_tokenizer|\d+_\w+")
@@ -31,29 +43,53 @@ def staged_directory(out: str | os.PathLike[str], overwrite: bool = False) -> It
     """
     target = Path(out).resolve()
     check_free(out, overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
-    staging.mkdir()
+    with clear_disk_errors(out):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        held = Held.new(target)
+    with held:
+        try:
+            with clear_disk_errors(out):
+                yield held.path
+                for path in sorted(held.path.rglob("*")):
+                    _flush(path)
+                _flush(held.path)
+                check_free(out, overwrite)
+                _take_place(held.path, target)
+        except BaseException:
+            shutil.rmtree(held.path, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def clear_disk_errors(out: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn errors of a disk, while something is written to `out`, into one that says what to do.
+
+    Raises:
+        CheckpointError: if the disk is full or cannot be written to.
+    """
     try:
-        yield staging
-        for path in sorted(staging.rglob("*")):
-            _flush(path)
-        _flush(staging)
-        check_free(out, overwrite)
-        _take_place(staging, target)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+        yield
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{out} cannot be written: {error}. Make room on its disk, or choose a folder on another one."
+        ) from error
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        raise CheckpointError(f"{out} cannot be written: {error}. {_DISK_ERRORS[error.errno]}") from error
 
 
 def check_free(out: str | os.PathLike[str], overwrite: bool = False) -> None:
     """Make sure that `staged_directory` may put a model at `out`: worth asking before hours are spent on the model.
+
+    What saves that were killed have left there is put in order before; see `leftovers`.
 
     Raises:
         CheckpointError: if `out` exists and is not an empty directory, unless it holds nothing but a model and
             `overwrite` is set; or if it is a mount point, which cannot be replaced.
     """
     target = Path(out).resolve()
+    clear_leftovers(target)
     if not target.exists():
         return
     if not target.is_dir():
@@ -90,14 +126,16 @@ def _take_place(staging: Path, target: Path) -> None:
     if not target.exists():
         staging.rename(target)
     else:
-        old = staging.with_suffix(".old")
-        target.rename(old)
-        try:
-            staging.rename(target)
-        except BaseException:
-            old.rename(target)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+        old = staging.with_suffix(OLD)
+        with Held(target) as held:
+            target.rename(old)
+            held.path = old
+            try:
+                staging.rename(target)
+            except BaseException:
+                old.rename(target)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
     _flush(target.parent)
 
 

@@ -10,8 +10,9 @@ Tensors of one compressed linear layer, below the name of its module (out, in: f
                                                           trellises (`bt`, `tcq`) [ceil(out / 128), ceil(in / 16),
                                                           256 bits]: tiles of 128 rows and 16 columns
     scales      float16  [out], or [out, ceil(in / group_size)] for codebooks with group scales (`int`)
-    rot_in      float16  [in]                             signs; absent with rotation "none"
-    rot_out     float16  [out]                            signs; absent with rotation "none"
+    rot_in      float16  [in]                             signs; absent with rotation "none"; finite numbers with
+                                                          "trained"
+    rot_out     float16  [out]                            likewise
     lr_L        float16  [out, r]                         absent at rank 0; with factor_bits 8: int8 [out, r];
                                                           with factor_bits 4: uint8 [out, ceil(r / 2)], low nibble
                                                           first, code c means c - 8
@@ -46,7 +47,7 @@ not know the format stops with a size mismatch instead of loading random numbers
     rank                    0 to 65536, before clamping to the matrix
     factor_bits             16, 8 or 4
     group_size              a multiple of 8; columns per scale of codebooks with group scales
-    rotation                "hadamard" or "none"
+    rotation                "hadamard", "none", or "trained": as "hadamard", but rot_in and rot_out need not be signs
     rotation_block          a power of two from 8 to 4096; the largest Hadamard block
     modules_to_not_convert  names of the linear layers and expert modules that are not compressed; all others are
     modules                 {name: {key: value}}: what differs from the above for one module; keys: codebook, bits,
@@ -54,7 +55,15 @@ not know the format stops with a size mismatch instead of loading random numbers
 
 The name of a module is that of its tensors in the files without the last component. (Releases of transformers differ in
 what they call a module in memory, not in what they call it in files.) Loading is strict: an unknown key, a value out of
-range, a tensor of another shape or dtype, a missing or an additional tensor of a compressed module is an error.
+range, a tensor of another shape or dtype, a missing or an additional tensor of a compressed module is an error; so are
+a name that no module of the saved model has, and scales, rotations or factors that are not finite.
+
+The `__metadata__` of every safetensors file has two entries by which changes are noticed. Files without them are read.
+
+    hf_lrq_header   SHA-256, in hexadecimal, of quantization_config as JSON with sorted keys and no white space
+    hf_lrq_digests  JSON {name: digest} of all tensors of the checkpoint; a digest is the first 16 hexadecimal digits
+                    of the SHA-256 of the text "<dtype> <shape> ", such as "F16 [64, 4] ", and the bytes of the tensor;
+                    null for a tensor whose name in the files was not known when the files were written
 """
 
 from collections.abc import Iterable, Mapping

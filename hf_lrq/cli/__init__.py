@@ -159,6 +159,7 @@ def _parameters(options: type) -> Iterator[Parameter]:
 
 _add_command(app, "quantize", arguments.QuantizeOptions, "quantize")
 _add_command(app, "inspect", arguments.InspectOptions, "inspection")
+_add_command(app, "verify", arguments.VerifyOptions, "verification")
 _add_command(app, "eval", arguments.EvalOptions, "evaluation")
 _add_command(app, "recover", arguments.RecoverOptions, "recover")
 _add_command(app, "doctor", arguments.DoctorOptions, "doctor")

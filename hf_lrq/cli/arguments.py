@@ -121,6 +121,13 @@ class InspectOptions(AsJson):
 
 
 @dataclass(frozen=True, kw_only=True)
+class VerifyOptions(AsJson):
+    """Compare every tensor of a compressed model, and config.json, with what was recorded when it was saved."""
+
+    directory: Annotated[Path, Argument(metavar="DIR", help="Folder of a compressed model.")]
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalOptions(Measuring, AsJson):
     """Measure perplexity, and divergence from the original."""
 

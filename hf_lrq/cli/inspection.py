@@ -5,12 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
 from hf_lrq.checkpoint import (
     QuantizationHeader,
     check_headers,
+    check_record,
     header_of,
     quant_method_of,
     read_config,
+    read_file_headers,
     read_headers,
     weight_files,
 )
@@ -19,6 +23,8 @@ from hf_lrq.cli.output import bits, console, print_json, print_size, print_table
 from hf_lrq.errors import CheckpointError
 from hf_lrq.evaluation import Size, compressed_layers, size_of_headers
 from hf_lrq.evaluation.files import StoredLayer
+from hf_lrq.integrations.loading import empty_layers
+from hf_lrq.integrations.saved_class import class_named_in, empty_model
 from hf_lrq.layout import TensorLayout
 from hf_lrq.nn.fused_experts import PREFIX
 from hf_lrq.report import human_bytes
@@ -36,6 +42,7 @@ class Inspection:
         layers: compressed matrices and stacks.
         size: with the measured bytes of the files.
         files: number of safetensors files.
+        against_class: whether its class was at hand, so that files were compared with its modules as loading does.
     """
 
     name: str
@@ -45,6 +52,7 @@ class Inspection:
     layers: tuple[StoredLayer, ...]
     size: Size
     files: int
+    against_class: bool = True
 
     @property
     def caldera_bits(self) -> float | None:
@@ -86,6 +94,7 @@ def inspect_directory(directory: Path) -> Inspection:
     files = weight_files(directory)
     headers = read_headers(files)
     header, layers = header_of(config), {}
+    checked = header is None
     if header is not None:
         layers = compressed_layers(headers, header)
         if not layers:
@@ -93,9 +102,12 @@ def inspect_directory(directory: Path) -> Inspection:
                 f"config.json in {directory} describes a compressed model, but its files hold none of its layers. "
                 "The files and config.json are of different checkpoints. Download or copy both again."
             )
-        biases = {f"{name}.bias" for name in layers}  # As in the uncompressed model, whatever that was.
-        stored = {name: entry for name, entry in headers.items() if name not in biases}
-        check_headers(_expected(layers), stored)
+        checked = check_as_loading_does(directory, header, [str(file) for file in files])
+        if not checked:
+            biases = {f"{name}.bias" for name in layers}  # As in the uncompressed model, whatever that was.
+            stored = {name: entry for name, entry in headers.items() if name not in biases}
+            check_headers(_expected(layers), stored)
+            check_record(header, read_file_headers(files))
     architectures = config.get("architectures")
     return Inspection(
         name=directory.resolve().name,
@@ -105,7 +117,30 @@ def inspect_directory(directory: Path) -> Inspection:
         layers=tuple(sorted(layers.values(), key=_natural)),
         size=size_of_headers(headers, sum(file.stat().st_size for file in files), header),
         files=len(files),
+        against_class=checked,
     )
+
+
+def check_as_loading_does(directory: Path, header: QuantizationHeader, files: list[str]) -> bool:
+    """Run the checks of `from_pretrained` that need no tensors, on a model without weights.
+
+    Returns:
+        False if there is no class of transformers to check against.
+
+    Raises:
+        CheckpointError: whatever loading would raise.
+    """
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        kind = class_named_in(config)
+    except (OSError, ValueError, KeyError):
+        return False
+    if kind is None:
+        return False
+    model = empty_model(kind, config)
+    model.config._name_or_path = str(directory)
+    empty_layers(model, header, files)
+    return True
 
 
 def run(options: InspectOptions) -> None:
@@ -125,6 +160,12 @@ def run(options: InspectOptions) -> None:
             ("module", "shape", "codebook", "rank", "factor bits", "bits per weight", "bytes"),
             [_row(layer) for layer in found.layers],
             right=(3, 4, 5, 6),
+        )
+    if not found.against_class:
+        out.print(
+            f"There is no class {found.architecture} in transformers: whether modules are missing was not checked.",
+            style="yellow",
+            markup=False,
         )
     print_size(found.size)
     if found.header is not None:

@@ -5,15 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from hf_lrq.checkpoint import read_headers, weight_files
+from hf_lrq.checkpoint import check_not_hidden, read_headers, weight_files
 from hf_lrq.errors import LRQError, SpecError
 from hf_lrq.integrations.calibration_data import read_tokenizer
+from hf_lrq.integrations.saved_class import class_named_in
 
 
 def set_threads(threads: int | None) -> None:
@@ -48,7 +48,7 @@ def load_config(model: str) -> Any:
     check_folder(model)
     try:
         return AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, HFValidationError) as error:
+    except (OSError, ValueError, KeyError, RecursionError, HFValidationError) as error:
         raise unavailable(model, error) from error
 
 
@@ -132,6 +132,7 @@ def check_folder(model: str) -> None:
         LRQError: naming the folder.
     """
     path = Path(model).expanduser()
+    check_not_hidden(path)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise LRQError(f"{model} holds no config.json. Give the folder of a saved model.")
@@ -173,10 +174,9 @@ def _is_forbidden(error: BaseException | None) -> bool:
 
 def _model_class(config: Any) -> Any:
     """The class that was saved; by its name, which must be that of a model of transformers."""
-    for name in config.architectures or ():
-        kind = getattr(transformers, name, None)
-        if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
-            return kind
+    kind = class_named_in(config)
+    if kind is not None:
+        return kind
     causal = type(config) in AutoModelForCausalLM._model_mapping
     return AutoModelForCausalLM if causal else AutoModel
 

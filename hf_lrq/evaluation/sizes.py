@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_lrq.digests import expected_record
 from hf_lrq.layout import TENSOR_NAMES, LayerLayout
 from hf_lrq.nn import LRQExpertStack, LRQLinear
 from hf_lrq.safetensors_headers import dtype_name, header_bytes, tensor_bytes
@@ -91,9 +92,11 @@ class Size:
         parts = dict.fromkeys(KINDS, Part())
         for tensor in tensors:
             parts[tensor.kind] += Part(tensor.weights, tensor.bytes)
+        headers = {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
+        record = expected_record(headers).to_metadata() if parts["compressed"].bytes else {}
         return cls(
             **parts,
-            header_bytes=header_bytes({tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}),
+            header_bytes=header_bytes(headers, record),
             file_bytes=file_bytes,
         )
 

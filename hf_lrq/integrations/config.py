@@ -71,7 +71,7 @@ class LRQConfig(QuantizationConfigMixin):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise SpecError(f"{name} must be an integer of at least 1, got {value!r}.")
-        for name in ("dequantize", "sequential", "fuse"):
+        for name in ("dequantize", "sequential", "fuse", "verify"):
             if not isinstance(getattr(self, name), bool):
                 raise SpecError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         for name, allowed in (("backend", known_backends()), ("activation", ACTIVATIONS)):
@@ -149,6 +149,8 @@ class LRQConfig(QuantizationConfigMixin):
         """The config of a compressed checkpoint."""
         layout = {key: getattr(header.default, key) for key in LAYOUT_KEYS}
         book = get_codebook(header.default.codebook)
+        if layout["rotation"] == "trained":
+            layout["rotation"] = "hadamard"  # A state of layers, nothing to compress with.
         config = cls(**{**layout, "codebook": book.family, "bits": book.bits})
         config.header = header
         config.modules_to_not_convert = list(header.modules_to_not_convert)
@@ -231,9 +233,13 @@ class LRQConfig(QuantizationConfigMixin):
         """A copy to compress a model with.
 
         Raises:
-            SpecError: if this config describes a checkpoint whose modules differ from each other.
+            SpecError: if this config is that of a checkpoint whose modules differ, or asks to verify one.
         """
         config = copy.copy(self)
+        if config.verify:
+            raise SpecError(
+                "verify=True is for compressed checkpoints, and this model is not compressed. Leave it out."
+            )
         if config.header is not None and config.header.overrides:
             raise SpecError(
                 "This quantization_config was read from a compressed checkpoint with settings of its own for "

@@ -1,5 +1,6 @@
 """Names in files against names in models: transformers renames and rearranges weights when it loads and saves them."""
 
+import contextlib
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -25,6 +26,12 @@ def names_in_files(names: Iterable[str], model: Any) -> dict[str, str]:
     """Name of a tensor in the model -> the name under which `save_pretrained` stores it."""
     renamings = [entry.reverse_transform() for entry in reversed(_used(model)) if isinstance(entry, WeightRenaming)]
     return {name: rename_source_key(name, renamings, [])[0] for name in names}
+
+
+def names_of_kept(names: Collection[str], model: Any) -> dict[str, str]:
+    """`names_in_files` of the tensors that `save_pretrained` stores as they are in the model."""
+    reverses = _reverses(_used(model))
+    return names_in_files([name for name in names if not _rearranged(name, reverses)], model)
 
 
 def without_rearranging(conversions: Iterable[Any], keys: Collection[str]) -> list[Any]:
@@ -54,10 +61,20 @@ def _used(model: Any) -> list[Any]:
 
 
 def _rearranges(entry: Any, keys: Collection[str]) -> bool:
-    if not isinstance(entry, WeightConverter):
-        return False
-    try:
-        reverse = entry.reverse_transform()
-    except (NotImplementedError, ValueError):  # It has no way back, so it does nothing on saving.
-        return False
-    return any(reverse.rename_source_key(key)[1] is not None for key in keys)
+    reverses = _reverses([entry])
+    return any(_rearranged(key, reverses) for key in keys)
+
+
+def _reverses(entries: Iterable[Any]) -> list[Any]:
+    """What saving does to undo these converters."""
+    found = []
+    for entry in entries:
+        if isinstance(entry, WeightConverter):
+            # One without a way back does nothing on saving.
+            with contextlib.suppress(NotImplementedError, ValueError):
+                found.append(entry.reverse_transform())
+    return found
+
+
+def _rearranged(key: str, reverses: Iterable[Any]) -> bool:
+    return any(reverse.rename_source_key(key)[1] is not None for reverse in reverses)

@@ -151,6 +151,26 @@ TRANSFORMERS = (
         "transformers.core_model_loading._weight_conversions", "attribute", _HOSTED, "what saving a model will undo"
     ),
     HostName(
+        "transformers.modeling_utils.remove_tied_weights_from_state_dict",
+        "function",
+        _HOSTED,
+        "which tensors saving leaves out",
+        ("state_dict", "model"),
+    ),
+    HostName(
+        "transformers.modeling_utils.PreTrainedModel._keys_to_ignore_on_save",
+        "attribute",
+        _HOSTED,
+        "which tensors saving leaves out",
+    ),
+    HostName(
+        "transformers.integrations.accelerate.load_offloaded_parameter",
+        "function",
+        _HOSTED,
+        "values of tensors that are offloaded to the disk",
+        ("model", "param_name"),
+    ),
+    HostName(
         "transformers.modeling_utils._is_hf_initialized",
         "attribute",
         ("nn", "work"),
@@ -178,7 +198,9 @@ TRANSFORMERS = (
         "replaced: it would be that of a factor where one comes first",
     ),
     HostName("transformers.modeling_utils.hf_quantizer", "attribute", ("cli", *_HOSTED), "the quantizer of a model"),
-    HostName("transformers.modeling_utils.hf_device_map", "attribute", _ADAPTERS, "which layers are offloaded"),
+    HostName(
+        "transformers.modeling_utils.hf_device_map", "attribute", (*_HOSTED, *_ADAPTERS), "which layers are offloaded"
+    ),
     HostName("transformers.quantizers.base.is_quantized", "attribute", _HOSTED, "set on a model compressed in place"),
     HostName("transformers.quantizers.base.quantization_method", "attribute", _HOSTED, "set beside it"),
     HostName(

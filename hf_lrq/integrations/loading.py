@@ -3,46 +3,91 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from hf_lrq.checkpoint import Headers, QuantizationHeader, check_headers, float_dtype, read_headers
+from hf_lrq.checkpoint import (
+    FileHeader,
+    Headers,
+    QuantizationHeader,
+    check_headers,
+    check_places,
+    check_record,
+    float_dtype,
+    headers_of,
+    listing,
+    read_file_headers,
+    verify_tensors,
+)
 from hf_lrq.codebooks import get_codebook
-from hf_lrq.errors import CheckpointError
+from hf_lrq.errors import CheckpointError, did_you_mean
 from hf_lrq.integrations.conversions import names_in_files, names_in_model
+from hf_lrq.integrations.saved_class import SavedModel
 from hf_lrq.layout import LayerLayout, TensorLayout
 from hf_lrq.nn import LRQExpertStack, LRQLinear
+from hf_lrq.nn.soundness import unsound_tensors
 from hf_lrq.spec import LayerSpec
 from hf_lrq.work import Inventory, Site, sites_of
 from hf_lrq.work.sites import joined
 
 
-def empty_layers(model: Any, header: QuantizationHeader, files: Sequence[str]) -> Inventory:
+def empty_layers(model: Any, header: QuantizationHeader, files: Sequence[str], verify: bool = False) -> Inventory:
     """Put an empty compressed layer where the checkpoint has a compressed one.
 
     Args:
         model: a PreTrainedModel whose weights are still to be loaded.
         header: of the checkpoint, as its config.json has it.
         files: of the checkpoint; none leaves them unchecked.
+        verify: compare all tensors with their digests.
 
     Raises:
         CheckpointError: if the files do not hold what header and model call for.
     """
-    header = _in_model_names(model, header)
-    alone = set(header.modules_to_not_convert)
+    own = _in_model_names(model, header)
+    alone = set(own.modules_to_not_convert)
     inventory = Inventory(total_parameters=sum(parameter.numel() for parameter in model.parameters()))
     for name, module in model.named_modules():
         sites = sites_of(name, module)
         if sites and name in alone:
             inventory.left_alone[name] = "left alone when the checkpoint was made"
         else:
-            inventory.layouts |= {site: header.layout_for(site.holder) for site in sites}
-    if files:
-        _check_files(model, files, inventory)
+            inventory.layouts |= {site: own.layout_for(site.holder) for site in sites}
+    if files or verify:
+        stored = files_in_place(model, files)
+        _check_tensors(model, own, headers_of(stored), inventory)
+        record = check_record(header, stored)
+        if verify:
+            verify_tensors(record, stored)
     put_empty(model, inventory.layouts, keep_parameters=False)
     return inventory
+
+
+def files_in_place(model: Any, files: Sequence[str]) -> tuple[FileHeader, ...]:
+    """The headers of the files of a checkpoint, which are where they belong.
+
+    Raises:
+        CheckpointError: if they are not.
+    """
+    foreign = [file for file in files if not str(file).endswith(".safetensors")]
+    if foreign:
+        raise CheckpointError(f"{foreign[0]} is not a safetensors file; compressed checkpoints have no other.")
+    check_places(files, model.config._name_or_path)
+    return read_file_headers(files)
+
+
+def check_values(model: Any) -> None:
+    """Refuse scales, rotations and factors that no compression gives, once they are loaded.
+
+    Raises:
+        CheckpointError: naming the first ten.
+    """
+    unsound = [str(tensor) for tensor in unsound_tensors(model)]
+    if unsound:
+        raise CheckpointError(
+            f"{len(unsound)} tensors hold values that cannot be right:\n{listing(unsound)}\n"
+            "The files were damaged or edited. Download or copy them again."
+        )
 
 
 def put_empty(model: Any, layouts: Mapping[Site, LayerLayout], keep_parameters: bool) -> None:
@@ -107,21 +152,40 @@ def _in_model_names(model: Any, header: QuantizationHeader) -> QuantizationHeade
     )
 
 
-def _check_files(model: Any, files: Sequence[str], inventory: Inventory) -> None:
-    foreign = [file for file in files if not str(file).endswith(".safetensors")]
-    if foreign:
-        raise CheckpointError(f"{foreign[0]} is not a safetensors file; compressed checkpoints have no other.")
+def _check_tensors(model: Any, header: QuantizationHeader, headers: Headers, inventory: Inventory) -> None:
+    """Compare the tensors in the files with those of compressed modules; takes heads that were not saved out."""
     tensors = {site: site.tensors(layout) for site, layout in inventory.layouts.items()}
     keys = {*model.state_dict(), *(key for each in tensors.values() for key in each)}
-    headers = read_headers([Path(file) for file in files])
     found = {name: headers[key] for key, name in names_in_model(headers, model, keys).items()}
+    saved = SavedModel(model)
     # A head that this class adds to the model that was saved: transformers initialises it and says so.
-    if type(model).__name__ not in (model.config.architectures or ()):
-        for site in [site for site, each in tensors.items() if found.keys().isdisjoint(each)]:
-            del inventory.layouts[site], tensors[site]
-            inventory.left_alone[site.name] = "not in the checkpoint"
+    absent = {joined(s.holder, "weight"): s for s, each in tensors.items() if found.keys().isdisjoint(each)}
+    for key in absent.keys() - saved.stored_of(absent.keys()):
+        site = absent[key]
+        del inventory.layouts[site], tensors[site]
+        inventory.left_alone[site.name] = "not in the checkpoint"
     expected = {key: layout for each in tensors.values() for key, layout in each.items()}
     check_headers(expected | _biases(model, inventory, found), found)
+    _check_names(header, found, saved)
+
+
+def _check_names(header: QuantizationHeader, found: Headers, saved: SavedModel) -> None:
+    """Whether the modules that config.json names are modules of the model that was saved."""
+    compressed = {key.removesuffix(".scales") for key in found if key.endswith(".scales")}
+    owners = {name[:i] for name in found for i, letter in enumerate(name) if letter == "."}
+    unknown = [("modules", name, compressed) for name in header.overrides if name not in compressed]
+    unknown += [
+        ("modules_to_not_convert", name, owners)
+        for name in header.modules_to_not_convert
+        if name not in owners and not saved.may_have(name)
+    ]
+    if unknown:
+        kind, name, known = unknown[0]
+        what = "compressed module" if kind == "modules" else "module"
+        raise CheckpointError(
+            f"{kind} in config.json names {name!r}, but the saved model has no such {what}.{did_you_mean(name, known)} "
+            f"{len(unknown)} names are unknown. Download or copy config.json again."
+        )
 
 
 def _biases(model: Any, inventory: Inventory, found: Headers) -> dict[str, TensorLayout]:

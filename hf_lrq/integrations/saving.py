@@ -12,12 +12,20 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard, try_to_load_from_cache
 from transformers import PreTrainedModel
 
-from hf_lrq.checkpoint import QUANT_METHOD, header_of, read_config, read_headers, staged_directory
+from hf_lrq.checkpoint import (
+    QUANT_METHOD,
+    clear_disk_errors,
+    header_of,
+    read_config,
+    read_headers,
+    staged_directory,
+)
 from hf_lrq.errors import LRQError
 from hf_lrq.evaluation import Evaluation, Size, size_of_headers
 from hf_lrq.integrations.provenance import Provenance
 from hf_lrq.nn import LRQExpertStack, LRQLinear
 from hf_lrq.report import REPORT_NAME, base_card, build_report, write_report
+from hf_lrq.safetensors_headers import sort_metadata
 
 CARD_NAME = "README.md"
 LARGEST_PASSED_ON = 100_000_000  # Bytes of a report or card of somebody else.
@@ -65,7 +73,7 @@ def save(
     with staged_directory(out, overwrite) as staging:
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
-        type(model).save_pretrained(model, staging)
+        _write(model, staging)
         write_report_and_card(model, staging, ask_hub=True)
     return Path(out)
 
@@ -122,8 +130,9 @@ def save_pretrained(
 ) -> None:
     names = ("repo_id", "commit_message", "private", "create_pr")
     to_hub = {name: kwargs.pop(name) for name in names if name in kwargs}
-    type(model).save_pretrained(model, save_directory, *args, **kwargs)
     directory = Path(save_directory)
+    with clear_disk_errors(directory):
+        _write(model, directory, *args, **kwargs)
     # An adapter, or a process that is not the main one, writes no weights of the model.
     if not kwargs.get("is_main_process", True) or getattr(model, "_hf_peft_config_loaded", False):
         return
@@ -160,9 +169,21 @@ def push_with_report_and_card(
     if getattr(model, "_hf_peft_config_loaded", False):
         return str(type(model).push_to_hub(model, repo_id, max_shard_size=max_shard_size, tags=tags, **options))
     with tempfile.TemporaryDirectory() as folder:
-        type(model).save_pretrained(model, folder, max_shard_size=max_shard_size)
+        with clear_disk_errors(folder):
+            _write(model, Path(folder), max_shard_size=max_shard_size)
         write_report_and_card(model, Path(folder), ask_hub=True)
         return _upload(Path(folder), repo_id, tags=tags, **options)
+
+
+def _write(model: Any, directory: Path, *args: Any, **options: Any) -> None:
+    """`save_pretrained` of transformers; equal models give equal files."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.original_names = options.get("save_original_format", True)
+    type(model).save_pretrained(model, directory, *args, **options)
+    if options.get("is_main_process", True):
+        for file in _weight_files(directory):
+            sort_metadata(file)
 
 
 def _upload(

@@ -22,10 +22,11 @@ from hf_lrq.integrations.config import LRQConfig, stored_header
 from hf_lrq.integrations.conversions import keep_arrangement, without_rearranging
 from hf_lrq.integrations.decompression import decompress
 from hf_lrq.integrations.dtypes import report_uncompressed_dtype
-from hf_lrq.integrations.loading import default_layout, empty_layers, header_of_model
+from hf_lrq.integrations.loading import check_values, default_layout, empty_layers, header_of_model
 from hf_lrq.integrations.planning import plan_for
 from hf_lrq.integrations.provenance import Provenance
 from hf_lrq.integrations.saving import bind_saving, unbind_saving
+from hf_lrq.integrations.stored_state import note_trained_rotations, state_and_metadata
 from hf_lrq.integrations.trial import check_reads, try_out
 from hf_lrq.nn import LRQExpertStack, LRQLinear, fuse_layers
 from hf_lrq.nn.fused_experts import owns_stacks, use_stacks
@@ -82,6 +83,7 @@ class LRQHfQuantizer(HfQuantizer):
     Attributes:
         inventory: what is compressed and what is not.
         provenance: where the compressed model comes from.
+        original_names: whether the next save gives tensors the names of the original checkpoint.
     """
 
     requires_calibration = False
@@ -98,6 +100,7 @@ class LRQHfQuantizer(HfQuantizer):
             self.quantization_config = quantization_config.for_compression()
         self.inventory = Inventory()
         self.provenance = Provenance()
+        self.original_names = True
         self._dtype: torch.dtype | None = None
         # What is still to be done to an uncompressed model when its weights are there.
         self._loading: LoadingCompression | None = None
@@ -192,20 +195,10 @@ class LRQHfQuantizer(HfQuantizer):
         }
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        """Called by `save_pretrained` before it writes config.json: bring the config up to date with the modules.
-
-        Tensors that a cast of the whole model has changed are stored in the dtype of the format.
-        """
+        """Called by `save_pretrained` before it writes config.json: bring the config up to date with the modules."""
+        note_trained_rotations(model)
         self._describe(model)
-        changed = {}
-        for name, module in model.named_modules():
-            if not isinstance(module, LRQLinear | LRQExpertStack):
-                continue
-            for key, layout in module.layout.tensors(module.out_features, module.in_features).items():
-                tensor = getattr(module, key)
-                if tensor.dtype != layout.dtype and tensor.device.type != "meta":
-                    changed[f"{name}.{key}"] = tensor.to(layout.dtype)
-        return ({**model.state_dict(), **changed} if changed else None), {}
+        return state_and_metadata(model, stored_header(self.quantization_config), self.original_names)
 
     def remove_quantization_config(self, model: Any) -> None:
         """Make it an ordinary model again."""
@@ -224,7 +217,7 @@ class LRQHfQuantizer(HfQuantizer):
         config = self.quantization_config
         if self.pre_quantized:
             files = kwargs.get("checkpoint_files") or []
-            self.inventory = empty_layers(model, stored_header(config), files)
+            self.inventory = empty_layers(model, stored_header(config), files, config.verify)
             self.provenance.source = Path(files[0]).parent if files else None
             return model
         self.provenance.base_model = model.config._name_or_path or None
@@ -240,7 +233,9 @@ class LRQHfQuantizer(HfQuantizer):
     # When they are there.
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        if self._loading is not None:
+        if self.pre_quantized:
+            check_values(model)
+        elif self._loading is not None:
             self.inventory, self.provenance.report = self._loading.finish(model)
             check_reads(model, try_out(model, self.inventory.layouts))
         elif self._afterwards is not None:

@@ -128,9 +128,9 @@ def test_an_interrupted_save_leaves_the_old_model(
         raise error
 
     monkeypatch.setattr(transformers.modeling_utils, "safe_save_file", fail)
-    with pytest.raises(type(error)):
+    with pytest.raises(CheckpointError if isinstance(error, OSError) else type(error)):
         save(model, tmp_path / "out", overwrite=True)
-    with pytest.raises(type(error)):
+    with pytest.raises(CheckpointError if isinstance(error, OSError) else type(error)):
         save(model, tmp_path / "other")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     assert names(tmp_path) == {"out"}
