@@ -1,12 +1,14 @@
 """A library compiled for the tests, and layers whose exact result is computed from the format as it is written down."""
 
 import functools
+import os
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
 import torch
+from filelock import FileLock
 
 from hf_lrq.codebooks import get_codebook
 from hf_lrq.errors import BackendError
@@ -19,8 +21,11 @@ Factors = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, t
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> library.Library:
     """The kernels, with memory that reads as NaN until it is written."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_LRQ_CACHE", str(tmp_path_factory.mktemp("cache")))
+    # With several workers, their folders have one parent: the first compiles, the others wait.
+    shared = "PYTEST_XDIST_WORKER" in os.environ
+    cache = tmp_path_factory.getbasetemp().parent / "kernels" if shared else tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch, FileLock(f"{cache}.lock"):
+        patch.setenv("HF_LRQ_CACHE", str(cache))
         try:
             path = build.cached_library(("-DHF_LRQ_POISON",))
         except BackendError as error:
