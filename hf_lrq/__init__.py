@@ -115,7 +115,11 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         # `name` and `obj` let the interpreter add its own "Did you mean".
         raise AttributeError(f"module 'hf_lrq' has no attribute {name!r}", name=name, obj=sys.modules[__name__])
-    value = getattr(import_module(_HOME[name]), name)
+    home = _HOME[name]
+    if home.startswith("hf_lrq.integrations."):
+        # First, as it needs the others whole: the first of them to import transformers would be met half-way.
+        import_module("hf_lrq.integrations.transformers")
+    value = getattr(import_module(home), name)
     globals()[name] = value
     return value
 

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from hf_lrq.checkpoint import QuantizationHeader, read_headers
+from hf_lrq.digests import expected_record
 from hf_lrq.errors import EvaluationError
 from hf_lrq.evaluation import (
     Part,
@@ -351,7 +352,9 @@ def test_size_is_that_of_the_file(layer: LayerSpec, tied: bool, tmp_path: Path) 
     planned = size(original, inventory.layouts)
     model = compressed(original, spec)
     tensors = {name: tensor for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")}
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        tensors, tmp_path / "model.safetensors", metadata={"format": "pt", **expected_record(tensors).to_metadata()}
+    )
     file_bytes = (tmp_path / "model.safetensors").stat().st_size
 
     found = size(model)

@@ -113,7 +113,7 @@ _DEBUG = Parameter(
 )
 
 
-def _add_command(group: typer.Typer, name: str, options: type, module: str) -> None:
+def _add_command(group: typer.Typer, name: str, options: type, module: str, with_models: bool = True) -> None:
     """Make `run(options)` of a module of this folder a command.
 
     Args:
@@ -121,10 +121,14 @@ def _add_command(group: typer.Typer, name: str, options: type, module: str) -> N
         name: what it is called.
         options: dataclass of `arguments` whose fields are its arguments.
         module: imported when the command runs.
+        with_models: whether it has to do with models, and so with transformers.
     """
 
     def command(debug: bool, **given: Any) -> None:
         values = {item.name: _value_of(item, given) for item in fields(options)}
+        if with_models:
+            # First, as it needs the other integrations whole: the first to import transformers would be met half-way.
+            import_module("hf_lrq.integrations.transformers")
         import_module(f"hf_lrq.cli.{module}").run(options(**values))
 
     run = _friendly(command)
@@ -177,7 +181,7 @@ def _run(
     start()  # From here on, errors are the program's own.
 
 
-_add_command(app, "autoload", arguments.AutoloadOptions, "autoload")
+_add_command(app, "autoload", arguments.AutoloadOptions, "autoload", with_models=False)
 app.add_typer(bench, name="bench")
 _add_command(bench, "kernels", arguments.KernelOptions, "bench.kernels")
 _add_command(bench, "generate", arguments.GenerateOptions, "bench.generate")

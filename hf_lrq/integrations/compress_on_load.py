@@ -91,7 +91,7 @@ class LoadingCompression:
             raise CompressionError(nothing_left(type(model).__name__, plan.left_alone))
         for site in self._plan.specs.keys() - plan.specs.keys():
             self._restore(model, site)
-        self._zero_missing_biases(model)
+        self._zero_missing_biases(model, plan)
         inventory = plan.inventory
         report = inventory.report()
         report.layers = [record for site in inventory.layouts for record in self._records[site]]
@@ -115,9 +115,9 @@ class LoadingCompression:
         # A head that this class adds to the model that was saved; transformers has initialised it.
         self._problems[site.label] = "not in the checkpoint, newly initialised"
 
-    def _zero_missing_biases(self, model: Any) -> None:
+    def _zero_missing_biases(self, model: Any, plan: Plan) -> None:
         """Initialise those that the checkpoint has not, as every model of transformers does."""
-        for site in self._records:
+        for site in plan.specs:
             bias = model.get_submodule(site.holder)._parameters.get("bias")
             if bias is not None and joined(site.holder, "bias") in (self._missing or ()):
                 bias.data.zero_()
