@@ -33,6 +33,7 @@ from hf_lrq.integrations.planning import plan_for
 from hf_lrq.integrations.saving import save, write_report_and_card
 from hf_lrq.report import human_bytes
 from hf_lrq.work import CompressionReport, Inventory
+from hf_lrq.work.census import shares
 from hf_lrq.work.plan import listed
 
 NO_DATA = "none"
@@ -204,15 +205,28 @@ def _announce(model: Any, inventory: Inventory) -> int:
     """Say what is going to happen; returns the bytes to be written."""
     now, then = size(model), size(model, inventory.layouts)
     say(f"{type(model).__name__}: {inventory.summary()}")
-    for reason in dict.fromkeys(inventory.left_alone.values()):
-        names = [name for name, why in inventory.left_alone.items() if why == reason]
-        say(f"  left alone ({reason}): {listed(names, 3)}")
+    for line in left_lines(inventory):
+        say(f"  {line}")
     say(
         f"Expected: {bits(then.bits_per_weight)} bits per weight in the compressed layers, "
         f"{bits(then.bits_per_parameter)} in the whole file; {human_bytes(then.total_bytes)} "
         f"instead of {human_bytes(now.total_bytes)}"
     )
     return then.total_bytes
+
+
+def left_lines(inventory: Inventory) -> list[str]:
+    """What is not compressed: a line for each reason with its share of all weights, the largest first."""
+    names: dict[str, list[str]] = {}
+    for name, reason in inventory.left_alone.items():
+        names.setdefault(reason, []).append(name)
+    found = shares(inventory.left_parameters, inventory.total_parameters)
+    tied = [reason for reason in names if reason not in inventory.left_parameters]
+    lines = [
+        f"left alone, {share:.2%}: {reason}" + (f" ({listed(names[reason], 3)})" if reason in names else "")
+        for reason, share in found.items()
+    ]
+    return lines + [f"left alone, counted elsewhere: {reason} ({listed(names[reason], 3)})" for reason in tied]
 
 
 def _evaluated(model: Any, options: QuantizeOptions, text: EvalText, tokens: Tensor) -> Evaluation:

@@ -28,7 +28,7 @@ from hf_lrq.layout import LayerLayout, TensorLayout
 from hf_lrq.nn import LRQExpertStack, LRQLinear
 from hf_lrq.nn.soundness import unsound_tensors
 from hf_lrq.spec import LayerSpec
-from hf_lrq.work import Inventory, Site, sites_of
+from hf_lrq.work import Inventory, Site, sites_of, take_census
 from hf_lrq.work.sites import joined
 
 
@@ -46,7 +46,7 @@ def empty_layers(model: Any, header: QuantizationHeader, files: Sequence[str], v
     """
     own = _in_model_names(model, header)
     alone = set(own.modules_to_not_convert)
-    inventory = Inventory(total_parameters=sum(parameter.numel() for parameter in model.parameters()))
+    inventory = Inventory(census=take_census(model))
     for name, module in model.named_modules():
         sites = sites_of(name, module)
         if sites and name in alone:

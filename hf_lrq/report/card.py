@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from hf_lrq.report.text import code_cell, human_bytes, plain, with_error
+from hf_lrq.work.census import shares
 
 NOT_MEASURED = "not measured"
 WORST_LAYERS = 10
@@ -61,6 +62,7 @@ def model_card(report: Mapping[str, Any]) -> ModelCard:
         worst=_worst_layers(report),
         n_layers=len(report["compression"]["layers"]),
         skipped=_skipped(report),
+        left=_left(report),
         warnings=[plain(warning) for warning in report["compression"]["warnings"]],
         versions=", ".join(plain(f"{name} {version}") for name, version in report["versions"].items()),
     )
@@ -210,6 +212,13 @@ def _worst_layers(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
         )
         for layer in layers[:WORST_LAYERS]
     ]
+
+
+def _left(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(reason, share of all weights) of what is not compressed; none in reports that do not count it."""
+    compression = report["compression"]
+    found = shares(compression.get("left_parameters", {}), compression["total_parameters"])
+    return [(plain(reason), f"{share:.2%}") for reason, share in found.items()]
 
 
 def _skipped(report: Mapping[str, Any]) -> list[tuple[str, int, str]]:

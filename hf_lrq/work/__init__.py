@@ -1,5 +1,6 @@
 """The work on a model as values: sites, a plan, jobs, and how matrices flow from a source to a sink."""
 
+from hf_lrq.work.census import Census, take_census
 from hf_lrq.work.executor import Executor, Inline, Threads
 from hf_lrq.work.flow import Deferred, Held, ModelSink, ModelSource, Sink, Source, compress_sites
 from hf_lrq.work.job import Job
@@ -8,6 +9,7 @@ from hf_lrq.work.records import CompressionReport, LayerRecord
 from hf_lrq.work.sites import Site, find_sites, sites_of
 
 __all__ = [
+    "Census",
     "CompressionReport",
     "Deferred",
     "Executor",
@@ -28,4 +30,5 @@ __all__ = [
     "find_sites",
     "make_plan",
     "sites_of",
+    "take_census",
 ]

@@ -12,6 +12,7 @@ from hf_lrq.kernels import has_backend, status
 from hf_lrq.layout import LayerLayout
 from hf_lrq.patterns import first_match
 from hf_lrq.spec import CompressionSpec, LayerSpec
+from hf_lrq.work.census import Census, take_census
 from hf_lrq.work.job import Job
 from hf_lrq.work.records import CompressionReport
 from hf_lrq.work.sites import Site, find_sites, sites_of
@@ -31,17 +32,27 @@ class Inventory:
     Attributes:
         layouts: site -> how its matrices are stored, in the order of the model's modules.
         left_alone: label of each other site -> reason.
-        total_parameters: weights of the whole model.
+        census: every weight of the whole model.
     """
 
     layouts: dict[Site, LayerLayout] = field(default_factory=dict)
     left_alone: dict[str, str] = field(default_factory=dict)
-    total_parameters: int = 0
+    census: Census = field(default_factory=Census)
+
+    @property
+    def total_parameters(self) -> int:
+        """Weights of the whole model."""
+        return self.census.total
+
+    @property
+    def left_parameters(self) -> dict[str, int]:
+        """Reason -> weights that are not compressed, the most first; with the compressed ones they are the total."""
+        return self.census.left((site.label for site in self.layouts), self.left_alone)
 
     @property
     def compressed_parameters(self) -> int:
-        """Weights that are stored compressed."""
-        return sum(site.weights for site in self.layouts)
+        """Weights that are stored compressed; those of a matrix tied to something else count there."""
+        return sum(self.census.sites[site.label] for site in self.layouts)
 
     def report(self) -> CompressionReport:
         """An empty report that knows what will be done."""
@@ -49,6 +60,7 @@ class Inventory:
             skipped=dict(self.left_alone),
             total_parameters=self.total_parameters,
             compressed_parameters=self.compressed_parameters,
+            left_parameters=self.left_parameters,
         )
 
     def summary(self) -> str:
@@ -67,20 +79,20 @@ class Plan:
     Attributes:
         specs: site -> what to do, in the order of the model's modules.
         left_alone: label of each other site -> reason.
-        total_parameters: weights of the whole model.
+        census: every weight of the whole model.
         seed: decides every random choice, together with the name of each matrix.
     """
 
     specs: Mapping[Site, LayerSpec]
     left_alone: Mapping[str, str]
-    total_parameters: int
+    census: Census
     seed: int = 0
 
     @property
     def inventory(self) -> Inventory:
         """What the model will be once the plan is carried out."""
         layouts = {site: spec.layout for site, spec in self.specs.items()}
-        return Inventory(layouts, dict(self.left_alone), self.total_parameters)
+        return Inventory(layouts, dict(self.left_alone), self.census)
 
     @property
     def matrices(self) -> list[str]:
@@ -145,7 +157,7 @@ def make_plan(
     if not specs:
         raise CompressionError(nothing_left(type(model).__name__, left))
     _warn_of_slow_codebooks(specs, spec, device)
-    return Plan(specs, left, count_parameters(model), spec.seed)
+    return Plan(specs, left, take_census(model), spec.seed)
 
 
 def excluded(model: nn.Module, patterns: Sequence[str]) -> dict[str, str]:
@@ -208,19 +220,6 @@ def nothing_left(model: str, left: Mapping[str, str]) -> str:
     advice = f" {', or '.join(remedies).capitalize()}." if remedies else ""
     found = f"{len(left)} linear layers found, all skipped ({by_reason(left)})"
     return f"{model} has no layer to compress: {found}.{advice}"
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Weights of a model; tied ones once, also while they are not tied yet because the model is being loaded."""
-    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
-    seen: set[int | str] = set()
-    count = 0
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        same = {id(parameter), tied.get(name, name)}
-        if seen.isdisjoint(same):
-            count += parameter.numel()
-        seen |= same
-    return count
 
 
 def by_reason(left_alone: Mapping[str, str]) -> str:

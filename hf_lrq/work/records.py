@@ -74,6 +74,7 @@ class CompressionReport:
         layers: in the order of the model.
         skipped: module name -> reason.
         total_parameters, compressed_parameters: weights of the whole model, and of the compressed matrices.
+        left_parameters: reason -> weights that are not compressed, of any kind; with the compressed ones they are all.
         warnings: everything that was not as it should be, in words.
         seconds: of the whole compression.
         calibration: how it was calibrated: method, sequences, tokens.
@@ -83,6 +84,7 @@ class CompressionReport:
     skipped: dict[str, str] = field(default_factory=dict)
     total_parameters: int = 0
     compressed_parameters: int = 0
+    left_parameters: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
     calibration: dict[str, Any] = field(default_factory=dict)

@@ -79,6 +79,10 @@ def test_quantize_prints_a_table_and_how_to_load(cli, original: Path, text: Path
     ):
         assert figure in result.stdout
     assert "7 matrices with 30,720 of 94,784 parameters" in result.stderr
+    left = report["compression"]["left_parameters"]
+    assert sum(left.values()) == 94_784 - 30_720
+    assert f"left alone, {left['embeddings'] / 94_784:.2%}: embeddings\n" in result.stderr
+    assert f"left alone, {left['output embeddings'] / 94_784:.2%}: output embeddings (lm_head)\n" in result.stderr
     assert f"Expected: {report['bits']['compressed_layers']:.3f} bits per weight" in result.stderr
     layers = {layer["name"].rpartition(".")[2]: layer for layer in report["compression"]["layers"]}
     assert len(layers) == 7

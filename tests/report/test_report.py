@@ -272,6 +272,14 @@ def test_card_of_a_recovered_model_says_so(compression: CompressionReport) -> No
     assert "Then trained" not in str(model_card({**report, "recovery": {**recovery, "stopped": "no gain"}}))
 
 
+def test_card_lists_the_shares_of_what_is_not_compressed(compression: CompressionReport) -> None:
+    assert "Weights that are not compressed" not in str(model_card(built(compression)))
+    compression.left_parameters = {"embeddings": 25_000, "Gate.weight: odd <b>": 300, "norms": 20, "biases": 4}
+    card = str(model_card(built(compression)))
+    rows = ["| embeddings | 50.00% |", "| Gate.weight: odd &lt;b&gt; | 0.60% |", "| norms, biases | 0.05% |"]
+    assert [line for line in card.splitlines() if line in rows] == rows
+
+
 def test_foreign_text_is_literal(compression: CompressionReport, evaluation: Evaluation, tmp_path: Path) -> None:
     compression.skipped = {"a`|`b\n---\n": "be|cause <img src=x>"}
     compression.layers[0] = layer(0, name="x`| y", relative_error=1.0)
