@@ -10,11 +10,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from hf_lrq.calibration.batches import Batch
+from hf_lrq.calibration.experts import expert_inputs
+from hf_lrq.calibration.masks import Masks
 from hf_lrq.errors import CalibrationError, LRQError
+from hf_lrq.nn.fused_experts import in_order
 from hf_lrq.work import Site
 
 Result = TypeVar("Result")
@@ -44,52 +46,6 @@ def as_for_inference(model: nn.Module) -> Iterator[dict[nn.Module, bool]]:
             config.use_cache = use_cache
         for module, mode in modes.items():
             module.training = mode
-
-
-@dataclass(frozen=True)
-class Masks:
-    """Which positions of a batch are real, as bool [batch, length]; no mask where all are.
-
-    Attributes:
-        outside: for modules outside the decoder of an encoder-decoder model, so for all modules of other models.
-        decoder: for those inside it. The first is for its own positions, the second for the inputs of its cross
-            attention, where those can be told apart by their length.
-    """
-
-    outside: tuple[Tensor, ...]
-    decoder: tuple[Tensor, ...]
-
-    @classmethod
-    def of(cls, arguments: Mapping[str, Any], encoder_decoder: bool) -> "Masks":
-        """From the keyword arguments of a model."""
-        mask = _mask(arguments, "attention_mask")
-        outside = () if mask is None else (mask,)
-        if not encoder_decoder:
-            return cls(outside, outside)
-        own = _mask(arguments, "decoder_attention_mask")
-        names = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", "labels")
-        shapes = {tuple(arguments[name].shape[:2]) for name in names if isinstance(arguments.get(name), Tensor)}
-        cross = tuple(mask for mask in outside if tuple(mask.shape) not in shapes)
-        return cls(outside, cross if own is None else (own, *cross))
-
-    def rows(self, name: str, x: Tensor) -> Tensor:
-        """Inputs x [..., in] of the module `name` without masked positions, [tokens, in].
-
-        Only inputs whose leading axes are those of a mask, or its positions in a row, are masked.
-        """
-        rows = x.reshape(-1, x.shape[-1])
-        for mask in self.decoder if "decoder" in name.split(".") else self.outside:
-            # Mixtures of experts flatten [batch, length] to [tokens].
-            if tuple(x.shape[:-1]) in (tuple(mask.shape), (mask.numel(),)):
-                return rows[mask.flatten()]
-        return rows
-
-
-def _mask(arguments: Mapping[str, Any], name: str) -> Tensor | None:
-    mask = arguments.get(name)
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.bool().all():
-        return None
-    return mask.bool()
 
 
 class ModelRunner:
@@ -219,13 +175,13 @@ class _Seen:
         x: [..., in], as the module got it; kept so that its memory is not used again.
         kept: the same values, in a copy where x may change later.
         version: x's count of in-place changes at the call.
-        experts: [tokens, k] experts of each token, for fused experts.
+        call: all arguments, of fused experts.
     """
 
     x: Tensor
     kept: Tensor
     version: int
-    experts: Tensor | None
+    call: tuple[Any, ...]
 
     @property
     def changed(self) -> bool:
@@ -248,7 +204,7 @@ class InputRecorder:
 
     def __init__(self, model: nn.Module, sites: Sequence[Site], stop_early: bool = False):
         self._modules = {site.name: model.get_submodule(site.name) for site in sites}
-        self._fused = {site.name: site.count for site in sites if site.routed}
+        self._fused = {site.name for site in sites if site.routed}
         self._stop_early = stop_early
         self._copying = False
         self._local = threading.local()
@@ -269,7 +225,7 @@ class InputRecorder:
         """Run something; also returns the inputs that each matrix got meanwhile, [tokens, in] for each call.
 
         Inputs that were the same tensor are the same tensor here. Matrices of fused experts are named
-        "<module>.<matrix>.<expert>".
+        "<module>.<stack>.<expert>".
         """
         result, seen = self._watch(run)
         if any(one.changed for calls in seen.values() for one in calls):
@@ -280,8 +236,9 @@ class InputRecorder:
         known: dict[tuple[Any, ...], Tensor] = {}
         for name, calls in seen.items():
             for one in calls:
-                if one.experts is not None:
-                    for key, part in _routed(self._modules[name], name, self._fused[name], one, masks).items():
+                if name in self._fused:
+                    call = (one.kept, *one.call[1:])
+                    for key, part in expert_inputs(self._modules[name], name, call, masks).items():
                         rows.setdefault(key, []).append(part)
                     continue
                 if one.identity not in known:
@@ -302,31 +259,10 @@ class InputRecorder:
             seen = getattr(self._local, "seen", None)
             if seen is None:
                 return
-            x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-            experts = None
-            if name in self._fused:
-                x = kwargs.get("hidden_states", x)
-                experts = kwargs.get("top_k_index", args[1] if len(args) > 1 else None)
-            seen[name].append(_Seen(x, x.clone() if self._copying else x, x._version, experts))
+            call = in_order(module, args, kwargs) if name in self._fused else ()
+            x = next(value for value in (*call, *args, *kwargs.values()) if isinstance(value, Tensor))
+            seen[name].append(_Seen(x, x.clone() if self._copying else x, x._version, call))
             if self._stop_early and all(seen.values()):
                 raise StopPass
 
         return note
-
-
-def _routed(module: nn.Module, name: str, experts: int, one: _Seen, masks: Masks) -> dict[str, Tensor]:
-    """The inputs of each matrix of each of the experts: the tokens routed to it, before and after its gate."""
-    assert one.experts is not None, "only called for fused experts"
-    x = one.kept.reshape(-1, one.kept.shape[-1])
-    real = masks.rows(name, torch.arange(len(x), device=x.device).unsqueeze(-1)).flatten()
-    chosen = one.experts.reshape(len(x), -1)[real]
-    found = {}
-    for expert in range(experts):
-        token = real[(chosen == expert).any(-1)]
-        if len(token) == 0:
-            continue
-        inputs = x[token]
-        found[f"{name}.gate_up_proj.{expert}"] = inputs
-        gate_up = F.linear(inputs, module.gate_up_proj[expert])  # type: ignore[index]
-        found[f"{name}.down_proj.{expert}"] = module._apply_gate(gate_up)  # type: ignore[operator]
-    return found

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_lrq.calibration.batches import Batch
-from hf_lrq.calibration.capture import Masks, ModelRunner, as_for_inference
+from hf_lrq.calibration.capture import ModelRunner, as_for_inference
+from hf_lrq.calibration.masks import Masks
 from hf_lrq.decomposition import GramAccumulator, InputGram
 from hf_lrq.nn import LRQLinear
 

@@ -31,9 +31,10 @@ is bit i % 8 of its byte i // 8, and code k of the tile takes the bits from k * 
 to whole tiles with codes of zeros. The docstring of `codebooks/trellis.py` says how a tile of a trellis is read; rows
 and columns of its padding hold any codes. Which values a code means is fixed by the name of the codebook.
 
-A transposed linear (Conv1D of GPT-2) is stored like a linear layer. A stack of E expert matrices [E, out, in] called
-`<module>.gate_up_proj` or `<module>.down_proj` is stored as `<module>.qstack_gate_up_proj.*` and
-`<module>.qstack_down_proj.*`: the same tensors with a leading axis [E]. All else is as in the uncompressed model.
+A transposed linear (Conv1D of GPT-2) is stored like a linear layer. A stack of E expert matrices, a parameter [E, out,
+in] or transposed [E, in, out] called `<module>.gate_up_proj`, `<module>.up_proj`, `<module>.down_proj` or
+`<module>.weight`, is stored as `<module>.qstack_gate_up_proj.*` and so on: the tensors of [out, in] with a leading axis
+[E]. All else, biases of experts included, is as in the uncompressed model.
 
 `weight` has three axes (four in a stack) so that it can never be taken for an uncompressed weight: a program that does
 not know the format stops with a size mismatch instead of loading random numbers.

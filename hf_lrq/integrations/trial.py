@@ -93,9 +93,11 @@ def _caller() -> str:
 class _IdleExperts:
     """Mixed into the class of fused experts: they contribute nothing."""
 
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        """Zeros like the inputs."""
-        return torch.zeros_like(hidden_states)
+    _hf_lrq_trial: int
+
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Zeros in the place of the outputs of the last stack."""
+        return x.new_zeros(*x.shape[:-1], self._hf_lrq_trial)
 
 
 @functools.cache
@@ -120,6 +122,7 @@ def try_out(model: Any, sites: Iterable[Site]) -> Trial:
         module = skeleton.get_submodule(site.name)
         kind: Any = type(module)
         if site.routed or owns_stacks(module):
+            module._hf_lrq_trial = site.out_features
             if not isinstance(module, _IdleExperts):
                 module.__class__ = _mixed(_IdleExperts, kind)
         else:

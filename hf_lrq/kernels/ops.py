@@ -34,6 +34,12 @@ def _linear(x: Tensor, *arguments: Any) -> Tensor:
     return dispatch.lrq_linear(x, Operands(*layer), backend, activation)
 
 
+def _linear_with_gradient(x: Tensor, *arguments: Any) -> Tensor:
+    y = _linear(x, *arguments)
+    # Nothing may be written into a view that an operator with a gradient returns, as x += residual does.
+    return y.clone() if y._is_view() else y
+
+
 def _linear_inference(x: Tensor, *arguments: Any) -> Tensor:
     _refuse_gradients(x, [Operands(*arguments[:-2])])
     return _linear(x, *arguments)
@@ -67,7 +73,7 @@ def _without_bias(layer: Sequence[Any]) -> Operands:
 # For every device. `torch.library.register_kernel` wraps functions once more, which small layers feel.
 _library = torch.library.Library("hf_lrq", "FRAGMENT")
 for _name, _kernel in (
-    ("linear", _linear),
+    ("linear", _linear_with_gradient),
     ("linear_inference", _linear_inference),
     ("linear_group", _linear_group),
     ("linear_backward", _linear_backward),

@@ -18,6 +18,7 @@ class LRQExpertStack(nn.Module):
         in_features, out_features: of each matrix.
         layout: of each matrix.
         device: where to make the tensors.
+        transposed: whether the uncompressed parameter is [E, in, out].
 
     Attributes:
         backend, activation: see `LRQLinear`.
@@ -36,9 +37,11 @@ class LRQExpertStack(nn.Module):
         out_features: int,
         layout: LayerLayout,
         device: torch.device | str | None = None,
+        transposed: bool = False,
     ):
         super().__init__()
         self.training = False
+        self.transposed = transposed
         self.experts, self.in_features, self.out_features, self.layout = experts, in_features, out_features, layout
         stored = layout.tensors(out_features, in_features)
         for name in TENSOR_NAMES:
@@ -78,6 +81,12 @@ class LRQExpertStack(nn.Module):
         for name, tensor in self.stored_tensors(expert).items():
             getattr(single, name).data.copy_(tensor.detach())
         return single
+
+    @property
+    def uncompressed_shape(self) -> tuple[int, int, int]:
+        """Of the parameter that this stands for."""
+        rows, columns = self.out_features, self.in_features
+        return (self.experts, *((columns, rows) if self.transposed else (rows, columns)))
 
     @torch.no_grad()
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -14,15 +14,8 @@ from torch import Tensor, nn
 
 from hf_lrq.decomposition import CompressedMatrix, scale_problem
 from hf_lrq.layout import LayerLayout, TensorLayout
-from hf_lrq.nn import LRQExpertStack, LRQLinear
-from hf_lrq.nn.fused_experts import (
-    EXPERT_MATRICES,
-    PREFIX,
-    add_stack,
-    has_fused_experts,
-    remove_stack,
-    unsupported_flag,
-)
+from hf_lrq.nn import LRQExpertStack, LRQLinear, fused_experts
+from hf_lrq.nn.fused_experts import PREFIX, add_stack, has_fused_experts, is_transposed, remove_stack, stack_names
 from hf_lrq.work.plainness import bare, is_plain_linear
 
 
@@ -239,15 +232,17 @@ class Conv1DSite(LinearSite):
 
 @dataclass(frozen=True)
 class ExpertStackSite(Site):
-    """One of the two stacks of matrices [E, out, in] of a fused experts module.
+    """A stack of matrices [E, out, in] of a fused experts module, most of which have two.
 
     Attributes:
-        stack: name of the parameter, one of `EXPERT_MATRICES`.
+        stack: name of the parameter.
         experts: E.
+        transposed: whether the parameter is [E, in, out].
     """
 
     stack: str
     experts: int
+    transposed: bool = False
 
     kind: ClassVar[str] = "experts"
     routed: ClassVar[bool] = True
@@ -257,8 +252,13 @@ class ExpertStackSite(Site):
         """See `Site`."""
         if not has_fused_experts(module):
             return []
-        shapes = {stack: module.get_parameter(stack).shape for stack in EXPERT_MATRICES}
-        return [cls(name, rows, columns, stack, experts) for stack, (experts, rows, columns) in shapes.items()]
+        transposed = is_transposed(module)
+        found: list[Site] = []
+        for stack in stack_names(module):
+            experts, rows, columns = module.get_parameter(stack).shape
+            shape = (columns, rows) if transposed else (rows, columns)
+            found.append(cls(name, *shape, stack, experts, transposed))
+        return found
 
     @property
     def count(self) -> int:
@@ -287,8 +287,7 @@ class ExpertStackSite(Site):
 
     def obstacle(self, module: nn.Module) -> str | None:
         """See `Site`."""
-        flag = unsupported_flag(module)
-        return None if flag is None else f"fused experts with {flag} are not supported"
+        return fused_experts.obstacle(module)
 
     def tensors(self, layout: LayerLayout) -> dict[str, TensorLayout]:
         """See `Site`."""
@@ -297,7 +296,7 @@ class ExpertStackSite(Site):
 
     def matrix(self, parameter: Tensor, index: int) -> Tensor:
         """See `Site`."""
-        return parameter[index]
+        return parameter[index].T if self.transposed else parameter[index]
 
     def values(self, matrices: Sequence[CompressedMatrix]) -> dict[str, Tensor]:
         """See `Site`."""
@@ -315,7 +314,7 @@ class ExpertStackSite(Site):
     def empty(self, module: nn.Module, layout: LayerLayout, keep_parameter: bool) -> nn.Module:
         """See `Site`."""
         device = module.get_parameter(self.stack).device
-        stack = LRQExpertStack(self.experts, self.in_features, self.out_features, layout, device=device)
+        stack = LRQExpertStack(self.experts, self.in_features, self.out_features, layout, device, self.transposed)
         add_stack(module, self.stack, stack)
         if not keep_parameter:
             delattr(module, self.stack)
@@ -329,7 +328,8 @@ class ExpertStackSite(Site):
     def uncompressed(self, module: nn.Module, dtype: torch.dtype) -> nn.Module:
         """See `Site`."""
         stack: Any = module._modules[PREFIX + self.stack]
-        remove_stack(module, self.stack, stack.dense(dtype))
+        dense = stack.dense(dtype)
+        remove_stack(module, self.stack, dense.transpose(1, 2).contiguous() if self.transposed else dense)
         return module
 
 

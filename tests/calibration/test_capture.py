@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_lrq.calibration.capture import InputRecorder, Masks, ModelRunner, as_for_inference
+from hf_lrq.calibration.capture import InputRecorder, ModelRunner, as_for_inference
+from hf_lrq.calibration.masks import Masks
 from hf_lrq.errors import CalibrationError
 from hf_lrq.spec import CompressionSpec
 from hf_lrq.work import Site, excluded, make_plan

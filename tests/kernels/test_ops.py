@@ -69,6 +69,14 @@ def test_gradients_for_any_leading_shape(batch):
     assert torch.isfinite(layer.lr_R.grad).all()
 
 
+@pytest.mark.parametrize("shape", [(40,), (5, 40), (2, 3, 40)])
+def test_outputs_can_be_written_into_where_gradients_are_wanted(shape):
+    layer, generator = make({})
+    x = torch.randn(*shape, generator=generator, requires_grad=True)
+    layer(x).add_(1).sum().backward()
+    torch.testing.assert_close(x.grad, layer.dense().sum(0).expand(shape), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("variant", [{}, {"rotation": "none", "rank": 0}], ids=str)
 def test_under_autocast_it_is_a_linear_layer_like_others(variant):
     layer, generator = make(variant, bias=False)
