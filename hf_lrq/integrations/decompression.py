@@ -10,6 +10,7 @@ from torch import nn
 from hf_lrq.errors import SpecError
 from hf_lrq.nn import LRQExpertStack, LRQLinear, unfuse_layers
 from hf_lrq.nn.fused_experts import owns_stacks
+from hf_lrq.nn.inference_path import let_go
 from hf_lrq.work import Site
 from hf_lrq.work.sites import LinearSite
 
@@ -36,6 +37,7 @@ def decompress(model: Any, sites: Iterable[Site], dtype: torch.dtype) -> Any:
     for site in sites:
         owned.setdefault(site.name, []).append(site)
     for name, module in list(model.named_modules()):
+        let_go(module)
         if isinstance(module, LRQLinear) and name not in owned:  # Inside an adapter.
             owned[name] = [LinearSite(name, module.out_features, module.in_features)]
         for site in owned.get(name, ()) if isinstance(module, LRQLinear) or owns_stacks(module) else ():

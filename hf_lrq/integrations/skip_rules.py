@@ -4,7 +4,8 @@ import dis
 import functools
 import inspect
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from types import CodeType
 from typing import Any
 
@@ -57,9 +58,18 @@ def skip_reasons(model: Any, patterns: Sequence[str] = ()) -> dict[str, str]:
             found[name] = f"kept in float32 by {type(model).__name__}"
         elif reads_weight(type(modules[parent]), child):  # type: ignore[arg-type]
             found[name] = f"{type(modules[parent]).__name__} reads its weight directly"
+        elif _is_rescaled(model, child):
+            found[name] = f"{type(model).__name__} rescales it whenever it is loaded (rescale_prenorm_residual)"
         elif getattr(module, "has_post_expert_norm", False):
             found[name] = "fused experts with a norm after each expert are not supported"
     return found
+
+
+def _is_rescaled(model: Any, child: str) -> bool:
+    """Whether loading ends with an initialisation that divides the weight of such children in place, loaded or not."""
+    initialise = _code(getattr(type(model), "_init_weights", None))
+    rescales = getattr(getattr(model, "config", None), "rescale_prenorm_residual", False)
+    return bool(rescales) and initialise is not None and any(True for _ in _reads_of(initialise, child))
 
 
 def _listed(model: Any, attribute: str) -> list[str]:
@@ -81,16 +91,50 @@ def _output_embeddings(model: Any) -> nn.Module | None:
 
 @functools.cache
 def reads_weight(owner: type, child: str) -> bool:
-    """Whether code of class `owner` takes `self.<child>.weight` for anything but its device.
+    """Whether code of class `owner` takes `self.<child>.weight` for anything but its device, and not in training alone.
 
     Some models multiply with the weight themselves, or cast activations to its dtype, which would be that of the codes.
     Looks at the attribute chains in the byte code of the methods; what is reached on other ways is left to `trial`.
     """
-    if (owner.__name__, child) in HARMLESS_READS:
-        return False
+    return (owner.__name__, child) not in HARMLESS_READS and _reads(owner, child) and not only_in_training(owner, child)
+
+
+@functools.cache
+def only_in_training(owner: type, child: str) -> bool:
+    """Whether `owner` reads the weight of a child, but only in branches of `if self.training`, its only use of that.
+
+    Such a module can be kept on its other path, see `nn.inference_path`.
+    """
+    found = [read for code in _codes(owner) for read in _reads_of(code, child)]
+    branches = [branch for code in _codes(owner) for branch in _training_branches(code)]
+    own = [branch for branch in branches if any(branch.holds(read) for read in found)]
+    return bool(found) and own == branches and all(any(branch.holds(read) for branch in own) for read in found)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A part of byte code: offsets from `start` to before `end`."""
+
+    code: CodeType
+    start: int
+    end: int
+
+    def holds(self, other: "_Place") -> bool:
+        return self.code is other.code and self.start < other.start and other.end <= self.end
+
+
+def _reads(owner: type, child: str) -> bool:
+    return any(True for code in _codes(owner) for _ in _reads_of(code, child))
+
+
+def _codes(owner: type) -> list[CodeType]:
+    """The code of all methods of a class but its constructor, with the functions inside."""
     bases = [base for base in owner.__mro__ if base is not object and not base.__module__.startswith("torch.")]
     methods = (method for base in bases for name, method in vars(base).items() if name != "__init__")
-    return any(_code_reads(code, child) for method in methods if (code := _code(method)) is not None)
+    found = [code for method in methods if (code := _code(method)) is not None]
+    for code in found:  # It grows meanwhile.
+        found += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
+    return found
 
 
 def _code(method: Any) -> CodeType | None:
@@ -100,9 +144,23 @@ def _code(method: Any) -> CodeType | None:
     return code if isinstance(code, CodeType) else None
 
 
-def _code_reads(code: CodeType, child: str) -> bool:
-    steps = [(step.opname, step.argval) for step in dis.get_instructions(code)]
-    for (_, first), (kind, second), (_, third) in zip(steps, steps[1:], steps[2:], strict=False):
-        if first == child and second == "weight" and kind == "LOAD_ATTR" and third != "device":
-            return True
-    return any(_code_reads(inner, child) for inner in code.co_consts if isinstance(inner, CodeType))
+def _reads_of(code: CodeType, child: str) -> Iterator[_Place]:
+    steps = list(dis.get_instructions(code))
+    for first, second, third in zip(steps, steps[1:], steps[2:], strict=False):
+        weight = second.opname == "LOAD_ATTR" and second.argval == "weight"
+        if first.argval == child and weight and third.argval != "device":
+            yield _Place(code, first.offset, third.offset)
+
+
+def _training_branches(code: CodeType) -> Iterator[_Place]:
+    """What runs only if `self.training`; an empty place for another use of it."""
+    steps = list(dis.get_instructions(code))
+    jumps = [(step.offset, step.argval) for step in steps if "JUMP" in step.opname]
+    for index, step in enumerate(steps):
+        if step.opname != "LOAD_ATTR" or step.argval != "training":
+            continue
+        test = next((one for one in steps[index + 1 : index + 3] if "IF_FALSE" in one.opname), None)
+        end = step.offset if test is None else test.argval
+        # Nothing before gets into the branch on another way.
+        entered = any(start < step.offset < target < end for start, target in jumps)
+        yield _Place(code, step.offset, step.offset if entered else end)

@@ -26,10 +26,12 @@ from hf_lrq.integrations.loading import check_values, default_layout, empty_laye
 from hf_lrq.integrations.planning import plan_for
 from hf_lrq.integrations.provenance import Provenance
 from hf_lrq.integrations.saving import bind_saving, unbind_saving
+from hf_lrq.integrations.skip_rules import only_in_training
 from hf_lrq.integrations.stored_state import note_trained_rotations, state_and_metadata
 from hf_lrq.integrations.trial import check_reads, try_out
 from hf_lrq.nn import LRQExpertStack, LRQLinear, fuse_layers
 from hf_lrq.nn.fused_experts import owns_stacks, use_stacks
+from hf_lrq.nn.inference_path import keep_on_inference_path
 from hf_lrq.work import CompressionReport, Inventory, Plan
 from hf_lrq.work.plan import listed
 from hf_lrq.work.sites import joined
@@ -287,6 +289,10 @@ class LRQHfQuantizer(HfQuantizer):
 def prepare_layers(model: Any, config: LRQConfig) -> None:
     """Make the compressed layers of a model ready for use: frozen, and computed as `config` says."""
     for module in model.modules():
+        kind: Any = type(module)
+        compressed = [name for name, child in module.named_children() if isinstance(child, LRQLinear)]
+        if any(only_in_training(kind, name) for name in compressed):
+            keep_on_inference_path(module)
         if owns_stacks(module):
             use_stacks(module)
         elif isinstance(module, LRQLinear | LRQExpertStack):

@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch import nn
 
-from hf_lrq.integrations.skip_rules import reads_weight, skip_reasons
+from hf_lrq.integrations.skip_rules import only_in_training, reads_weight, skip_reasons
 
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -34,13 +34,29 @@ def test_routers_are_left_alone() -> None:
     assert skip_reasons(model)["model.layers.0.mlp.shared_expert_gate"] == "router"
 
 
-def test_mamba_kernels_read_weights() -> None:
+def test_a_weight_that_is_multiplied_with_is_left_alone_in_mamba() -> None:
     model = on_meta("MambaForCausalLM", hidden_size=64, num_hidden_layers=1, state_size=8, vocab_size=128)
     reasons = skip_reasons(model)
     mixer = "backbone.layers.0.mixer"
-    assert reasons[f"{mixer}.out_proj"] == "MambaMixer reads its weight directly"
-    assert {f"{mixer}.x_proj", f"{mixer}.dt_proj"} <= reasons.keys()
-    assert f"{mixer}.in_proj" not in reasons
+    assert reasons[f"{mixer}.dt_proj"] == "MambaMixer reads its weight directly"
+    assert reasons.keys().isdisjoint({f"{mixer}.{name}" for name in ("in_proj", "x_proj", "out_proj")})
+
+
+@pytest.mark.parametrize(
+    ("path", "owner"),
+    [
+        ("mamba2", "Mamba2Mixer"),
+        ("bamba", "BambaMixer"),
+        ("falcon_h1", "FalconH1Mixer"),
+        ("zamba2", "Zamba2MambaMixer"),
+        ("nemotron_h", "NemotronHMamba2Mixer"),
+        ("granitemoehybrid", "GraniteMoeHybridMambaLayer"),
+    ],
+)
+def test_kernels_for_training_alone_do_not_count(path: str, owner: str) -> None:
+    kind = getattr(importlib.import_module(f"transformers.models.{path}.modeling_{path}"), owner)
+    assert only_in_training(kind, "out_proj")
+    assert not reads_weight(kind, "out_proj")
 
 
 def test_users_patterns_come_first_and_are_quoted() -> None:
@@ -79,6 +95,51 @@ class Owner(nn.Module):
     @torch.no_grad()
     def inner(self, x: torch.Tensor) -> torch.Tensor:
         return x.to(self.cast.weight.dtype) @ self.multiplied.weight.T
+
+
+class Trained(nn.Module):
+    """Reads weights in branches for training, some of which are entered otherwise, too."""
+
+    def forward(self, x: torch.Tensor, always: bool = False) -> torch.Tensor:
+        if self.training and not always:
+            x = x @ self.guarded.weight
+            x = (lambda: x @ self.inner.weight)()
+        return self.guarded(x)
+
+
+class EnteredOtherwise(nn.Module):
+    def forward(self, x: torch.Tensor, always: bool = False) -> torch.Tensor:
+        if always or self.training:
+            x = x @ self.guarded.weight
+        return x
+
+
+class AlsoDrops(Trained):
+    def drop(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(x, training=self.training)
+
+
+class Otherwise(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return x @ self.guarded.weight
+        return x
+
+
+@pytest.mark.parametrize(
+    ("owner", "child", "expected"),
+    [
+        (Trained, "guarded", True),
+        (Trained, "inner", False),
+        (Trained, "absent", False),
+        (EnteredOtherwise, "guarded", False),
+        (AlsoDrops, "guarded", False),
+        (Otherwise, "guarded", False),
+    ],
+)
+def test_only_what_nothing_but_training_gets_to_counts_as_such(owner: type, child: str, expected: bool) -> None:
+    assert only_in_training(owner, child) is expected
+    assert reads_weight(owner, child) is (child != "absent" and not expected)
 
 
 class Heir(Owner):
