@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from hf_lrq.work.sites import find_sites
 
@@ -89,7 +90,7 @@ def kind_of(module: nn.Module, name: str, parameter: Tensor) -> str:
         return "scales and other vectors"
     if isinstance(module, nn.Linear):
         return f"{kind}: computes more than a linear layer"
-    return f"{kind}.{name}: a parameter that its code uses in its own way"
+    return f"parameters of {kind}, which its own code uses"
 
 
 _ATTENTION = "nn.MultiheadAttention: reads its weights itself"
@@ -99,6 +100,7 @@ _KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
     (nn.RNNBase, "recurrent layers"),
     ((nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear), _ATTENTION),
     (nn.Bilinear, "bilinear layers"),
+    (ParametrizationList, "weights that are computed from others, as by weight norm"),
 )
 
 
