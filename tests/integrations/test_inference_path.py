@@ -12,6 +12,7 @@ from torch import Tensor
 from hf_lrq import LRQConfig
 from hf_lrq.integrations.compression import compress
 from hf_lrq.integrations.planning import plan_for
+from hf_lrq.integrations.skip_rules import only_in_training, reads_weight
 from hf_lrq.integrations.trial import try_out
 from hf_lrq.nn import LRQLinear
 
@@ -52,6 +53,26 @@ def kernel_calls(family: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     path = f"transformers.models.{family.lower()}.modeling_{family.lower()}"
     monkeypatch.setattr(importlib.import_module(path), name, lambda *_, **__: calls.append(name))
     return calls
+
+
+@pytest.mark.parametrize(
+    ("path", "owner", "children"),
+    [
+        ("mamba", "MambaMixer", {"in_proj", "x_proj", "out_proj"}),
+        ("falcon_mamba", "FalconMambaMixer", {"in_proj", "x_proj", "out_proj"}),
+        ("mamba2", "Mamba2Mixer", {"in_proj", "out_proj"}),
+        ("bamba", "BambaMixer", {"in_proj", "out_proj"}),
+        ("falcon_h1", "FalconH1Mixer", {"in_proj", "out_proj"}),
+        ("zamba2", "Zamba2MambaMixer", {"in_proj", "out_proj"}),
+        ("nemotron_h", "NemotronHMamba2Mixer", {"in_proj", "out_proj"}),
+        ("granitemoehybrid", "GraniteMoeHybridMambaLayer", {"in_proj", "out_proj"}),
+    ],
+)
+def test_kernels_for_training_alone_do_not_count(path: str, owner: str, children: set[str]) -> None:
+    kind = getattr(importlib.import_module(f"transformers.models.{path}.modeling_{path}"), owner)
+    assert not any(reads_weight(kind, child) for child in children)
+    assert only_in_training(kind, "out_proj")
+    assert not only_in_training(kind, "in_proj")
 
 
 def logits(model: Any) -> Tensor:
