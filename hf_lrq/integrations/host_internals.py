@@ -177,6 +177,12 @@ TRANSFORMERS = (
         "keeps transformers from initialising codes that lie under `weight`",
     ),
     HostName(
+        "transformers.modeling_utils.PreTrainedModel._init_weights",
+        "attribute",
+        _HOSTED,
+        "its code shows whether loading rescales weights",
+    ),
+    HostName(
         "transformers.modeling_utils.PreTrainedModel._keep_in_fp32_modules", "attribute", _HOSTED, "left uncompressed"
     ),
     HostName(
@@ -216,10 +222,9 @@ TRANSFORMERS = (
     # Modules.
     HostName("transformers.pytorch_utils.Conv1D", "class", ("work",), "the transposed linear of GPT-2"),
     _experts("_apply_gate", "the activation between the two stacks of fused experts", "calibration", "nn"),
-    _experts("has_bias", "unsupported where true", "nn"),
-    _experts("is_transposed", "unsupported where true", "nn"),
-    _experts("is_concatenated", "unsupported where false", "nn", since="5.7"),
-    _experts("has_gate", "unsupported where false", "nn", since="5.3"),
+    _experts("is_transposed", "how the stacks of fused experts are stored", "nn"),
+    _experts("is_concatenated", "own code runs where false, unless the gate is the class's own", "nn", since="5.7"),
+    _experts("has_gate", "own code runs where false", "nn", since="5.3"),
     _experts("has_post_expert_norm", "unsupported where true", *_HOSTED, since="5.20"),
     # The command line.
     HostName(

@@ -37,7 +37,7 @@ def _linear(x: Tensor, *arguments: Any) -> Tensor:
 def _linear_with_gradient(x: Tensor, *arguments: Any) -> Tensor:
     y = _linear(x, *arguments)
     # Nothing may be written into a view that an operator with a gradient returns, as x += residual does.
-    return y.clone() if y._is_view() else y
+    return y.clone() if torch.Tensor._is_view(y) else y
 
 
 def _linear_inference(x: Tensor, *arguments: Any) -> Tensor:
