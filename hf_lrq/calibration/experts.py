@@ -45,7 +45,7 @@ def _of_real_tokens(module: nn.Module, name: str, call: tuple[Any, ...], masks: 
             return (x, *call[1:])  # In an order that has nothing to do with positions.
         case _:
             real = masks.real(name, len(x), x.device)
-            return (x[real], *(one.reshape(len(x), -1)[real] for one in call[1:]))
+            return (x[real], *(one.reshape(len(x), -1)[real] for one in call[1:3]), *call[3:])
 
 
 def _gated_inputs(module: Any, x: Tensor, chosen: Tensor, *_: Any) -> Iterator[tuple[str, int, Tensor]]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_lrq.nn.classes import become
 from hf_lrq.nn.expert_weights import ExpertWeights, Product
 from hf_lrq.nn.experts import LRQExpertStack
 
@@ -129,7 +130,7 @@ def with_products(module: nn.Module, products: Mapping[str, Product]) -> Any:
     kind: Any = type(module)
     clone: Any = object.__new__(_compressed_class(kind, OwnCodeExperts))
     clone.__dict__ = {
-        **vars(module),
+        **{name: value for name, value in vars(module).items() if name not in ("forward", "_old_forward")},
         "_parameters": {name: one for name, one in module._parameters.items() if name not in products},
         _PRODUCTS: {name: ExpertWeights(products[name], W.shape, transposed, W.device) for name, W in weights.items()},
     }
@@ -208,7 +209,7 @@ def use_stacks(module: nn.Module) -> None:
     if issubclass(original, CompressedExperts):
         return
     mixin = GatedExperts if is_gated(module) else OwnCodeExperts
-    module.__class__ = _compressed_class(original, mixin)
+    become(module, _compressed_class(original, mixin))
     module._is_hf_initialized = True  # type: ignore[assignment]  # `_init_weights` of these models reaches for the parameters that are gone.
 
 
@@ -225,7 +226,7 @@ def owns_stacks(module: nn.Module) -> bool:
 def remove_stack(module: nn.Module, matrix: str, parameter: Tensor) -> None:
     """Undo `add_stack`: the uncompressed parameter, and the original class."""
     if isinstance(module, CompressedExperts):
-        module.__class__ = type(module).__bases__[1]
+        become(module, type(module).__bases__[1])
     del module._modules[PREFIX + matrix]
     module._parameters.pop(matrix, None)
     module.register_parameter(matrix, nn.Parameter(parameter))

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from hf_lrq.nn.classes import become
+
 
 class OnInferencePath:
     """Mixed into the class of such a module: it computes in training as it does otherwise."""
@@ -27,13 +29,13 @@ def keep_on_inference_path(module: nn.Module) -> None:
     """Swap the class of a module for one that computes in training as it does otherwise."""
     kind: Any = type(module)
     if not isinstance(module, OnInferencePath):
-        module.__class__ = _on_inference_path(kind)
+        become(module, _on_inference_path(kind))
 
 
 def let_go(module: nn.Module) -> None:
     """Undo `keep_on_inference_path`."""
     if isinstance(module, OnInferencePath):
-        module.__class__ = type(module).__bases__[1]
+        become(module, type(module).__bases__[1])
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from accelerate.hooks import ModelHook, add_hook_to_module
 from safetensors.torch import load_file
 from torch import nn
 
@@ -160,3 +161,15 @@ def test_all_experts_that_get_tokens_are_calibrated(
     assert max(seen) <= 2 * tokens.numel()
     assert sum(count > 0 for count in seen) >= len(seen) - 2
     assert report.calibration["method"] == "sequential"
+
+
+def test_hooks_of_accelerate_lead_to_the_codes(
+    kind: str, original: transformers.PreTrainedModel, fast: dict[str, Any]
+) -> None:
+    twin = copy.deepcopy(original)
+    for module in experts_of(original, kind):
+        add_hook_to_module(module, ModelHook())
+    for model in (original, twin):
+        compress(model, None, LRQConfig(**fast))
+    with torch.no_grad():
+        assert torch.equal(original(TOKENS).logits, twin(TOKENS).logits)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import Tensor
 
 from hf_lrq import LRQConfig
@@ -121,6 +122,19 @@ def test_loaded_models_keep_to_that_path(
     for model in (loaded, again):
         assert torch.equal(logits(model.train()), expected)
     assert kernel_calls == []
+
+
+def test_hooks_of_accelerate_lead_to_that_path(
+    original: transformers.PreTrainedModel, kernel_calls: list[str], fast: dict[str, Any]
+) -> None:
+    for block in original.backbone.layers:
+        add_hook_to_module(block.mixer, ModelHook())
+    compress(original, None, LRQConfig(**fast))
+    y = logits(original.train())
+    assert kernel_calls == []
+    original.dequantize()
+    torch.testing.assert_close(logits(original), y, rtol=1e-4, atol=1e-5)
+    assert len(kernel_calls) == 2
 
 
 def test_what_loading_rescales_is_left_alone(family: str, fast: dict[str, Any], tmp_path: Path) -> None:
