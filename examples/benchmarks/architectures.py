@@ -18,7 +18,7 @@ import transformers
 from hf_lrq import LRQConfig
 from hf_lrq.errors import CompressionError
 from hf_lrq.integrations.planning import plan_for
-from hf_lrq.work import take_census
+from hf_lrq.work import find_sites, take_census
 from hf_lrq.work.census import shares
 
 SHOWN = 0.005  # Shares below it are added up.
@@ -138,7 +138,7 @@ def row_of(name: str) -> Row:
         found = plan_for(model, LRQConfig()).inventory
         left, total = found.left_parameters, found.total_parameters
     except CompressionError:  # Nothing to compress.
-        census = take_census(model)
+        census = take_census(model, find_sites(model))
         left, total = census.left((), dict.fromkeys(census.sites, "would gain nothing")), census.total
     return Row(name, total, shares(left, total, shown=0))
 

@@ -46,13 +46,16 @@ def empty_layers(model: Any, header: QuantizationHeader, files: Sequence[str], v
     """
     own = _in_model_names(model, header)
     alone = set(own.modules_to_not_convert)
-    inventory = Inventory(census=take_census(model))
+    inventory = Inventory()
+    found: list[Site] = []
     for name, module in model.named_modules():
         sites = sites_of(name, module)
+        found += sites
         if sites and name in alone:
             inventory.left_alone[name] = "left alone when the checkpoint was made"
         else:
             inventory.layouts |= {site: own.layout_for(site.holder) for site in sites}
+    inventory.census = take_census(model, found)
     if files or verify:
         stored = files_in_place(model, files)
         _check_tensors(model, own, headers_of(stored), inventory)

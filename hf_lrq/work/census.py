@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from hf_lrq.work.sites import find_sites
+from hf_lrq.work.sites import Site
 
 SHOWN = 0.001  # Shares below it are told as one.
 
@@ -53,19 +53,24 @@ def shares(left: Mapping[str, int], total: int, shown: float = SHOWN) -> dict[st
     return {**found, ", ".join(small): sum(left[reason] for reason in small) / total} if small else found
 
 
-def take_census(model: nn.Module) -> Census:
-    """Count the weights of an uncompressed model, which may be on the meta device, where none are tied yet."""
-    homes = {site.parameter: site for site in find_sites(model)}
-    sites = {site.label: 0 for site in homes.values()}
+def take_census(model: nn.Module, sites: Iterable[Site]) -> Census:
+    """Count the weights of an uncompressed model, which may be on the meta device, where none are tied yet.
+
+    Args:
+        model: that is counted.
+        sites: all homes of matrices in it.
+    """
+    homes = {site.parameter: site for site in sites}
+    counts = {site.label: 0 for site in homes.values()}
     others: dict[str, int] = {}
     for name, parameter in _counted(model):
         site = homes.get(name)
         if site is not None:
-            sites[site.label] = parameter.numel()
+            counts[site.label] = parameter.numel()
         else:
             kind = kind_of(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], parameter)
             others[kind] = others.get(kind, 0) + parameter.numel()
-    return Census(sites, others)
+    return Census(counts, others)
 
 
 def kind_of(module: nn.Module, name: str, parameter: Tensor) -> str:

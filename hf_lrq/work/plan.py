@@ -139,9 +139,11 @@ def make_plan(
     fast = has_backend(device)
     specs: dict[Site, LayerSpec] = {}
     left: dict[str, str] = {}
+    found: list[Site] = []
     listed_elsewhere = _held_in_containers(model)
     for name, module in model.named_modules():
         sites = {site: _fitted(site, spec, fast) for site in sites_of(name, module)}
+        found += sites
         for site, chosen in sites.items():
             reason = alone.get(name) or listed_elsewhere.get(id(module)) or site.obstacle(module)
             if reason is None and site.bytes(chosen.layout) >= bytes_per_weight * site.weights:
@@ -157,7 +159,7 @@ def make_plan(
     if not specs:
         raise CompressionError(nothing_left(type(model).__name__, left))
     _warn_of_slow_codebooks(specs, spec, device)
-    return Plan(specs, left, take_census(model), spec.seed)
+    return Plan(specs, left, take_census(model, found), spec.seed)
 
 
 def excluded(model: nn.Module, patterns: Sequence[str]) -> dict[str, str]:

@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 
 from hf_lrq.spec import CompressionSpec
-from hf_lrq.work import Inventory, excluded, make_plan, take_census
+from hf_lrq.work import Inventory, excluded, find_sites, make_plan, take_census
 from hf_lrq.work.census import shares
 
 TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
@@ -113,5 +113,6 @@ def test_the_census_of_a_model_counts_what_is_not_tied_yet_once() -> None:
     with torch.device("meta"):
         config = transformers.LlamaConfig(**TEXT, tie_word_embeddings=True)
         model = transformers.LlamaForCausalLM(config)
-    assert take_census(model).sites["lm_head"] == 0
-    assert take_census(model).others["embeddings"] == 128 * 64
+    census = take_census(model, find_sites(model))
+    assert census.sites["lm_head"] == 0
+    assert census.others["embeddings"] == 128 * 64

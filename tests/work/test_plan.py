@@ -6,6 +6,7 @@ from torch import nn
 
 from hf_lrq.errors import CompressionError
 from hf_lrq.spec import CompressionSpec, LayerSpec
+from hf_lrq.work import find_sites
 from hf_lrq.work.census import take_census
 from hf_lrq.work.plan import excluded, make_plan
 
@@ -37,8 +38,8 @@ def test_tied_weights_count_once_also_before_they_are_tied(order: tuple[str, str
     model.all_tied_weights_keys = {"head.weight": "table.weight"}  # type: ignore[assignment]
     if tied_already:
         model.head.weight = model.table.weight  # type: ignore[union-attr]
-    assert take_census(model).total == 2 * 32
-    assert take_census(nn.Linear(8, 4, device=torch.device("cpu"))).total == 36
+    assert take_census(model, find_sites(model)).total == 2 * 32
+    assert take_census(nn.Linear(8, 4, device=torch.device("cpu")), []).total == 36
 
 
 def test_each_site_is_planned_or_left_alone_with_a_reason(homes: nn.Module, spec: CompressionSpec) -> None:
