@@ -225,7 +225,7 @@ TRANSFORMERS = (
     _experts("is_transposed", "how the stacks of fused experts are stored", "nn"),
     _experts("is_concatenated", "own code runs where false, unless the gate is the class's own", "nn", since="5.7"),
     _experts("has_gate", "own code runs where false", "nn", since="5.3"),
-    _experts("has_post_expert_norm", "unsupported where true", *_HOSTED, since="5.20"),
+    _experts("has_post_expert_norm", "own code runs where true", "nn", since="5.20"),
     # The command line.
     HostName(
         "transformers.models.auto.auto_factory._BaseAutoModelClass._model_mapping",

@@ -60,8 +60,6 @@ def skip_reasons(model: Any, patterns: Sequence[str] = ()) -> dict[str, str]:
             found[name] = f"{type(modules[parent]).__name__} reads its weight directly"
         elif _is_rescaled(model, child):
             found[name] = f"{type(model).__name__} rescales it whenever it is loaded (rescale_prenorm_residual)"
-        elif getattr(module, "has_post_expert_norm", False):
-            found[name] = "fused experts with a norm after each expert are not supported"
     return found
 
 

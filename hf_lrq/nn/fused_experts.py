@@ -4,6 +4,7 @@ Those that are called with the experts of each token and have a gate of their ow
 others run their own code, with an `ExpertWeights` in the place of each stack.
 """
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -156,6 +157,10 @@ def _runs_on_products(module: nn.Module) -> bool:
     try:
         with torch.no_grad(), torch.device("cpu"):
             clone = with_products(module, {name: zeros(name) for name in names})
+            # Norms and the like, whatever their values: the module's own may be on another device.
+            clone._modules = {
+                name: copy.deepcopy(child).to_empty(device="cpu") for name, child in clone._modules.items()
+            }
             clone.forward(*_some_tokens(type(module), experts, in_features))
     # Whatever its code raises: it wants more than products.
     except Exception:
