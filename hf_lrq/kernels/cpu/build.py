@@ -14,7 +14,7 @@ from pathlib import Path
 
 from hf_lrq.errors import BackendError
 from hf_lrq.kernels.cpu import cache
-from hf_lrq.kernels.cpu.commands import Commands, Deadline, TooLateError
+from hf_lrq.kernels.cpu.commands import Commands, Deadline
 from hf_lrq.kernels.cpu.notes import announced
 from hf_lrq.kernels.cpu.tiers import TIERS, highest
 
@@ -104,7 +104,7 @@ def _built(compiler: Compiler, flags: tuple[str, ...], tier: str, name: str) -> 
                 if not library.exists():
                     _build(compiler, flags, tier, library, deadline)
                 path = cache.store(library, folder, name)
-            except cache.UnfitFolderError as error:
+            except OSError as error:
                 faults.append(str(error))
                 continue
             if faults:
@@ -144,11 +144,9 @@ def _build(compiler: Compiler, flags: tuple[str, ...], tier: str, library: Path,
             try:
                 _compile(compiler, (*flags, f"-DHF_LRQ_HIGHEST_TIER={number}"), library, deadline)
                 break
-            except TooLateError:
-                raise
             except BackendError as error:
                 reasons.append(error)
-                if number == 0:
+                if number == 0 or not deadline.left:
                     raise
     if reasons:
         logger.warning("CPU kernels are compiled for %s, not for %s: %s", TIERS[number], tier, reasons[0])

@@ -24,10 +24,6 @@ LOCK = "kernels.lock"
 POLL_SECONDS = 0.05
 
 
-class UnfitFolderError(BackendError):
-    """A folder that nothing can be kept in, or run from."""
-
-
 def folders() -> list[Path]:
     """The best first: HF_LRQ_CACHE, else XDG_CACHE_HOME/hf_lrq, else ~/.cache/hf_lrq; then one for temporary files."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
@@ -86,13 +82,13 @@ def store(library: Path, folder: Path, name: str) -> Path:
     """Put a library in place under `name` and the digest of its bytes: others see all of it or nothing.
 
     Raises:
-        UnfitFolderError: if the folder does not take it.
+        OSError: if the folder does not take it, in words.
     """
     path = folder / f"{name}-{digest(library)}.so"
     try:
         handle, part = tempfile.mkstemp(dir=folder, suffix=".tmp")
     except OSError as error:
-        raise UnfitFolderError(f"{folder} takes no file ({error.strerror})") from None
+        raise _refusal(folder, error) from None
     try:
         with os.fdopen(handle, "wb") as file, library.open("rb") as source:
             shutil.copyfileobj(source, file)
@@ -104,9 +100,13 @@ def store(library: Path, folder: Path, name: str) -> Path:
         with contextlib.suppress(OSError):
             os.unlink(part)
         if isinstance(error, OSError):
-            raise UnfitFolderError(f"{folder} takes no file ({error.strerror})") from None
+            raise _refusal(folder, error) from None
         raise
     return path
+
+
+def _refusal(folder: Path, error: OSError) -> OSError:
+    return OSError(f"{folder} takes no file ({error.strerror})")
 
 
 def discard(path: Path) -> None:
@@ -125,17 +125,20 @@ def turn(folder: Path, deadline: Deadline) -> Iterator[None]:
     """Held by one process at a time for each folder, and no longer than it lives; makes the folder if it is missing.
 
     Raises:
-        UnfitFolderError: if nothing can be stored in the folder or run from it.
+        OSError: if nothing can be stored in the folder or run from it, in words.
         BackendError: if others hold it until the deadline.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if (wrong := fault(folder)) is not None:
-            raise UnfitFolderError(wrong)
+    except OSError as error:
+        raise _refusal(folder, error) from None
+    if (wrong := fault(folder)) is not None:
+        raise OSError(wrong)
+    try:
         # A file, not the folder: NFS locks only what is open for writing.
         handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     except OSError as error:
-        raise UnfitFolderError(f"{folder} takes no file ({error.strerror})") from None
+        raise _refusal(folder, error) from None
     try:
         _wait(handle, folder, deadline)
         yield

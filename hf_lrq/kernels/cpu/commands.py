@@ -16,10 +16,6 @@ from hf_lrq.errors import BackendError
 FULL = ("No space left on device", "Disk quota exceeded")
 
 
-class TooLateError(BackendError):
-    """A command was stopped because it took too long."""
-
-
 @dataclass(frozen=True)
 class Deadline:
     """A point in time, of time.monotonic().
@@ -72,14 +68,13 @@ class Commands:
         """What `command` writes to standard output.
 
         Raises:
-            TooLateError: if it has not ended by the deadline; it is stopped.
-            BackendError: if it cannot be run, or fails.
+            BackendError: if it cannot be run, fails, or has not ended by the deadline; it is then stopped.
         """
         process = self._start(command)
         try:
             output, errors = process.communicate(timeout=self._deadline.left)
         except subprocess.TimeoutExpired:
-            raise TooLateError(
+            raise BackendError(
                 f"{command[0]} did not finish in {self._deadline.seconds:g} s and was stopped. "
                 "Set CC to another compiler."
             ) from None
