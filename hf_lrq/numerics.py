@@ -49,7 +49,9 @@ def _default_dtype() -> Restore:
 
 def _determinism() -> Restore:
     """Off, as the flag makes some operations raise and others take another order; ours need neither."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if not torch.are_deterministic_algorithms_enabled():
+        return lambda: None  # To say so once more would import torch's compiler, which takes seconds.
+    before = True, torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(False)
     return lambda: torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 

@@ -175,6 +175,13 @@ def test_settings_come_back_after_an_error(way):
         assert settings() == before
 
 
+def test_what_is_off_is_not_turned_off(monkeypatch):
+    """That takes seconds the first time: torch imports its compiler."""
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", None)
+    with full_precision(CPU):
+        assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_the_last_thread_to_leave_gives_the_settings_back():
     """One that leaves while another computes must not change what the other computes."""
     entered, leave = threading.Barrier(2), threading.Event()

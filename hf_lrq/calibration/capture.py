@@ -5,7 +5,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -193,7 +192,18 @@ class _Seen:
         return (self.x.data_ptr(), self.x.shape, self.x.stride(), self.x.dtype, self.x.device, self.version)
 
 
-class InputRecorder:
+class Hooked:
+    """Whose hooks are removed where the `with` ends; a subclass puts them in place in `__enter__`."""
+
+    def __init__(self) -> None:
+        self._handles: list[RemovableHandle] = []
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+class InputRecorder(Hooked):
     """Hooks that note the inputs of some sites during a pass; passes may run in several threads.
 
     Args:
@@ -208,18 +218,12 @@ class InputRecorder:
         self._stop_early = stop_early
         self._copying = False
         self._local = threading.local()
-        self._handles: list[RemovableHandle] = []
+        super().__init__()
 
     def __enter__(self) -> "InputRecorder":
         for name, module in self._modules.items():
             self._handles.append(module.register_forward_pre_hook(self._hook(name), with_kwargs=True))
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
 
     def watch(self, run: Callable[[], Result], masks: Masks) -> tuple[Result, dict[str, list[Tensor]]]:
         """Run something; also returns the inputs that each matrix got meanwhile, [tokens, in] for each call.

@@ -4,16 +4,14 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
 
 from hf_lrq.calibration.blocks import Stack
 from hf_lrq.calibration.calls import Call, Outputs, Step, leaves, outputs_of, stand_in_for
-from hf_lrq.calibration.capture import ModelRunner
+from hf_lrq.calibration.capture import Hooked, ModelRunner
 from hf_lrq.calibration.recorder import StackRecorder
 from hf_lrq.work import Site
 
@@ -143,12 +141,12 @@ class Probe:
         return [*sections, never] if never.sites[""] else sections
 
 
-class _StackWatcher:
+class _StackWatcher(Hooked):
     """Hooks on the blocks of one stack in a probing pass."""
 
     def __init__(self, stack: Stack, count: Callable[[str], Callable[..., None]]):
         self._stack, self._count = stack, count
-        self._handles: list[RemovableHandle] = []
+        super().__init__()
         self._previous: Outputs = {}
         self._stand_ins: list[Any] = []
         self._told = False  # Whether a block tells another something beside its outputs.
@@ -171,11 +169,8 @@ class _StackWatcher:
             ]
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
         for name, tensor, version in self._constants:
             if tensor._version != version:
                 self._object(f"an argument of {name} is written to later in the pass")

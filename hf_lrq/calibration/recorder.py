@@ -3,18 +3,16 @@
 import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from hf_lrq.calibration.calls import Call, Step, outputs_of, without_values
-from hf_lrq.calibration.capture import ModelRunner, StopPass
+from hf_lrq.calibration.capture import Hooked, ModelRunner, StopPass
 from hf_lrq.errors import CalibrationError
 
 
-class StackRecorder:
+class StackRecorder(Hooked):
     """Notes how each block of a stack is called in a pass, and ends the pass before the last one runs.
 
     Between the blocks that are recorded, outputs are only handed on. A block can then be left out: outputs without
@@ -27,7 +25,7 @@ class StackRecorder:
     def __init__(self, blocks: Mapping[str, nn.Module]):
         self._blocks = blocks
         self._local = threading.local()
-        self._handles: list[RemovableHandle] = []
+        super().__init__()
         self._forwards: dict[str, Any] = {}  # Those that were set on the blocks themselves.
 
     def __enter__(self) -> "StackRecorder":
@@ -41,11 +39,8 @@ class StackRecorder:
             vars(block)["forward"] = self._maybe(block.forward)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
         for name, block in self._blocks.items():
             del vars(block)["forward"]
             if name in self._forwards:

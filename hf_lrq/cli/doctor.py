@@ -84,6 +84,8 @@ def examine() -> Iterator[Check]:
         described = _tried(f"device {device}", tests.describe, device)
         slow = described.status == OK and not tests.computes_fast(device)
         yield replace(described, status=WARN) if slow else described
+        if device.type == "cpu":
+            yield replace(_tried("CPU kernels", tests.cpu_kernels), status=WARN if slow else OK)
         yield _tried(f"compression on {device}", tests.compression, device)
     yield _tried("registration", tests.registration)
     yield _tried("save and load", tests.round_trip)

@@ -18,7 +18,7 @@ from hf_lrq.errors import LRQError
 from hf_lrq.integrations.compression import compress
 from hf_lrq.integrations.saving import save
 from hf_lrq.integrations.transformers import LRQConfig, LRQHfQuantizer
-from hf_lrq.kernels import has_backend, status
+from hf_lrq.kernels import cpu, has_backend, status
 from hf_lrq.nn import LRQLinear
 from hf_lrq.spec import LayerSpec
 
@@ -54,6 +54,11 @@ def describe(device: torch.device) -> str:
 def computes_fast(device: torch.device) -> bool:
     """Whether layers are computed by more than the torch reference."""
     return has_backend(device)
+
+
+def cpu_kernels() -> str:
+    """Which compiled library runs layers on the CPU, or why there is none."""
+    return cpu.details()
 
 
 def registration() -> str:

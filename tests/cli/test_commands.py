@@ -13,6 +13,8 @@ from hf_lrq import LRQConfig
 from hf_lrq.calibration.batches import make_batches
 from hf_lrq.cli import self_test
 from hf_lrq.cli.measuring import bundled_text
+from hf_lrq.kernels import cpu
+from hf_lrq.kernels.cpu.library import Loader
 from hf_lrq.nn import LRQLinear
 
 DATA_FREE = ("--rank", "4", "--iters", "1", "--dataset", "none", "--device", "cpu")
@@ -342,3 +344,17 @@ def test_doctor_warns_where_layers_are_computed_by_torch_alone(cli, monkeypatch:
     checks = {check["name"]: check for check in json.loads(result.stdout)["checks"]}
     assert checks["device cpu"]["status"] == "warn"
     assert "layers run by:" in checks["device cpu"]["detail"]
+
+
+def test_doctor_tells_which_kernels_run_or_why_none_do(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check() -> dict[str, str]:
+        checks = json.loads(cli("doctor", "--json").stdout)["checks"]
+        return next(check for check in checks if check["name"] == "CPU kernels")
+
+    found = check()
+    monkeypatch.setenv("HF_LRQ_CPU_KERNELS", "0")
+    monkeypatch.setattr(cpu, "_loader", Loader(lambda _: None))
+    assert check() == {"name": "CPU kernels", "status": "warn", "detail": "off: HF_LRQ_CPU_KERNELS is 0"}
+    if not found["detail"].startswith("off: "):
+        assert found["status"] == "ok"
+        assert ".so (sha256 " in found["detail"]

@@ -2,15 +2,17 @@
 
 Environment: HF_LRQ_CPU_KERNELS=0 turns them off; HF_LRQ_ISA=scalar, avx2, avx512 or amx keeps them from using a higher
 tier; CC names the compiler and HF_LRQ_CACHE the directory of the compiled library (else XDG_CACHE_HOME/hf_lrq, else
-~/.cache/hf_lrq). Where they cannot run, a warning says why, once, and torch computes the layers.
+~/.cache/hf_lrq; where that is of no use, a warning says why, and a directory for temporary files is taken). Where they
+cannot run, a warning says why, once, and torch computes the layers.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from hf_lrq.kernels.cpu import linear, paths, selfcheck
+from hf_lrq.kernels.cpu import build, cache, linear, paths, selfcheck, tiers
 from hf_lrq.kernels.cpu.library import Library, Loader
 from hf_lrq.kernels.operands import Operands
 
@@ -27,6 +29,18 @@ def status() -> str:
     """One line: the instruction set in use, or why there are no kernels."""
     found = _loader.get()
     return f"torch (CPU kernels are off: {found})" if isinstance(found, str) else f"C kernels ({found.tier_name})"
+
+
+def details() -> str:
+    """More than `status`: which library this process has, who made it, what could be better; or why there is none."""
+    found = _loader.get()
+    if isinstance(found, str):
+        return f"off: {found}"
+    told = [f"{found.path} (sha256 {cache.digest(found.path)})", build.find_compiler().identity.replace("\n", ": ")]
+    if found.tier_name != tiers.highest():
+        told.append(f"runs {found.tier_name}, the processor may have {tiers.highest()}: see CC and HF_LRQ_ISA")
+    better = itertools.takewhile(lambda folder: folder != found.path.parent, cache.folders())
+    return "; ".join([*told, *filter(None, map(cache.fault, better))])
 
 
 def declines(x: Tensor, layer: Operands, activation: str) -> str | None:

@@ -1,27 +1,34 @@
-"""From C files to a shared library in the user's cache: which compiler, where, and with many processes at once."""
+"""From C files to a shared library that is kept: which compiler, with what flags, and what if it cannot do all."""
 
+import contextlib
 import hashlib
+import logging
 import os
 import platform
 import shlex
 import shutil
-import stat
-import subprocess
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from hf_lrq.errors import BackendError
+from hf_lrq.kernels.cpu import cache
+from hf_lrq.kernels.cpu.commands import Commands, Deadline
+from hf_lrq.kernels.cpu.notes import announced
+from hf_lrq.kernels.cpu.tiers import TIERS, highest
+
+logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "csrc"
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-fno-math-errno", "-w")
-# Tried in turn, for compilers that do not know the matrix unit, or none of the vector intrinsics.
-FALLBACKS: tuple[tuple[str, ...], ...] = ((), ("-DHF_LRQ_NO_AMX",), ("-DHF_LRQ_PORTABLE",))
+# The vectors of lowrank are spelled out: -O3 takes twice as long to compile, and gives nothing.
+FLAGS_OF = {"lowrank": ("-O2",)}
+# Those that take longest are started first, or one of them would be the last and alone.
+SLOWEST = ("uniform_avx512", "bt_avx512", "tcq", "uniform_amx", "uniform", "lowrank", "bit_viterbi", "bt_avx2")
 VERSION_SECONDS = 20
-BUILD_SECONDS = 300
+BUILD_SECONDS = 300  # In all, waiting for another process included.
 
 
 @dataclass(frozen=True)
@@ -52,64 +59,70 @@ def find_compiler() -> Compiler:
         path = shutil.which(words[0]) if words else None
         if path is not None:
             command = (path, *words[1:])
-            version = _run((*command, "--version"), VERSION_SECONDS)
+            version = Commands(Deadline.after(VERSION_SECONDS)).run((*command, "--version"))
             lines = version.splitlines()
             return Compiler(command, f"{shlex.join(command)}\n{lines[0] if lines else ''}")
     names = wanted or ", ".join(COMPILERS)
     raise BackendError(f"no C compiler ({names}) on the PATH. Install gcc or clang, or set CC.")
 
 
-def cached_library(defines: tuple[str, ...] = ()) -> Path:
-    """Path of the library of this package's C files, built now if the cache has none.
+def cached_library(defines: tuple[str, ...] = (), tier: str | None = None) -> Path:
+    """Path of the library of this package's C files, built now if none is kept.
 
     Args:
         defines: further flags for the compiler.
+        tier: the highest that is compiled, by default the highest that this processor can have.
 
     Raises:
-        BackendError: if it cannot be built.
+        BackendError: if it cannot be built or kept.
     """
     compiler = find_compiler()
+    tier = tier or highest()
     flags = (*FLAGS, *defines)
-    path = cache_directory() / f"kernels-{_key(compiler, flags)}.so"
-    if not _is_ours(path):
-        _build(compiler, flags, path)
-    return path
-
-
-def cache_directory() -> Path:
-    """A directory of this user that nobody else can write to: HF_LRQ_CACHE, XDG_CACHE_HOME/hf_lrq, or
-    ~/.cache/hf_lrq; where that cannot be, a temporary one of this process.
-    """
-    named = os.environ.get("HF_LRQ_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    path = Path(named or os.path.join(base, "hf_lrq"))
+    name = f"kernels-{tier}-{_key(compiler, flags)}"
     try:
-        path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if _is_ours(path) and os.access(path, os.W_OK | os.X_OK):
+        return _found(name) or _built(compiler, flags, tier, name)
+    except OSError as error:
+        raise BackendError(f"nothing can be compiled in the folder for temporary files: {error}. Set TMPDIR.") from None
+
+
+def _found(name: str) -> Path | None:
+    return next(filter(None, (cache.find(folder, name) for folder in cache.folders())), None)
+
+
+def _built(compiler: Compiler, flags: tuple[str, ...], tier: str, name: str) -> Path:
+    """Compiled by this process or by one that was faster, and kept in the first folder that takes it."""
+    deadline, faults = Deadline.after(BUILD_SECONDS), list[str]()
+    with contextlib.ExitStack() as held:
+        scratch = tempfile.TemporaryDirectory(prefix="hf_lrq-", ignore_cleanup_errors=True)
+        library = Path(held.enter_context(scratch), f"{name}.so")
+        for folder in _places():
+            try:
+                held.enter_context(cache.turn(folder, deadline))
+                if (found := _found(name)) is not None:
+                    return found
+                if not library.exists():
+                    _build(compiler, flags, tier, library, deadline)
+                path = cache.store(library, folder, name)
+            except OSError as error:
+                faults.append(str(error))
+                continue
+            if faults:
+                where = "for this process only" if folder == cache.own_folder() else f"in {folder}"
+                logger.warning("The CPU kernels are kept %s: %s. %s", where, "; ".join(faults), cache.REMEDY)
             return path
-    except OSError:
-        pass
-    return Path(_private_directory().name)
+    raise BackendError(f"compiled kernels can be kept nowhere: {'; '.join(faults)}. {cache.REMEDY}")
 
 
-@cache
-def _private_directory() -> "tempfile.TemporaryDirectory[str]":
-    """A directory for this process alone, removed when it ends."""
-    return tempfile.TemporaryDirectory(prefix="hf_lrq-", ignore_cleanup_errors=True)
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether `path` exists, belongs to this user, and only they can write to it: it will be run."""
-    try:
-        found = path.stat()
-    except OSError:
-        return False
-    return found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+def _places() -> Iterator[Path]:
+    yield from cache.folders()
+    yield cache.own_folder()
 
 
 def _key(compiler: Compiler, flags: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
-    for part in (compiler.identity, shlex.join(flags), platform.machine(), *map(_text, _files("*.[ch]"))):
+    command = (compiler.identity, shlex.join(flags), repr(FLAGS_OF), platform.machine())
+    for part in (*command, *map(_text, _files("*.[ch]"))):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()[:24]
 
@@ -122,65 +135,34 @@ def _text(path: Path) -> str:
     return f"{path.name}\n{path.read_text(encoding='utf-8')}"
 
 
-def _build(compiler: Compiler, flags: tuple[str, ...], path: Path) -> None:
-    """Compile in a directory beside `path` and put the result in place whole: others see all of it or nothing."""
-    try:
-        with tempfile.TemporaryDirectory(dir=path.parent, suffix=".tmp") as folder:
-            library = Path(folder, path.name)
-            for number, fallback in enumerate(FALLBACKS):
-                try:
-                    _compile(compiler, (*flags, *fallback), library)
-                    break
-                except BackendError:
-                    if number == len(FALLBACKS) - 1:
-                        raise
-            os.chmod(library, 0o700)
-            with library.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(library, path)
-    except OSError as error:
-        raise BackendError(f"the library could not be stored in {path.parent}: {error}. Set HF_LRQ_CACHE.") from None
+def _build(compiler: Compiler, flags: tuple[str, ...], tier: str, library: Path, deadline: Deadline) -> None:
+    """Compile all tiers up to `tier`, or those that the compiler knows; a compiler that hangs gets one try."""
+    note = f"{compiler.command[0]} compiles the CPU kernels, once. HF_LRQ_CPU_KERNELS=0 does without them."
+    reasons: list[BackendError] = []
+    with announced(note):
+        for number in range(TIERS.index(tier), -1, -1):
+            try:
+                _compile(compiler, (*flags, f"-DHF_LRQ_HIGHEST_TIER={number}"), library, deadline)
+                break
+            except BackendError as error:
+                reasons.append(error)
+                if number == 0 or not deadline.left:
+                    raise
+    if reasons:
+        logger.warning("CPU kernels are compiled for %s, not for %s: %s", TIERS[number], tier, reasons[0])
 
 
-def _compile(compiler: Compiler, flags: tuple[str, ...], library: Path) -> None:
-    """Compile all files at once, since one after another they take long, and link them to a library."""
-    sources = _files("*.c")
+def _compile(compiler: Compiler, flags: tuple[str, ...], library: Path, deadline: Deadline) -> None:
+    """Compile the files, several at once, and link them to a library."""
+    sources = sorted(_files("*.c"), key=lambda source: (source.stem not in SLOWEST, source.name))
     objects = [str(library.with_name(f"{source.stem}.o")) for source in sources]
-    commands = [
-        (*compiler.command, *flags, "-c", str(source), "-o", name)
-        for source, name in zip(sources, objects, strict=True)
-    ]
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        list(pool.map(lambda command: _run(command, BUILD_SECONDS), commands))
-    _run((*compiler.command, *flags, "-shared", "-o", str(library), *objects, "-lm"), BUILD_SECONDS)
+    commands = Commands(deadline)
+    commands.run_all(
+        [
+            (*compiler.command, *flags, *FLAGS_OF.get(source.stem, ()), "-c", str(source), "-o", name)
+            for source, name in zip(sources, objects, strict=True)
+        ]
+    )
+    commands.run((*compiler.command, *flags, "-shared", "-o", str(library), *objects, "-lm"))
     if not library.exists():
         raise BackendError(f"{compiler.command[0]} wrote no library. Set CC to another compiler.")
-
-
-def _run(command: tuple[str, ...], seconds: int) -> str:
-    """Standard output of `command`, run without a shell.
-
-    Raises:
-        BackendError: if it cannot be run, fails, or takes longer than `seconds`.
-    """
-    name = command[0]
-    try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=seconds,
-            check=False,
-            encoding="utf-8",
-            errors="replace",
-        )
-    except subprocess.TimeoutExpired:
-        raise BackendError(f"{name} did not finish in {seconds} s. Set CC to another compiler.") from None
-    except OSError as error:
-        raise BackendError(f"{name} cannot be run: {error}. Set CC to another compiler.") from None
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["no message"]
-        raise BackendError(
-            f"{name} failed with status {done.returncode}: {lines[0][:200]}. Set CC to another compiler."
-        )
-    return done.stdout

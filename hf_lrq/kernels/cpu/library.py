@@ -12,13 +12,17 @@ from typing import Any
 import torch
 
 from hf_lrq.errors import BackendError
+from hf_lrq.kernels.cpu import cache
 from hf_lrq.kernels.cpu.build import cached_library
+from hf_lrq.kernels.cpu.tiers import TIERS
 
 logger = logging.getLogger(__name__)
 
-TIERS = ("scalar", "avx2", "avx512", "amx")
 # Kinds of `floats.h`; a dtype that is not here has no kernel.
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3, torch.uint8: 4}
+
+# What the system says about a file system that is mounted noexec, or about a policy.
+FORBIDDEN = ("failed to map segment", "Operation not permitted", "Permission denied")
 
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "hf_lrq_limit_isa": (ctypes.c_int32, (ctypes.c_int32,)),
@@ -61,7 +65,7 @@ class Library:
 
 
 def open_library(path: Path) -> Library:
-    """Load a library that `build` made.
+    """Load a library that `build` made; one that is of no use is removed, so that the next process builds it again.
 
     Raises:
         BackendError: if the system cannot load it.
@@ -74,7 +78,12 @@ def open_library(path: Path) -> Library:
             function.restype, function.argtypes = result, arguments
             functions[name.removeprefix("hf_lrq_")] = function
     except (OSError, AttributeError) as error:
-        raise BackendError(f"{path} cannot be loaded: {error}. Delete it, or set HF_LRQ_CACHE.") from None
+        if any(words in str(error) for words in FORBIDDEN):
+            raise BackendError(f"no program can be run from {path.parent}: {error}. {cache.REMEDY}") from None
+        cache.discard(path)
+        raise BackendError(
+            f"{path} cannot be loaded and was removed: {error}. If this comes again, set CC to another compiler."
+        ) from None
     return Library(path, **functions)
 
 

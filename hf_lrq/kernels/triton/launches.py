@@ -225,7 +225,7 @@ def write_table(table: Table, path: Path) -> None:
         {"kernel": kernel, "shape": asdict(shape), "launch": asdict(launch)}
         for (kernel, shape), launch in table.items()
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # CPU kernels are kept there, too.
     part = path.with_suffix(f".{os.getpid()}.part")
     part.write_text(json.dumps({"format": FORMAT, "launches": items}, indent=1), encoding="utf-8")
     part.replace(path)

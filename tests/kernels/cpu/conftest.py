@@ -3,8 +3,10 @@
 import functools
 import os
 import platform
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,23 +16,54 @@ from hf_lrq.codebooks import get_codebook
 from hf_lrq.errors import BackendError
 from hf_lrq.kernels import Operands, cpu
 from hf_lrq.kernels.cpu import build, library, linear, selfcheck
+from hf_lrq.kernels.cpu import cache as kept
 
 Factors = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> library.Library:
-    """The kernels, with memory that reads as NaN until it is written."""
+    """The kernels of all tiers, with memory that reads as NaN until it is written."""
     # With several workers, their folders have one parent: the first compiles, the others wait.
     shared = "PYTEST_XDIST_WORKER" in os.environ
     cache = tmp_path_factory.getbasetemp().parent / "kernels" if shared else tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch, FileLock(f"{cache}.lock"):
         patch.setenv("HF_LRQ_CACHE", str(cache))
         try:
-            path = build.cached_library(("-DHF_LRQ_POISON",))
+            path = build.cached_library(("-DHF_LRQ_POISON",), library.TIERS[-1])
         except BackendError as error:
             pytest.skip(f"no C compiler: {error}")
     return library.open_library(path)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where libraries are kept, and not yet there; folders for temporary files are of this test, too."""
+    path, temporary = tmp_path / "cache", tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setenv("HF_LRQ_CACHE", str(path))
+    monkeypatch.delenv("HF_LRQ_ISA", raising=False)
+    monkeypatch.delenv("HF_LRQ_CPU_KERNELS", raising=False)
+    kept.temporary.cache_clear()
+    yield path
+    kept.temporary.cache_clear()
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Makes CC a script; `$all` in it are its arguments, `$out` is the file to write."""
+
+    def make(body: str, version: str = "echo fake 1.0") -> Path:
+        script = tmp_path / "fake-cc"
+        text = f'#!/bin/sh\nall="$*"\ncase "$*" in --version) {version}; exit;; esac\n'
+        text += 'while [ $# -gt 0 ]; do if [ "$1" = -o ]; then out="$2"; fi; shift; done\n'
+        script.write_text(text + body + "\n", encoding="utf-8")
+        script.chmod(0o755)
+        monkeypatch.setenv("CC", str(script))
+        return script
+
+    return make
 
 
 @pytest.fixture

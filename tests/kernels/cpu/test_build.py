@@ -7,41 +7,31 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from hf_lrq.errors import BackendError
-from hf_lrq.kernels.cpu import build, library, selfcheck
+from hf_lrq.kernels.cpu import build, library, selfcheck, tiers
+from hf_lrq.kernels.cpu.cache import LOCK
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    path = tmp_path / "cache"
-    monkeypatch.setenv("HF_LRQ_CACHE", str(path))
-    monkeypatch.delenv("HF_LRQ_ISA", raising=False)
-    monkeypatch.delenv("HF_LRQ_CPU_KERNELS", raising=False)
-    return path
+def libraries(folder):
+    """What is kept there, the lock aside, which is one file for ever."""
+    return [path for path in folder.iterdir() if path.name != LOCK]
 
 
-@pytest.fixture
-def compiler(tmp_path, monkeypatch):
-    """Makes CC a script; `$all` in it are its arguments, `$out` is the file to write."""
-
-    def make(body, version="echo fake 1.0"):
-        script = tmp_path / "fake-cc"
-        text = f'#!/bin/sh\nall="$*"\ncase "$*" in --version) {version}; exit;; esac\n'
-        text += 'while [ $# -gt 0 ]; do if [ "$1" = -o ]; then out="$2"; fi; shift; done\n'
-        script.write_text(text + body + "\n", encoding="utf-8")
-        script.chmod(0o755)
-        monkeypatch.setenv("CC", str(script))
-        return script
-
-    return make
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def reason_for(caplog, check=lambda _: None):
@@ -74,8 +64,8 @@ def test_a_wrong_cc(cache, monkeypatch, caplog, cc, reason):
 
 def test_a_compiler_that_fails(cache, compiler, caplog):
     compiler("echo first line >&2; echo second >&2; exit 3")
-    assert "failed with status 3: first line" in reason_for(caplog)
-    assert list(cache.iterdir()) == []
+    assert "failed with status 3: first line. Set CC to another compiler." in reason_for(caplog)
+    assert libraries(cache) == []
 
 
 def test_a_compiler_that_prints_garbage(cache, compiler, caplog):
@@ -88,15 +78,46 @@ def test_a_compiler_that_cannot_say_its_version(cache, compiler, caplog):
     assert "failed with status" in reason_for(caplog)
 
 
-def test_a_compiler_that_writes_no_library(cache, compiler, caplog):
-    compiler('echo hello > "$out"')
-    assert "cannot be loaded" in reason_for(caplog)
+@pytest.mark.parametrize("written", ["echo hello", "head -c 400 /bin/sh", "true"])
+def test_a_compiler_that_writes_no_library(cache, compiler, caplog, written):
+    """What it wrote is not kept: the next process tries again."""
+    compiler(f'{written} > "$out"')
+    assert "cannot be loaded and was removed" in reason_for(caplog)
+    assert libraries(cache) == []
 
 
 def test_a_compiler_that_hangs(cache, compiler, caplog, monkeypatch):
-    monkeypatch.setattr(build, "BUILD_SECONDS", 0.2)
-    compiler("exec sleep 30")
-    assert "did not finish in 0.2 s" in reason_for(caplog)
+    """It is stopped with all that it has started, and not tried again with other flags."""
+    monkeypatch.setattr(build, "BUILD_SECONDS", 0.5)
+    log = cache.parent / "log"
+    compiler(f"echo $all >> {log}; sleep 31.7 & echo pid=$! >> {log}; wait")
+    started = time.monotonic()
+    assert "did not finish in 0.5 s and was stopped. Set CC to another compiler." in reason_for(caplog)
+    assert time.monotonic() - started < 5
+    lines = log.read_text().splitlines()
+    children = [int(line[4:]) for line in lines if line.startswith("pid=")]
+    assert children
+    assert not any(map(is_running, children))
+    assert len({word for line in lines for word in line.split() if "TIER" in word}) == 1
+    assert libraries(cache) == []
+
+
+def test_a_compiler_that_does_not_say_its_version_in_time(cache, compiler, caplog, monkeypatch):
+    monkeypatch.setattr(build, "VERSION_SECONDS", 0.2)
+    compiler("", version="exec sleep 31.7")
+    assert "did not finish in 0.2 s and was stopped" in reason_for(caplog)
+
+
+def test_no_space_for_the_compiler(cache, compiler, caplog):
+    compiler("echo 'as: warning' >&2; echo 'as: x.o: No space left on device' >&2; exit 1")
+    reason = reason_for(caplog)
+    assert f"x.o: No space left on device. Free space in {tempfile.gettempdir()}, or set TMPDIR." in reason
+
+
+def test_no_folder_for_temporary_files(cache, compiler, caplog, monkeypatch):
+    compiler('echo library > "$out"')
+    monkeypatch.setattr(tempfile, "tempdir", str(cache / "missing"))
+    assert "nothing can be compiled in the folder for temporary files" in reason_for(caplog)
 
 
 def test_cc_is_no_shell_command(cache, tmp_path, monkeypatch, caplog):
@@ -111,21 +132,33 @@ def test_a_library_that_computes_wrongly(cache, compiled, caplog, monkeypatch):
     assert "computes bt2 wrongly at" in reason_for(caplog, selfcheck.fault)
 
 
-def test_older_compilers_get_less(cache, compiler):
+def test_older_compilers_get_less(cache, compiler, caplog):
+    """One that does not know the highest tier, or one above the lowest, compiles those below; a warning says so."""
     script = compiler("")
     log = script.with_name("log")
     compiler(
-        f'case "$all" in *-DHF_LRQ_PORTABLE*) echo portable >> {log}; echo library > "$out";; '
-        f"*-DHF_LRQ_NO_AMX*) echo less >> {log}; exit 1;; *) echo all >> {log}; exit 1;; esac"
+        f'case "$all" in *TIER=1*) echo 1 >> {log}; echo library > "$out";; *TIER=2*) echo 2 >> {log}; exit 1;; '
+        f"*) echo 3 >> {log}; echo no such unit >&2; exit 1;; esac"
     )
-    build.cached_library()
-    assert [kind for kind, _ in itertools.groupby(log.read_text().split())] == ["all", "less", "portable"]
+    path = build.cached_library(tier="amx")
+    assert [kind for kind, _ in itertools.groupby(log.read_text().split())] == ["3", "2", "1"]
+    (warning,) = caplog.messages
+    assert "compiled for avx2, not for amx: " in warning
+    assert "no such unit" in warning
+    assert build.cached_library(tier="amx") == path
+
+
+def test_each_tier_has_a_library_of_its_own(cache, compiler):
+    compiler('echo library > "$out"')
+    found = [build.cached_library(tier=tier) for tier in library.TIERS]
+    assert [path.name.split("-")[1] for path in found] == list(library.TIERS)
+    assert build.cached_library() == found[library.TIERS.index(tiers.highest())]
 
 
 def test_a_compiler_that_writes_nothing(cache, compiler, caplog):
     compiler("true")
     assert "wrote no library. Set CC to another compiler." in reason_for(caplog)
-    assert list(cache.iterdir()) == []
+    assert libraries(cache) == []
 
 
 def test_turned_off(cache, monkeypatch, caplog):
@@ -159,7 +192,7 @@ def test_built_once_and_kept_private(cache, compiler, tmp_path):
     assert count.read_text().count("x") == len(list(build.SOURCES.glob("*.c"))) + 1
     assert stat.S_IMODE(first.stat().st_mode) == 0o700
     assert stat.S_IMODE(cache.stat().st_mode) == 0o700
-    assert [path.name for path in cache.iterdir()] == [first.name]
+    assert libraries(cache) == [first]
     assert build.cached_library(("-DX",)) != first
 
 
@@ -177,32 +210,6 @@ def test_another_version_of_the_compiler_or_of_the_source_builds_anew(cache, com
     assert len({first, second, third, build.cached_library()}) == 4
 
 
-def test_what_others_can_write_to_is_not_run(cache, compiler):
-    compiler('echo library > "$out"')
-    path = build.cached_library()
-    path.chmod(0o722)
-    path.write_text("evil")
-    assert build.cached_library() == path
-    assert path.read_text() == "library\n"
-    cache.chmod(0o777)
-    elsewhere = build.cached_library()
-    assert elsewhere.parent != cache
-    assert stat.S_IMODE(elsewhere.parent.stat().st_mode) == 0o700
-
-
-def test_a_cache_that_cannot_be_made_is_replaced(tmp_path, compiler, monkeypatch):
-    compiler('echo library > "$out"')
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("HF_LRQ_CACHE", str(tmp_path / "file" / "cache"))
-    assert build.cached_library().read_text() == "library\n"
-
-
-def test_xdg_cache_home(tmp_path, monkeypatch):
-    monkeypatch.delenv("HF_LRQ_CACHE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert build.cache_directory() == tmp_path / "hf_lrq"
-
-
 def test_cflags_are_not_read(cache, compiler, monkeypatch, tmp_path):
     seen = tmp_path / "seen"
     compiler(f'echo "$all" >> {seen}; echo library > "$out"')
@@ -213,12 +220,13 @@ def test_cflags_are_not_read(cache, compiler, monkeypatch, tmp_path):
     assert "native" not in seen.read_text()
 
 
-def test_every_file_is_shipped_and_compiles_without_a_warning(tmp_path):
+@pytest.mark.parametrize("tier", library.TIERS)
+def test_every_file_is_shipped_and_compiles_without_a_warning(tmp_path, tier):
     try:
         compiler = build.find_compiler()
     except BackendError as error:
         pytest.skip(str(error))
-    flags = [flag for flag in build.FLAGS if flag != "-w"]
+    flags = [*(flag for flag in build.FLAGS if flag != "-w"), f"-DHF_LRQ_HIGHEST_TIER={library.TIERS.index(tier)}"]
     command = [*compiler.command, *flags, "-O0", "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
     done = subprocess.run([*command, *map(str, build.SOURCES.glob("*.c"))], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

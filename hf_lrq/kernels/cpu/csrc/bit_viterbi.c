@@ -9,7 +9,7 @@ candidate is 2^k * cost + d: one minimum finds both. */
 #include "common.h"
 #include "pool.h"
 
-#if HF_LRQ_X86
+#if HF_LRQ_HAS_AVX512
 #include <immintrin.h>
 #endif
 
@@ -97,7 +97,7 @@ static int backward(const Search *search, int steps, int to, int state, uint8_t 
     return state;
 }
 
-#if HF_LRQ_X86
+#if HF_LRQ_HAS_AVX512
 /* Several sequences at once, so that the tables are read once for all. Costs are multiples of 2^bits, and the newest bits
    of a state stand below them: a minimum over states that differ there only is cost and choice in one. They may grow for
    MOST_STEPS steps before they leave 32 bits. */
@@ -224,7 +224,7 @@ typedef struct {
     atomic_int failed;
 } Work;
 
-#if HF_LRQ_X86
+#if HF_LRQ_HAS_AVX512
 static void fast_work(Work *w) {
     int groups = STATES >> w->bits, steps = w->steps, window = w->window, bits = w->bits;
     FastSearch f;
@@ -266,7 +266,7 @@ static void fast_work(Work *w) {
 
 static void work(void *context) {
     Work *w = context;
-#if HF_LRQ_X86
+#if HF_LRQ_HAS_AVX512
     if (hf_lrq_isa() >= HF_LRQ_AVX512 && w->steps <= MOST_STEPS) {
         fast_work(w);
         return;

@@ -11,7 +11,7 @@
 
 void hf_lrq_bt1_scalar(DOT_PARAMETERS);
 void hf_lrq_bt2_scalar(DOT_PARAMETERS);
-#if HF_LRQ_X86
+#if HF_LRQ_HAS_AVX2
 /* Bytes of a word that make (b, a, b, a) and (a, b, a, b) of step j: b is byte j, a the byte before. In step 0 the byte
    before has been put in place of byte 3. */
 #define FOUR(a, b) a, b, a, b, 4 + a, 4 + b, 4 + a, 4 + b, 8 + a, 8 + b, 8 + a, 8 + b, 12 + a, 12 + b, 12 + a, 12 + b
@@ -20,6 +20,8 @@ static const uint8_t OLD_FIRST[4][16] = {{FOUR(3, 0)}, {FOUR(0, 1)}, {FOUR(1, 2)
 
 void hf_lrq_bt1_avx2(DOT_PARAMETERS);
 void hf_lrq_bt2_avx2(DOT_PARAMETERS);
+#endif
+#if HF_LRQ_HAS_AVX512
 void hf_lrq_bt1_avx512(DOT_PARAMETERS);
 void hf_lrq_bt2_avx512(DOT_PARAMETERS);
 #endif

@@ -2,11 +2,9 @@
 
 #include "bt.h"
 
-#if HF_LRQ_X86
+#if HF_LRQ_HAS_AVX2
 #include <immintrin.h>
-#endif
 
-#if HF_LRQ_X86
 #define LOAD(at) _mm256_loadu_si256((const __m256i *)(at))
 #define SHUFFLES(table, j) _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table[j]))
 

@@ -2,11 +2,8 @@
 
 #include "bt.h"
 
-#if HF_LRQ_X86
+#if HF_LRQ_HAS_AVX512
 #include <immintrin.h>
-#endif
-
-#if HF_LRQ_X86
 
 #define SHUFFLES(table, j) _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table[j]))
 

@@ -7,14 +7,21 @@
 #include <stdlib.h>
 #include <string.h>
 
-#if defined(__x86_64__) && !defined(HF_LRQ_PORTABLE)
-#define HF_LRQ_X86 1
-#else
-#define HF_LRQ_X86 0
+/* The highest tier that is compiled. */
+#ifndef HF_LRQ_HIGHEST_TIER
+#define HF_LRQ_HIGHEST_TIER 3
 #endif
 
-#if HF_LRQ_X86 && defined(__linux__) && !defined(HF_LRQ_NO_AMX)
-#define HF_LRQ_HAS_AMX 1
+#ifdef __x86_64__
+#define HF_LRQ_HAS_AVX2 (HF_LRQ_HIGHEST_TIER >= 1)
+#define HF_LRQ_HAS_AVX512 (HF_LRQ_HIGHEST_TIER >= 2)
+#else
+#define HF_LRQ_HAS_AVX2 0
+#define HF_LRQ_HAS_AVX512 0
+#endif
+
+#if defined(__x86_64__) && defined(__linux__)
+#define HF_LRQ_HAS_AMX (HF_LRQ_HIGHEST_TIER >= 3)
 #else
 #define HF_LRQ_HAS_AMX 0
 #endif
@@ -28,8 +35,10 @@
 
 #if defined(__clang__)
 #define UNROLL _Pragma("unroll")
+#define ROLLED _Pragma("nounroll")
 #else
 #define UNROLL _Pragma("GCC unroll 32")
+#define ROLLED _Pragma("GCC unroll 1") /* or the compiler takes seconds, and what it makes of it is slower */
 #endif
 
 enum { HF_LRQ_SCALAR = 0, HF_LRQ_AVX2 = 1, HF_LRQ_AVX512 = 2, HF_LRQ_AMX = 3 };
@@ -38,7 +47,7 @@ enum { HF_LRQ_SCALAR = 0, HF_LRQ_AVX2 = 1, HF_LRQ_AVX512 = 2, HF_LRQ_AMX = 3 };
 int hf_lrq_isa(void);
 
 /* Define `linkage void name params`, which runs `name_body args` compiled for the tier at hand. The body is plain C. */
-#if HF_LRQ_X86
+#if HF_LRQ_HAS_AVX512
 #define HF_LRQ_CLONES(linkage, name, params, args)                                                                            \
     AVX512_TARGET static void name##_avx512 params { name##_body args; }                                               \
     AVX2_TARGET static void name##_avx2 params { name##_body args; }                                                   \
@@ -47,6 +56,15 @@ int hf_lrq_isa(void);
         if (isa >= HF_LRQ_AVX512)                                                                                      \
             name##_avx512 args;                                                                                        \
         else if (isa >= HF_LRQ_AVX2)                                                                                   \
+            name##_avx2 args;                                                                                          \
+        else                                                                                                           \
+            name##_body args;                                                                                          \
+    }
+#elif HF_LRQ_HAS_AVX2
+#define HF_LRQ_CLONES(linkage, name, params, args)                                                                            \
+    AVX2_TARGET static void name##_avx2 params { name##_body args; }                                                   \
+    linkage void name params {                                                                                               \
+        if (hf_lrq_isa() >= HF_LRQ_AVX2)                                                                               \
             name##_avx2 args;                                                                                          \
         else                                                                                                           \
             name##_body args;                                                                                          \

@@ -4,7 +4,7 @@
 
 #include "common.h"
 
-#if HF_LRQ_X86
+#if HF_LRQ_HAS_AVX512
 #include <immintrin.h>
 #endif
 
@@ -80,11 +80,11 @@ ALWAYS_INLINE void bit_tile(int16_t *y, const uint8_t *tile, uint32_t multiplier
             }
         }
         for (int lane = 0; lane < LANES; lane++)
-            for (int i = 0; i < TILE_COLUMNS; i++) y[(p * LANES + lane) * STRIP + i] = column[i][lane];
+            ROLLED for (int i = 0; i < TILE_COLUMNS; i++) y[(p * LANES + lane) * STRIP + i] = column[i][lane];
     }
 }
 
-#if HF_LRQ_X86
+#if HF_LRQ_HAS_AVX512
 /* Four steps of a word for 16 lanes, as [lane][16] int16: unpacked in pairs of lanes, then sorted by lane. */
 AVX512_TARGET static void byte_tile_avx512(int16_t *y, const uint8_t *tile, const uint32_t *multipliers, int words) {
     const __m512i low = _mm512_set1_epi32(0x00ff00ff);
@@ -161,7 +161,7 @@ HF_LRQ_CLONES(static, portable_strip, (int16_t *y, const uint8_t *codes, int64_t
               (y, codes, tiles, d))
 
 static void strip(int16_t *y, const uint8_t *codes, int64_t tiles, const Decoding *d) {
-#if HF_LRQ_X86
+#if HF_LRQ_HAS_AVX512
     if (d->family == BYTE_TRELLIS && hf_lrq_isa() >= HF_LRQ_AVX512) {
         for (int64_t t = 0; t < tiles; t++, y += TILE_COLUMNS, codes += 256 * d->bits)
             byte_tile_avx512(y, codes, d->multipliers, d->bits / 2);

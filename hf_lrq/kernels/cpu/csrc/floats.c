@@ -4,7 +4,7 @@
 
 #include <math.h>
 
-#if HF_LRQ_X86
+#if HF_LRQ_HAS_AVX2
 #include <immintrin.h>
 #endif
 
@@ -40,14 +40,16 @@ ALWAYS_INLINE uint16_t to_bfloat(float value) {
     return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
 }
 
-#if HF_LRQ_X86
+#if HF_LRQ_HAS_AVX512
 AVX512_TARGET static int64_t halves_avx512(float *to, const uint16_t *from, int64_t n) {
     int64_t i = 0;
     for (; i + 16 <= n; i += 16)
         _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(from + i))));
     return i;
 }
+#endif
 
+#if HF_LRQ_HAS_AVX2
 AVX2_TARGET static int64_t halves_avx2(float *to, const uint16_t *from, int64_t n) {
     int64_t i = 0;
     for (; i + 8 <= n; i += 8)
@@ -65,19 +67,18 @@ AVX2_TARGET static int64_t to_halves_avx2(uint16_t *to, const float *from, int64
 
 static void halves_to_float(float *to, const uint16_t *from, int64_t n) {
     int64_t i = 0;
-#if HF_LRQ_X86
-    int isa = hf_lrq_isa();
-    if (isa >= HF_LRQ_AVX512)
-        i = halves_avx512(to, from, n);
-    else if (isa >= HF_LRQ_AVX2)
-        i = halves_avx2(to, from, n);
+#if HF_LRQ_HAS_AVX512
+    if (hf_lrq_isa() >= HF_LRQ_AVX512) i = halves_avx512(to, from, n);
+#endif
+#if HF_LRQ_HAS_AVX2
+    if (hf_lrq_isa() == HF_LRQ_AVX2) i = halves_avx2(to, from, n);
 #endif
     for (; i < n; i++) to[i] = from_half(from[i]);
 }
 
 static void halves_from_float(uint16_t *to, const float *from, int64_t n) {
     int64_t i = 0;
-#if HF_LRQ_X86
+#if HF_LRQ_HAS_AVX2
     if (hf_lrq_isa() >= HF_LRQ_AVX2) i = to_halves_avx2(to, from, n);
 #endif
     for (; i < n; i++) to[i] = to_half(from[i]);
@@ -156,7 +157,7 @@ ALWAYS_INLINE void hadamard_body(float *restrict x, int64_t n, int64_t block) {
         }
 }
 
-#if HF_LRQ_X86
+#if HF_LRQ_HAS_AVX512
 /* The four passes inside a vector of 16. */
 AVX512_TARGET static void hadamard_avx512(float *x, int64_t n, int64_t block) {
     __m512 norm = _mm512_set1_ps(1 / sqrtf((float)block));
@@ -180,19 +181,22 @@ AVX512_TARGET static void hadamard_avx512(float *x, int64_t n, int64_t block) {
                 _mm512_storeu_ps(x + j + h, _mm512_sub_ps(a, b));
             }
 }
+#endif
 
+#if HF_LRQ_HAS_AVX2
 AVX2_TARGET static void hadamard_avx2(float *x, int64_t n, int64_t block) { hadamard_body(x, n, block); }
 #endif
 
 void hf_lrq_hadamard(float *x, int64_t n, int64_t block) {
     if (block == 1) return;
-#if HF_LRQ_X86
-    int isa = hf_lrq_isa();
-    if (isa >= HF_LRQ_AVX512 && block >= 16) {
+#if HF_LRQ_HAS_AVX512
+    if (hf_lrq_isa() >= HF_LRQ_AVX512 && block >= 16) {
         hadamard_avx512(x, n, block);
         return;
     }
-    if (isa >= HF_LRQ_AVX2) {
+#endif
+#if HF_LRQ_HAS_AVX2
+    if (hf_lrq_isa() >= HF_LRQ_AVX2) {
         hadamard_avx2(x, n, block);
         return;
     }

@@ -4,7 +4,7 @@
 
 #include "common.h"
 
-#if HF_LRQ_X86
+#if HF_LRQ_HAS_AVX2
 #include <cpuid.h>
 
 /* Not __builtin_cpu_supports: compilers differ in the names it knows and in whether its library is there. */
@@ -34,7 +34,7 @@ static int amx_permitted(void) {
 #endif
 
 static int detected(void) {
-#if HF_LRQ_X86
+#if HF_LRQ_HAS_AVX2
     enum { FMA = 12, OSXSAVE = 27, AVX = 28, F16C = 29 };                     /* leaf 1, ecx */
     enum { AVX2 = 5, AVX512F = 16, AVX512DQ = 17, AVX512BW = 30, AVX512VL = 31 }; /* leaf 7, ebx */
     enum { AVX512VNNI = 11 };                                                 /* leaf 7, ecx */
@@ -46,7 +46,8 @@ static int detected(void) {
         return HF_LRQ_SCALAR;
     unsigned saved = saved_states();
     if ((saved & 0x6) != 0x6) return HF_LRQ_SCALAR;
-    if ((saved & 0xe0) != 0xe0 || !has(seven, EBX, BIT(AVX512F) | BIT(AVX512DQ) | BIT(AVX512BW) | BIT(AVX512VL)) ||
+    if (HF_LRQ_HIGHEST_TIER == HF_LRQ_AVX2 || (saved & 0xe0) != 0xe0 ||
+        !has(seven, EBX, BIT(AVX512F) | BIT(AVX512DQ) | BIT(AVX512BW) | BIT(AVX512VL)) ||
         !has(seven, ECX, BIT(AVX512VNNI)))
         return HF_LRQ_AVX2;
 #if HF_LRQ_HAS_AMX

@@ -22,7 +22,7 @@ static void choose_bytes(Kernel *kernel, int bits, int64_t planes) {
         return;
     }
 #endif
-#if HF_LRQ_X86
+#if HF_LRQ_HAS_AVX512
     if (isa >= HF_LRQ_AVX512) {
         kernel->dot = wide ? hf_lrq_bt2_avx512 : hf_lrq_bt1_avx512;
         kernel->arrangement = BYTES;
@@ -31,7 +31,7 @@ static void choose_bytes(Kernel *kernel, int bits, int64_t planes) {
     }
 #endif
     kernel->dot = wide ? hf_lrq_bt2_scalar : hf_lrq_bt1_scalar;
-#if HF_LRQ_X86
+#if HF_LRQ_HAS_AVX2
     if (isa >= HF_LRQ_AVX2) kernel->dot = wide ? hf_lrq_bt2_avx2 : hf_lrq_bt1_avx2;
 #endif
     (void)isa;
@@ -46,7 +46,7 @@ static void choose_bits(Kernel *kernel, int bits) {
     int isa = hf_lrq_isa();
     kernel->virtual_columns = TILE_COLUMNS;
     kernel->offset = 510;
-#if HF_LRQ_X86
+#if HF_LRQ_HAS_AVX512
     if (isa >= HF_LRQ_AVX512) {
         kernel->dot = hf_lrq_tcq_avx512(bits);
         kernel->arrangement = SPLAT;
@@ -55,7 +55,7 @@ static void choose_bits(Kernel *kernel, int bits) {
     }
 #endif
     kernel->dot = hf_lrq_tcq_scalar(bits);
-#if HF_LRQ_X86
+#if HF_LRQ_HAS_AVX2
     if (isa >= HF_LRQ_AVX2) kernel->dot = hf_lrq_tcq_avx2(bits);
 #endif
     (void)isa;
@@ -77,7 +77,7 @@ static void choose_uniform(Kernel *kernel, int bits, int64_t group_size, int64_t
         return;
     }
 #endif
-#if HF_LRQ_X86
+#if HF_LRQ_HAS_AVX512
     if (isa >= HF_LRQ_AVX512 && group_size % (bits == 2 || bits == 4 ? TILE_COLUMNS : VECTOR) == 0) {
         kernel->uniform = hf_lrq_uniform_avx512;
         kernel->arrangement = UNIFORM_BYTES;
@@ -85,7 +85,7 @@ static void choose_uniform(Kernel *kernel, int bits, int64_t group_size, int64_t
     }
 #endif
     kernel->uniform = hf_lrq_uniform_portable;
-#if HF_LRQ_X86
+#if HF_LRQ_HAS_AVX2
     if (isa >= HF_LRQ_AVX2) kernel->uniform = hf_lrq_uniform_avx2;
 #endif
     kernel->arrangement = UNIFORM_WORDS;

@@ -5,14 +5,14 @@
 
 #include "bt.h"
 
-#if HF_LRQ_X86
+#if HF_LRQ_HAS_AVX2
 #include <immintrin.h>
 #endif
 
 /* The window of weight i of a pair of rows starts at bit 32 + (i + 1) * bits - 16 of the words (before, 0, 1, ...). */
 #define START(BITS, I) (32 + ((I) + 1) * (BITS)-16)
 
-#if HF_LRQ_X86
+#if HF_LRQ_HAS_AVX512
 enum { AHEAD = 2048 };
 
 AVX512_TARGET ALWAYS_INLINE __m512i window512(const __m512i *words, int start) {
@@ -78,7 +78,9 @@ DOTS512(3)
 DOTS512(4)
 
 DotFunction hf_lrq_tcq_avx512(int bits) { return bits == 2 ? avx512_2 : bits == 3 ? avx512_3 : avx512_4; }
+#endif
 
+#if HF_LRQ_HAS_AVX2
 AVX2_TARGET ALWAYS_INLINE __m256i sum256(const __m256i *words, int start, __m256i m) {
     __m256i word = _mm256_srli_epi32(words[start / 32], start % 32);
     if (start % 32 > 16) word = _mm256_or_si256(word, _mm256_slli_epi32(words[start / 32 + 1], 32 - start % 32));

@@ -6,8 +6,10 @@
 #include "kernels.h"
 
 DotFunction hf_lrq_tcq_scalar(int bits);
-#if HF_LRQ_X86
+#if HF_LRQ_HAS_AVX2
 DotFunction hf_lrq_tcq_avx2(int bits);
+#endif
+#if HF_LRQ_HAS_AVX512
 DotFunction hf_lrq_tcq_avx512(int bits);
 #endif
 

@@ -8,10 +8,6 @@ scale for each `group_size` columns. Products are taken in units of 64 bytes of 
 
 #include "activations.h"
 
-#if HF_LRQ_X86
-#include <immintrin.h>
-#endif
-
 enum { VECTOR = 64, UNIFORM_BLOCK = 128, UNIFORM_BLOCK_BYTES = 2 * 1024 + 2 * 64 };
 
 typedef struct UniformMatrix {
@@ -51,26 +47,17 @@ void hf_lrq_uniform_place(Planes *planes, int64_t token, int32_t *integers, int3
    activations if they go by blocks. Returns 0, or -1 if memory ran out. */
 int hf_lrq_uniform_portable(const Planes *planes, const UniformMatrix *matrix, float *to, int64_t stride, int64_t first,
                             int64_t rows);
-#if HF_LRQ_X86
-/* avx512: the group size is a multiple of 16 at 2 and 4 bits and of 64 at 3 and 8; amx: of 128. */
+#if HF_LRQ_HAS_AVX2
 int hf_lrq_uniform_avx2(const Planes *planes, const UniformMatrix *matrix, float *to, int64_t stride, int64_t first,
                         int64_t rows);
+#endif
+#if HF_LRQ_HAS_AVX512
+/* The group size is a multiple of 16 at 2 and 4 bits and of 64 at 3 and 8. */
 int hf_lrq_uniform_avx512(const Planes *planes, const UniformMatrix *matrix, float *to, int64_t stride, int64_t first,
                           int64_t rows);
-
-/* 64 codes of 3 bits, one a byte; 32 bytes are read. Eight codes are three bytes: first they go to where eight are to be,
-   then two codes to each 16 bits. */
-AVX512_TARGET ALWAYS_INLINE __m512i hf_lrq_three_bits(const uint8_t *codes) {
-    const __m512i words = _mm512_set_epi16(0, 11, 10, 9, 0, 11, 10, 9, 0, 8, 7, 6, 0, 8, 7, 6, 0, 5, 4, 3, 0, 5, 4, 3, 0, 2,
-                                           1, 0, 0, 2, 1, 0);
-    const __m512i bytes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 0, 1, 1, 2, 2, -1, 3, 4, 3, 4, 4, 5, 5, -1));
-    __m512i v = _mm512_permutexvar_epi16(words, _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)codes)));
-    v = _mm512_srlv_epi16(_mm512_shuffle_epi8(v, bytes), _mm512_set1_epi64(0x0002000400060000));
-    return _mm512_ternarylogic_epi32(_mm512_and_si512(v, _mm512_set1_epi16(7)), _mm512_slli_epi16(v, 5),
-                                     _mm512_set1_epi16(0x700), 0xf8); /* a | b & c */
-}
 #endif
 #if HF_LRQ_HAS_AMX
+/* The group size is a multiple of 128. */
 int hf_lrq_uniform_amx(const Planes *planes, const UniformMatrix *matrix, float *to, int64_t stride, int64_t first,
                        int64_t rows);
 #endif

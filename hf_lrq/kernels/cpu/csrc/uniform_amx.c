@@ -6,6 +6,9 @@
 #include "floats.h"
 
 #if HF_LRQ_HAS_AMX
+#include <immintrin.h>
+
+#include "three_bits.h"
 
 enum { PANEL = 64, HALF = PANEL / 2, BLOCK = UNIFORM_BLOCK, UNIT_BYTES = 1024, BLOCKS_AHEAD = 4 };
 

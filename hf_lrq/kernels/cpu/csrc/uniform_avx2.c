@@ -4,7 +4,9 @@
 
 #include "floats.h"
 
-#if HF_LRQ_X86
+#if HF_LRQ_HAS_AVX2
+#include <immintrin.h>
+
 #define LOAD(at) _mm256_loadu_si256((const __m256i *)(at))
 
 /* One row. sums: [token][8]. */

@@ -4,7 +4,10 @@
 
 #include "floats.h"
 
-#if HF_LRQ_X86
+#if HF_LRQ_HAS_AVX512
+#include <immintrin.h>
+
+#include "three_bits.h"
 
 enum { AHEAD = 2048, ROWS = 2, MOST_TOKENS = 4, ROWS_OF_SCALES = 8, LAST_UNITS = 2 };
 

@@ -8,7 +8,7 @@ one 32-bit number, 256 * metric + predecessor, so that one minimum finds both. *
 #include "common.h"
 #include "pool.h"
 
-#if HF_LRQ_X86
+#if HF_LRQ_HAS_AVX2
 #include <immintrin.h>
 #endif
 
@@ -66,7 +66,7 @@ static void step_portable(Batch *batch, const int32_t *table, int width) {
         }
 }
 
-#if HF_LRQ_X86
+#if HF_LRQ_HAS_AVX512
 #define STEP_AVX512(NAME, WIDTH)                                                                                       \
     HF_LRQ_TARGET("avx512f,avx512bw,avx512vl,avx512vnni")                                                              \
     static void NAME(Batch *batch, const int32_t *table, int width) {                                                  \
@@ -94,7 +94,9 @@ static void step_portable(Batch *batch, const int32_t *table, int width) {
     }
 STEP_AVX512(step2_avx512, 2)
 STEP_AVX512(step4_avx512, 4)
+#endif
 
+#if HF_LRQ_HAS_AVX2
 #define STEP_AVX2(NAME, WIDTH)                                                                                         \
     HF_LRQ_TARGET("avx2")                                                                                              \
     static void NAME(Batch *batch, const int32_t *table, int width) {                                                  \
@@ -130,10 +132,11 @@ STEP_AVX2(step4_avx2, 4)
 #endif
 
 static StepFunction step_for(int width) {
-#if HF_LRQ_X86
-    int isa = hf_lrq_isa();
-    if (isa >= HF_LRQ_AVX512) return width == 4 ? step4_avx512 : step2_avx512;
-    if (isa >= HF_LRQ_AVX2) return width == 4 ? step4_avx2 : step2_avx2;
+#if HF_LRQ_HAS_AVX512
+    if (hf_lrq_isa() >= HF_LRQ_AVX512) return width == 4 ? step4_avx512 : step2_avx512;
+#endif
+#if HF_LRQ_HAS_AVX2
+    if (hf_lrq_isa() >= HF_LRQ_AVX2) return width == 4 ? step4_avx2 : step2_avx2;
 #endif
     (void)width;
     return step_portable;
