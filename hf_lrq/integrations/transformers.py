@@ -21,7 +21,7 @@ from hf_lrq.integrations.compress_on_load import CompressOnLoad, LoadingCompress
 from hf_lrq.integrations.config import LRQConfig, stored_header
 from hf_lrq.integrations.conversions import keep_arrangement, without_rearranging
 from hf_lrq.integrations.decompression import decompress
-from hf_lrq.integrations.dtypes import report_uncompressed_dtype
+from hf_lrq.integrations.dtypes import keep_dtypes_on_disk, report_uncompressed_dtype
 from hf_lrq.integrations.loading import check_values, default_layout, empty_layers, header_of_model
 from hf_lrq.integrations.planning import plan_for
 from hf_lrq.integrations.provenance import Provenance
@@ -235,6 +235,7 @@ class LRQHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.pre_quantized:
             check_values(model)
+            keep_dtypes_on_disk(model)
         elif self._loading is not None:
             self.inventory, self.provenance.report = self._loading.finish(model)
             check_reads(model, try_out(model, self.inventory.layouts))
