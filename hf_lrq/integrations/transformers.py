@@ -23,7 +23,7 @@ from hf_lrq.integrations.conversions import keep_arrangement, without_rearrangin
 from hf_lrq.integrations.decompression import decompress
 from hf_lrq.integrations.dtypes import keep_dtypes_on_disk, report_uncompressed_dtype
 from hf_lrq.integrations.loading import check_values, default_layout, empty_layers, header_of_model
-from hf_lrq.integrations.planning import plan_for
+from hf_lrq.integrations.planning import plan_for, without_read
 from hf_lrq.integrations.provenance import Provenance
 from hf_lrq.integrations.saving import bind_saving, unbind_saving
 from hf_lrq.integrations.stored_state import note_trained_rotations, state_and_metadata
@@ -253,9 +253,10 @@ class LRQHfQuantizer(HfQuantizer):
         self, model: Any, plan: Plan, batches: Iterable[Batch] | None, progress: Progress | None = None
     ) -> None:
         """Compress a model that is loaded; None for `batches` is without data."""
-        sequential = self.quantization_config.sequential
+        plan, sequential = without_read(model, plan), self.quantization_config.sequential
         report = compress_model(model, plan, batches, sequential=sequential, progress=progress)
         self.provenance.report, self.inventory = report, plan.without(report.skipped).inventory
+        check_reads(model, try_out(model, self.inventory.layouts))
 
     def _make_compressed(self, model: Any) -> None:
         """From here on the model is a compressed one, however it came to be."""
