@@ -44,3 +44,18 @@ def _dtype(self: Any) -> torch.dtype:
 def report_uncompressed_dtype() -> None:
     """Let `PreTrainedModel.dtype` pass over compressed matrices; for models without any it is what it was."""
     PreTrainedModel.dtype = property(_dtype)
+
+
+def keep_dtypes_on_disk(model: Any) -> None:
+    """Make tensors that are offloaded to the checkpoint's files come back in their dtypes.
+
+    Before transformers 5.13 accelerate is told to read all of them in the dtype of the model, codes and factors too.
+    """
+    # TODO: drop when transformers>=5.13 is the floor.
+    places: dict[str, Any] = {}
+    for module in model.modules():
+        weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+        places |= getattr(getattr(weights, "dataset", None), "index", {})
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in places and "safetensors_file" in places[name]:
+            places[name]["dtype"] = str(tensor.dtype).removeprefix("torch.")

@@ -29,7 +29,17 @@ def plan_for(model: nn.Module, config: LRQConfig) -> Plan:
     patterns = tuple(config.modules_to_not_convert or ())
     if not isinstance(model, PreTrainedModel):
         return make_plan(model, config.spec, excluded(model, patterns))
-    plan = make_plan(model, config.spec, skip_reasons(model, patterns))
+    return without_read(model, make_plan(model, config.spec, skip_reasons(model, patterns)))
+
+
+def without_read(model: PreTrainedModel, plan: Plan) -> Plan:
+    """The plan without matrices that the model reads itself, as far as a trial pass shows it.
+
+    A pass on the meta device ends where the code looks at values; once the weights are there, it may show more.
+
+    Raises:
+        CompressionError: if nothing is left to compress.
+    """
     reads = try_out(model, plan.specs).reads
     plan = plan.without(
         {site.label: f"{reads[site.name]} reads its weight directly" for site in plan.specs if site.name in reads}

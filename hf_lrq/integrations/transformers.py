@@ -21,9 +21,9 @@ from hf_lrq.integrations.compress_on_load import CompressOnLoad, LoadingCompress
 from hf_lrq.integrations.config import LRQConfig, stored_header
 from hf_lrq.integrations.conversions import keep_arrangement, without_rearranging
 from hf_lrq.integrations.decompression import decompress
-from hf_lrq.integrations.dtypes import report_uncompressed_dtype
+from hf_lrq.integrations.dtypes import keep_dtypes_on_disk, report_uncompressed_dtype
 from hf_lrq.integrations.loading import check_values, default_layout, empty_layers, header_of_model
-from hf_lrq.integrations.planning import plan_for
+from hf_lrq.integrations.planning import plan_for, without_read
 from hf_lrq.integrations.provenance import Provenance
 from hf_lrq.integrations.saving import bind_saving, unbind_saving
 from hf_lrq.integrations.skip_rules import only_in_training
@@ -237,6 +237,7 @@ class LRQHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.pre_quantized:
             check_values(model)
+            keep_dtypes_on_disk(model)
         elif self._loading is not None:
             self.inventory, self.provenance.report = self._loading.finish(model)
             check_reads(model, try_out(model, self.inventory.layouts))
@@ -254,9 +255,10 @@ class LRQHfQuantizer(HfQuantizer):
         self, model: Any, plan: Plan, batches: Iterable[Batch] | None, progress: Progress | None = None
     ) -> None:
         """Compress a model that is loaded; None for `batches` is without data."""
-        sequential = self.quantization_config.sequential
+        plan, sequential = without_read(model, plan), self.quantization_config.sequential
         report = compress_model(model, plan, batches, sequential=sequential, progress=progress)
         self.provenance.report, self.inventory = report, plan.without(report.skipped).inventory
+        check_reads(model, try_out(model, self.inventory.layouts))
 
     def _make_compressed(self, model: Any) -> None:
         """From here on the model is a compressed one, however it came to be."""

@@ -29,8 +29,6 @@ from hf_lrq.work.plan import listed
 logger = logging.getLogger(__name__)
 
 TOKENS = 8
-# What may be asked of a weight that is codes: where it is.
-_HARMLESS = {Tensor.device.__get__, Tensor.is_cuda.__get__, Tensor.is_cpu.__get__}  # type: ignore[attr-defined]
 
 
 @dataclass
@@ -46,17 +44,24 @@ class Trial:
     complete: bool = False
 
 
-class _Watched(Tensor):
-    """A weight that notes when it is used."""
+class Watched(Tensor):
+    """A weight that notes when it is used.
 
+    Attributes:
+        harmless: what may be asked of a weight that is codes: where it is.
+    """
+
+    harmless: frozenset[Any] = frozenset(
+        {Tensor.device.__get__, Tensor.is_cuda.__get__, Tensor.is_cpu.__get__}  # type: ignore[attr-defined]
+    )
     trial: Trial
     read: tuple[str, str]  # Name of the layer, and what reads its weight.
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in _HARMLESS:
+        if func not in cls.harmless:
             for value in (*args, *(kwargs or {}).values()):
-                if isinstance(value, _Watched):
+                if isinstance(value, Watched):
                     value.trial.reads.setdefault(*value.read)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
@@ -73,8 +78,8 @@ class _WatchedLayer:
         name, out_features, dtype, trial = self._hf_lrq_trial
         stored: Tensor = self._parameters["weight"]  # type: ignore[attr-defined]
         shape = (out_features, self.in_features) if isinstance(self, LRQLinear) else stored.shape
-        weight = torch.zeros(shape, dtype=dtype, device=stored.device).as_subclass(_Watched)
-        weight.trial, weight.read = trial, (name, _caller())
+        weight = torch.zeros(shape, dtype=dtype, device=stored.device).as_subclass(Watched)
+        weight.trial, weight.read = trial, (name, caller())
         return weight
 
     def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -82,7 +87,7 @@ class _WatchedLayer:
         return x.new_zeros(*x.shape[:-1], self._hf_lrq_trial[1])
 
 
-def _caller() -> str:
+def caller() -> str:
     """Module and name of the function that has called the one that calls this."""
     frame = inspect.currentframe()
     for _ in range(2):
@@ -101,7 +106,8 @@ class _IdleExperts:
 
 
 @functools.cache
-def _mixed(mixin: Any, original: Any) -> Any:
+def mixed(mixin: Any, original: Any) -> Any:
+    """The class `original` with `mixin` before it."""
     return type(original.__name__, (mixin, original), {"__module__": original.__module__})
 
 
@@ -124,12 +130,12 @@ def try_out(model: Any, sites: Iterable[Site]) -> Trial:
         if site.routed or owns_stacks(module):
             module._hf_lrq_trial = site.out_features
             if not isinstance(module, _IdleExperts):
-                module.__class__ = _mixed(_IdleExperts, kind)
+                module.__class__ = mixed(_IdleExperts, kind)
         else:
             parent, _, child = site.name.rpartition(".")
             harmless = (type(skeleton.get_submodule(parent)).__name__, child) in HARMLESS_READS
             module._hf_lrq_trial = (site.name, site.out_features, dtype, Trial() if harmless else trial)
-            module.__class__ = _mixed(_WatchedLayer, kind)
+            module.__class__ = mixed(_WatchedLayer, kind)
     try:
         with torch.no_grad(), as_for_inference(skeleton), torch.random.fork_rng(devices=[]):
             args, kwargs = ModelRunner(skeleton, [torch.arange(1, TOKENS + 1)[None] % _vocabulary(model)]).arguments(0)

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -266,18 +265,25 @@ def test_disk_offload_of_a_compressed_model(compressed: Path, tmp_path: Path, to
         model.dequantize()
 
 
-@pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.13"),
-    reason="this transformers release reads all that is on disk in one dtype",
-)
-def test_what_is_offloaded_to_disk_is_saved_as_it_is(compressed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_offloaded_to_disk_computes_and_is_saved_as_it_is(
+    compressed: Path, tmp_path: Path, tokens: torch.Tensor, dtype: torch.dtype
+) -> None:
     device_map = SPLIT | {"model.layers.0": "cpu", "model.layers.1": "disk"}
-    model = AutoModelForCausalLM.from_pretrained(compressed, device_map=device_map, offload_folder=tmp_path / "disk")
+    whole = AutoModelForCausalLM.from_pretrained(compressed, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(
+        compressed, dtype=dtype, device_map=device_map, offload_folder=tmp_path / "disk"
+    )
+    # Factors and scales are float16: in bfloat16 they would be others.
+    assert torch.equal(logits(model, tokens), logits(whole, tokens))
+    whole.save_pretrained(tmp_path / "whole")
     with pytest.warns(UserWarning, match="offloaded modules"):
         model.save_pretrained(tmp_path / "again")
-    before, after = weights(compressed), weights(tmp_path / "again")
+    before, after = weights(tmp_path / "whole"), weights(tmp_path / "again")
     assert {name: tensor.dtype for name, tensor in after.items()} == {name: t.dtype for name, t in before.items()}
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", quantization_config=LRQConfig(verify=True))
+    assert torch.equal(logits(again, tokens), logits(whole, tokens))
 
 
 def test_compressing_with_disk_offload_is_refused(original: Path, fast: dict[str, Any], tmp_path: Path) -> None:

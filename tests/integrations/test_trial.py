@@ -56,6 +56,16 @@ class ReaderOfValues(Reader):
         return input_ids
 
 
+class ReaderOfCompressed(Reader):
+    """Reads the weights of layers that are not its own."""
+
+    def seen(self, input_ids: Tensor) -> Tensor:
+        for block in self.blocks:
+            if hasattr(block["out"], "scales"):
+                block["out"].weight.float()
+        return input_ids
+
+
 READ = {"inner.0", "blocks.0.mix", "blocks.1.mix"}
 
 
@@ -89,6 +99,22 @@ def test_reads_that_show_too_late_are_an_error_with_the_remedy(fast: dict[str, A
     assert {name for name, module in loaded.named_modules() if type(module) is nn.Linear} == READ
     compress(model, None, LRQConfig(**fast))
     assert {name for name, module in model.named_modules() if type(module) is nn.Linear} == READ
+
+
+def test_what_is_calibrated_is_tried_again_with_its_weights(fast: dict[str, Any], tmp_path: Path) -> None:
+    ReaderOfValues(OddConfig()).save_pretrained(tmp_path)
+    config = LRQConfig(**fast, dataset=[torch.arange(20)])
+    model = ReaderOfValues.from_pretrained(tmp_path, quantization_config=config)
+    assert {name for name, module in model.named_modules() if type(module) is nn.Linear} == READ
+    assert set(model.hf_quantizer.report.skipped) == READ
+    assert model(torch.arange(4)[None]).isfinite().all()
+
+
+@pytest.mark.parametrize("batches", [None, [torch.arange(20)]])
+def test_what_shows_in_a_model_in_memory_once_all_is_compressed(fast: dict[str, Any], batches: Any) -> None:
+    remedy = r"modules_to_not_convert=\['blocks\.\\\\d\+\.out'\]\.$"
+    with pytest.raises(CompressionError, match=r"ReaderOfCompressed reads .* blocks\.0\.out.*" + remedy):
+        compress(ReaderOfCompressed(OddConfig()), batches, LRQConfig(**fast))
 
 
 def test_rwkv_runs_after_loading(fast: dict[str, Any], tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """PEFT's LoRA on compressed layers: merging becomes exact, and what needs the full weight is refused with a reason."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ from hf_lrq.errors import SpecError
 from hf_lrq.integrations.peft.merging import MergesIntoFactors
 from hf_lrq.integrations.peft.offloading import check_none_is_offloaded
 from hf_lrq.integrations.peft.targets import layers_of
+from hf_lrq.integrations.peft.wrapping import wrap
 from hf_lrq.matrices import Pair
 from hf_lrq.nn import LRQLinear
 
@@ -57,18 +57,10 @@ class LRQLoraLinear(MergesIntoFactors, LoraLinear):
 
 def adapt_lora() -> None:
     """Teach PEFT's LoraModel about compressed layers; it offers no way to register them. Idempotent."""
-    _wrap("_create_new_module", _with_exact_merge)
-    _wrap("_check_new_adapter_config", _with_refusals)
-    _wrap("_check_merge_allowed", _with_offload_check)
+    wrap(LoraModel, "_create_new_module", _with_exact_merge)
+    wrap(LoraModel, "_check_new_adapter_config", _with_refusals)
+    wrap(LoraModel, "_check_merge_allowed", _with_offload_check)
     LoraModel._create_new_module = staticmethod(LoraModel._create_new_module)
-
-
-def _wrap(name: str, make: Callable[[Any], Callable[..., Any]]) -> None:
-    present = getattr(LoraModel, name)
-    original = getattr(present, "_hf_lrq_original", present)
-    wrapped: Any = functools.wraps(original)(make(original))
-    wrapped._hf_lrq_original = original
-    setattr(LoraModel, name, wrapped)
 
 
 def _with_exact_merge(original: Any) -> Callable[..., Any]:
@@ -105,7 +97,7 @@ def _with_offload_check(original: Any) -> Callable[..., None]:
 
 def refusal(config: Any) -> str | None:
     """Why a LoraConfig cannot be used on compressed layers, or None."""
-    init = config.init_lora_weights
+    init = getattr(config, "init_lora_weights", True)  # X-LoRA's config has none.
     for start, reason in REFUSED_INITS.items():
         if isinstance(init, str) and init.lower().startswith(start):
             return f"init_lora_weights={init!r} {reason}"
