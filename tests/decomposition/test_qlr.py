@@ -10,7 +10,7 @@ from hf_lrq.decomposition.compress_matrix import generator_for, input_rotation
 from hf_lrq.errors import CompressionError
 from hf_lrq.spec import LayerSpec
 
-SPEC = LayerSpec(bits=2, rank=8, codebook="e8p")
+SPEC = LayerSpec(bits=2, rank=8, factor_bits=16, codebook="e8p")
 
 
 def problem(seed=0, out_features=96, in_features=128, tokens=2000):

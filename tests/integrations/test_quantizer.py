@@ -123,6 +123,23 @@ def test_patterns_are_stored_by_name_and_loaded(original: Path, fast: dict[str, 
     assert again.config.quantization_config.to_dict() == header(tmp_path)
 
 
+def test_ranks_by_size_are_stored_as_numbers(original: Path, fast: dict[str, Any], tmp_path: Path) -> None:
+    config = LRQConfig(**{**fast, "rank": None})
+    model = AutoModelForCausalLM.from_pretrained(original, quantization_config=config)
+    model.save_pretrained(tmp_path)
+    stored = header(tmp_path)
+    assert stored["rank"] == 1
+    assert stored["modules"] == {
+        f"model.layers.{layer}.self_attn.{name}_proj": {"rank": 0} for layer in range(2) for name in "qkv"
+    }
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=LRQConfig(rank=None))
+    ranks = {name: module.rank for name, module in again.named_modules() if isinstance(module, LRQLinear)}
+    report = model.hf_quantizer.report
+    assert {layer.name: layer.rank for layer in report.layers} == ranks
+    assert set(ranks.values()) == {0, 1}
+    assert again.config.quantization_config.rank == 1
+
+
 def test_the_config_that_made_a_checkpoint_loads_it(original: Path, fast: dict[str, Any], tmp_path: Path) -> None:
     """Even where most modules got other bits than the default."""
     config = LRQConfig(**fast | {"bits": 2}, bits_pattern={"mlp.*|q_proj|k_proj": 4})
