@@ -17,7 +17,7 @@ ROUNDINGS = ("ldlq", "nearest")
 ROTATIONS = ("hadamard", "none")
 # What "auto" takes, the best first that does not take too long. tcq has less error than both bt and e8p, and kernels,
 # but its paths take 50 times as long to find as points of e8p (194 s against 3.7 s for 256 x 576 at 3 bits, one core of
-# AVX2). So 3 bits are e8p, which only torch decodes; int is ten times as fast there and has a fifth to a quarter more
+# AVX2). So 3 bits are e8p, which only torch decodes; int is five to ten times as fast there, with a fifth to a quarter more
 # error.
 AUTO_FAMILIES = ("bt", "e8p", "int")
 # Of the codes of matrices that are computed together. As much as that, because what follows bt is slower or worse: a

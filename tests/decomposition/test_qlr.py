@@ -161,6 +161,13 @@ def test_full_rank_factors_reproduce_the_weight():
     assert compressed.proxy_loss < 1e-6
 
 
+def test_a_rank_that_is_left_open_follows_the_shape():
+    W, gram = problem(out_features=96, in_features=64)
+    compressed = compress_matrix(W, gram, change(rank=None, factor_bits=8), torch.Generator().manual_seed(0))
+    assert compressed.layout.rank == LayerSpec().fitted((96, 64)).rank == 1
+    assert compressed.tensors()["lr_L"].shape == (96, 1)
+
+
 def test_an_all_zero_weight_stays_zero():
     compressed = compress_matrix(torch.zeros(16, 24), None, SPEC, torch.Generator().manual_seed(0))
     assert compressed.proxy_loss == 0

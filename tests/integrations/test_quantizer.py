@@ -20,7 +20,7 @@ from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from hf_lrq import LRQConfig, LRQLinear
+from hf_lrq import LRQConfig, LRQLinear, refit_factors
 from hf_lrq.errors import CheckpointError, CompressionError, SpecError
 from hf_lrq.integrations.compression import compress
 
@@ -240,7 +240,8 @@ def test_format_dtypes_survive_a_load_in_another_dtype(compressed: Path, tokens:
     layer = model.model.layers[0].mlp.up_proj
     assert {name: tensor.dtype for name, tensor in layer.named_parameters()} == {
         "weight": torch.uint8,
-        **dict.fromkeys(["scales", "rot_in", "rot_out", "lr_L", "lr_R"], torch.float16),
+        **dict.fromkeys(["scales", "rot_in", "rot_out", "lr_L_scale", "lr_R_scale"], torch.float16),
+        **dict.fromkeys(["lr_L", "lr_R"], torch.int8),
     }
     assert model.lm_head.weight.dtype == torch.bfloat16
     assert logits(model, tokens).dtype == torch.bfloat16
@@ -379,7 +380,7 @@ def test_without_the_plugin_loading_stops(compressed: Path) -> None:
 def test_another_rank_than_stored_is_found(edited: Path) -> None:
     edit_header(edited, rank=8)
     layer = r"model\.layers\.0\.self_attn\.q_proj"
-    message = rf"28 tensors do not match.*\n  {layer}\.lr_L: expected F16 \[64, 8\], found F16 \[64, 4\]"
+    message = rf"56 tensors do not match.*\n  {layer}\.lr_L: expected I8 \[64, 8\], found I8 \[64, 4\]"
     with pytest.raises(CheckpointError, match=message):
         AutoModelForCausalLM.from_pretrained(edited)
 
@@ -406,7 +407,7 @@ def test_an_edited_tensor_is_found(edited: Path, name: str, change: Any, message
 def test_a_module_that_is_missing_altogether_is_found(edited: Path) -> None:
     kept = {name: tensor for name, tensor in weights(edited).items() if "layers.1.mlp.up_proj" not in name}
     save_file(kept, edited / "model.safetensors", metadata={"format": "pt"})
-    expected = r"6 tensors do not match.*\n  model\.layers\.1\.mlp\.up_proj\.weight: .*missing"
+    expected = r"8 tensors do not match.*\n  model\.layers\.1\.mlp\.up_proj\.weight: .*missing"
     with pytest.raises(CheckpointError, match=expected):
         AutoModelForCausalLM.from_pretrained(edited)
 
@@ -510,8 +511,9 @@ def test_compiles_as_one_graph(compressed: Path, tokens: torch.Tensor) -> None:
     torch.testing.assert_close(logits(compiled, tokens), expected)
 
 
-def test_factors_can_be_trained_and_saved(compressed: Path, tokens: torch.Tensor, tmp_path: Path) -> None:
+def test_factors_can_be_trained_in_place_once_they_are_floats(compressed: Path, tokens: torch.Tensor) -> None:
     model = AutoModelForCausalLM.from_pretrained(compressed)
+    refit_factors(model)
     layer = model.model.layers[0].mlp.up_proj
     layer.lr_L.requires_grad_(True)
     model(tokens, labels=tokens).loss.backward()
