@@ -1,5 +1,6 @@
 """What to do to each weight matrix: plain, frozen, JSON-able descriptions. No weights, no Hugging Face."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -17,8 +18,8 @@ ROUNDINGS = ("ldlq", "nearest")
 ROTATIONS = ("hadamard", "none")
 # What "auto" takes, the best first that does not take too long. tcq has less error than both bt and e8p, and kernels,
 # but its paths take 50 times as long to find as points of e8p (194 s against 3.7 s for 256 x 576 at 3 bits, one core of
-# AVX2). So 3 bits are e8p, which only torch decodes; int is five to ten times as fast there, with a fifth to a quarter more
-# error.
+# AVX2). So 3 bits are e8p, which only torch decodes; int is five to ten times as fast there, with a fifth to a quarter
+# more error.
 AUTO_FAMILIES = ("bt", "e8p", "int")
 # Of the codes of matrices that are computed together. As much as that, because what follows bt is slower or worse: a
 # token through 192 x 576, which is padded by a third, takes 0.14 ms (bt2), 0.59 ms (e8p2) or 0.16 ms (int2) on one core
@@ -196,7 +197,8 @@ class CompressionSpec:
         return cls(**{**data, "default": LayerSpec.from_dict(data.get("default", {}))})
 
 
-def automatic_rank(layout: LayerLayout, shapes: Sequence[tuple[int, int]]) -> int:
+@functools.lru_cache(maxsize=4096)
+def automatic_rank(layout: LayerLayout, shapes: tuple[tuple[int, int], ...]) -> int:
     """The largest of `AUTO_RANKS` with which factors take at most `FACTOR_BUDGET` bits per weight of these matrices.
 
     Args:
@@ -204,7 +206,7 @@ def automatic_rank(layout: LayerLayout, shapes: Sequence[tuple[int, int]]) -> in
         shapes: (out, in) of matrices that share one rank.
 
     >>> layout = LayerLayout(codebook="bt2", rank=0, factor_bits=8)
-    >>> [automatic_rank(layout, [(width, width)]) for width in (64, 576, 896, 2048, 4096)]
+    >>> [automatic_rank(layout, ((width, width),)) for width in (64, 576, 896, 2048, 4096)]
     [1, 8, 16, 32, 64]
     """
     bits = FACTOR_BUDGET * sum(rows * columns for rows, columns in shapes)
