@@ -196,6 +196,11 @@ class LayerLayout:
         """Bytes of all tensors of an [out, in] matrix, padding, scales, rotations and factors included."""
         return sum(tensor.bytes for tensor in self.tensors(out_features, in_features).values())
 
+    def factor_bytes(self, out_features: int, in_features: int) -> int:
+        """Bytes of the factors of an [out, in] matrix and of their scales."""
+        tensors = self.tensors(out_features, in_features)
+        return sum(tensor.bytes for name, tensor in tensors.items() if name in FACTOR_NAMES)
+
     def bits_per_weight(self, out_features: int, in_features: int) -> float:
         """True bits per weight of an [out, in] matrix: everything stored, over out * in."""
         return 8 * self.bytes(out_features, in_features) / (out_features * in_features)

@@ -25,8 +25,12 @@ class LayerOptions:
     """
 
     bits: int = _option(2, "Bits per weight of Q, 1 to 8; each codebook has its own choice.")
-    rank: int = _option(64, "Columns of L and rows of R, at most min(out, in); 0 stores Q alone.")
-    factor_bits: int = _option(16, "Bits per entry of L and R: 16, 8 or 4.")
+    rank: int | None = _option(
+        None,
+        "Columns of L and rows of R, at most min(out, in); 0 stores Q alone. None, or left out: by the size of each "
+        "matrix, so that L and R take at most 0.3 bits per weight; never more than 64.",
+    )
+    factor_bits: int = _option(8, "Bits per entry of L and R: 16, 8 or 4.")
     codebook: str = _option(
         "auto",
         "Family of the codebook of Q: bt (2, 4 bits), tcq (2, 3, 4), e8p (2, 3, 4), int (2, 3, 4, 8), "

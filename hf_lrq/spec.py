@@ -1,7 +1,8 @@
 """What to do to each weight matrix: plain, frozen, JSON-able descriptions. No weights, no Hugging Face."""
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -15,9 +16,20 @@ from hf_lrq.patterns import check_pattern, matches
 INITS = ("auto", "outlier", "svd", "zero")
 ROUNDINGS = ("ldlq", "nearest")
 ROTATIONS = ("hadamard", "none")
-# What "auto" takes, the best first. Trellises need a search that is slow without a backend for it.
+# What "auto" takes, the best first that does not take too long. tcq has less error than both bt and e8p, and kernels,
+# but its paths take 50 times as long to find as points of e8p (194 s against 3.7 s for 256 x 576 at 3 bits, one core of
+# AVX2). So 3 bits are e8p, which only torch decodes; int is five to ten times as fast there, with a fifth to a quarter
+# more error.
 AUTO_FAMILIES = ("bt", "e8p", "int")
-LARGEST_PADDING = 1 / 8  # Of the codes; a smaller matrix is better off with a codebook of smaller blocks.
+# Of the codes of matrices that are computed together. As much as that, because what follows bt is slower or worse: a
+# token through 192 x 576, which is padded by a third, takes 0.14 ms (bt2), 0.59 ms (e8p2) or 0.16 ms (int2) on one core
+# of AVX2, 64 tokens 0.6, 5.2 or 1.1 ms; errors on Gaussian weights are as 0.074, 0.091 and 0.119. From 512 rows on,
+# padding is never more than a quarter.
+LARGEST_PADDING = 1 / 2
+FACTOR_BUDGET = 0.3  # Bits per weight for factors of an automatic rank.
+# Multiples of 8, so that the scales of several layers can lie side by side for one kernel (`kernels.stacks`); below 8
+# any number, as the first ranks repair most and narrow matrices can afford no more. Above 64 nothing was measured.
+AUTO_RANKS = (*range(64, 8, -8), *range(8, -1, -1))
 
 
 @documented(LayerOptions)
@@ -60,30 +72,34 @@ class LayerSpec(LayerOptions):
             raise SpecError(f"no codebook has {self.bits} bits per weight. Bits of each family: {listed}.")
         return fitting
 
-    def fitted(self, out_features: int, in_features: int, blocks: bool = True) -> "LayerSpec":
-        """This spec with a codebook that fits an [out, in] matrix in the place of "auto".
+    def fitted(self, *shapes: tuple[int, int], blocks: bool = True) -> "LayerSpec":
+        """This spec with a codebook and a rank that fit matrices of these shapes in the place of "auto" and None.
 
         Args:
-            out_features, in_features: of the matrix. A codebook of large blocks is passed over where padding would take
-                more than an eighth of the codes.
+            shapes: (out, in) of the matrix, or of each of those that are computed together, which all get the same.
             blocks: whether codebooks that code rows together are an option at all.
+
+        >>> LayerSpec().fitted((2048, 8192)).rank, LayerSpec(factor_bits=16).fitted((2048, 8192)).rank
+        (56, 24)
         """
-        if self.codebook != "auto":
-            return self
+        spec = self if self.codebook != "auto" else replace(self, codebook=self._fitting_family(shapes, blocks))
+        return spec if spec.rank is not None else replace(spec, rank=automatic_rank(spec.layout, shapes))
+
+    def _fitting_family(self, shapes: Sequence[tuple[int, int]], blocks: bool) -> str:
+        needed = self.bits * sum(rows * columns for rows, columns in shapes) / 8
         for family in self._automatic():
             book = get_codebook(codebook_name(family, self.bits))
-            stored = math.prod(book.packed_shape(out_features, in_features))
-            wasted = stored * 8 / max(out_features * in_features * self.bits, 1) - 1
-            if book.row_block == 1 or (blocks and wasted <= LARGEST_PADDING):
+            stored = sum(math.prod(book.packed_shape(*shape)) for shape in shapes)
+            if book.row_block == 1 or (blocks and stored <= (1 + LARGEST_PADDING) * needed):
                 break
-        return replace(self, codebook=family)
+        return family
 
     @property
     def layout(self) -> LayerLayout:
-        """The part of the spec that inference needs."""
+        """The part of the spec that inference needs; without factors where the rank is still to be `fitted`."""
         return LayerLayout(
             codebook=self.resolved_codebook,
-            rank=self.rank,
+            rank=0 if self.rank is None else self.rank,
             factor_bits=self.factor_bits,
             group_size=self.group_size,
             rotation=self.rotation,
@@ -92,7 +108,7 @@ class LayerSpec(LayerOptions):
 
     def bits_per_weight(self, shape: tuple[int, int]) -> float:
         """True bits per weight of an [out, in] matrix: codes with padding, scales, rotations and factors."""
-        return self.layout.bits_per_weight(*shape)
+        return self.fitted(shape).layout.bits_per_weight(*shape)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able fields."""
@@ -179,6 +195,23 @@ class CompressionSpec:
         """
         _check_known(data, cls)
         return cls(**{**data, "default": LayerSpec.from_dict(data.get("default", {}))})
+
+
+@functools.lru_cache(maxsize=4096)
+def automatic_rank(layout: LayerLayout, shapes: tuple[tuple[int, int], ...]) -> int:
+    """The largest of `AUTO_RANKS` with which factors take at most `FACTOR_BUDGET` bits per weight of these matrices.
+
+    Args:
+        layout: how they are stored; its own rank does not count.
+        shapes: (out, in) of matrices that share one rank.
+
+    >>> layout = LayerLayout(codebook="bt2", rank=0, factor_bits=8)
+    >>> [automatic_rank(layout, ((width, width),)) for width in (64, 576, 896, 2048, 4096)]
+    [1, 8, 16, 32, 64]
+    """
+    bits = FACTOR_BUDGET * sum(rows * columns for rows, columns in shapes)
+    ranked = ((rank, replace(layout, rank=rank)) for rank in AUTO_RANKS)
+    return next(rank for rank, one in ranked if 8 * sum(one.factor_bytes(*shape) for shape in shapes) <= bits)
 
 
 def _changed(spec: LayerSpec, changes: Mapping[str, Any], where: str) -> LayerSpec:

@@ -1,6 +1,7 @@
 """Layouts and specs: exact sizes, strict parsing, patterns."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hf_lrq.spec import CompressionSpec, LayerSpec
 
 def test_size_by_hand():
     """64 x 128: 2-bit codes 2048 B, scales 128 B, signs 2 x (128 + 64) B, rank 4 in 16 bits 8 x (64 + 128) B."""
-    layout = LayerSpec(bits=2, rank=4, codebook="e8p").layout
+    layout = LayerSpec(bits=2, rank=4, factor_bits=16, codebook="e8p").layout
     assert layout.bytes(64, 128) == 2048 + 128 + 384 + 1536
     assert layout.bits_per_weight(64, 128) == 8 * 4096 / (64 * 128)
 
@@ -182,23 +183,54 @@ def test_auto_picks_a_codebook_that_has_the_bits():
 
 
 @pytest.mark.parametrize(
-    ("shape", "blocks", "codebook"),
+    ("shapes", "blocks", "codebook"),
     [
-        ((128, 16), True, "bt2"),
-        ((120, 256), True, "bt2"),
-        ((64, 256), True, "e8p2"),
-        ((128, 7), True, "e8p2"),
-        ((4096, 4096), False, "e8p2"),
+        ([(128, 16)], True, "bt2"),
+        ([(120, 256)], True, "bt2"),
+        ([(192, 576)], True, "bt2"),
+        ([(64, 256)], True, "e8p2"),
+        ([(128, 7)], True, "e8p2"),
+        ([(4096, 4096)], False, "e8p2"),
+        ([(576, 576), (64, 576), (64, 576)], True, "bt2"),
+        ([(64, 256), (64, 256)], True, "e8p2"),
     ],
 )
-def test_auto_fits_the_matrix(shape, blocks, codebook):
-    """Blocks of 128 rows and 16 columns, where padding takes at most an eighth."""
-    fitted = LayerSpec(bits=2).fitted(*shape, blocks=blocks)
+def test_auto_fits_the_matrices_that_are_computed_together(shapes, blocks, codebook):
+    """Blocks of 128 rows and 16 columns, where padding takes at most half of what the codes of all take."""
+    fitted = LayerSpec(bits=2).fitted(*shapes, blocks=blocks)
     assert fitted.resolved_codebook == codebook
-    assert fitted.fitted(*shape, blocks=not blocks) == fitted
-    explicit = LayerSpec(bits=2, codebook="bt")
-    assert explicit.fitted(*shape, blocks=blocks) == explicit
+    assert fitted.fitted(*shapes, blocks=not blocks) == fitted
+    explicit = LayerSpec(bits=2, rank=3, codebook="bt")
+    assert explicit.fitted(*shapes, blocks=blocks) == explicit
 
 
 def test_layout_is_the_inference_side_of_the_spec():
-    assert LayerSpec(bits=2, rank=7).layout == LayerLayout(codebook="bt2", rank=7)
+    assert LayerSpec(bits=2, rank=7, factor_bits=16).layout == LayerLayout(codebook="bt2", rank=7)
+    assert LayerSpec().layout == LayerLayout(codebook="bt2", rank=0, factor_bits=8)
+
+
+@pytest.mark.parametrize("factor_bits", [4, 8, 16])
+@pytest.mark.parametrize("shapes", [[(1, 1)], [(64, 64)], [(192, 576)], [(896, 896), (128, 896), (128, 896)]])
+def test_an_automatic_rank_is_the_largest_within_its_budget(shapes, factor_bits):
+    def bits(rank):
+        layout = LayerLayout(codebook="bt2", rank=rank, factor_bits=factor_bits)
+        weights = sum(rows * columns for rows, columns in shapes)
+        return 8 * sum(layout.factor_bytes(*shape) for shape in shapes) / weights
+
+    rank = LayerSpec(factor_bits=factor_bits).fitted(*shapes).rank
+    assert bits(rank) <= 0.3 < bits(rank + (8 if rank >= 8 else 1))
+    assert rank % 8 == 0 or rank < 8
+
+
+def test_an_automatic_rank_has_an_upper_bound_and_is_nothing_that_was_asked_for():
+    assert LayerSpec().fitted((16384, 16384)).rank == 64
+    for rank in (0, 9, 200):
+        assert LayerSpec(rank=rank).fitted((16384, 16384)).rank == rank
+    assert LayerSpec.from_dict(LayerSpec().to_dict()).rank is None
+
+
+def test_bits_count_what_will_be_stored():
+    """A rank is chosen before bits are counted, as when the matrix is compressed."""
+    spec = LayerSpec(codebook="int")
+    assert spec.bits_per_weight((576, 576)) == spec.fitted((576, 576)).layout.bits_per_weight(576, 576)
+    assert spec.bits_per_weight((576, 576)) > replace(spec, rank=0).bits_per_weight((576, 576)) + 0.2

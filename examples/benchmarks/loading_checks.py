@@ -39,7 +39,11 @@ def main() -> None:
     shape = {"hidden_size": options.hidden, "intermediate_size": 3 * options.hidden, "num_attention_heads": 8}
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=options.layers, vocab_size=8192))
-    compress(model, None, LRQConfig(bits=2, codebook="int", rounding="nearest", init="zero", iters=1, refinements=0))
+    compress(
+        model,
+        None,
+        LRQConfig(rank=64, factor_bits=16, codebook="int", rounding="nearest", init="zero", iters=1, refinements=0),
+    )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model.save_pretrained(folder)

@@ -154,7 +154,7 @@ def main() -> None:
     for recipe, options in RECIPES.items():
         if not re.search(arguments.only, recipe):
             continue
-        spec = LayerSpec(**{"bits": 2, "rank": 32, "codebook": "e8p", **options})
+        spec = LayerSpec(**{"bits": 2, "rank": 32, "factor_bits": 16, "codebook": "e8p", **options})
         columns, bits = [], []
         for problem in problems.values():
             start = time.perf_counter()

@@ -44,6 +44,8 @@ RECIPES: dict[str, dict[str, object]] = {
     "3-bit LDLQ + 1 sweep, tcq, no L R": {**ONE_SWEEP, "bits": 3, "codebook": "tcq"},
     "4-bit LDLQ + 2 sweeps, e8p, no L R": {**TWO_SWEEPS, "bits": 4, "codebook": "e8p"},
     "4-bit LDLQ + 2 sweeps, bt, no L R": {**TWO_SWEEPS, "bits": 4, "codebook": "bt"},
+    "2-bit Q + L R, all by default (bt, ranks 3 to 7 at 8 bits)": {"calibrated": True},
+    "2-bit Q + L R, bt, rank 3 at 16 bits": {"rank": 3, "factor_bits": 16, "codebook": "bt", "calibrated": True},
     "2-bit Q + L R, e8p, rank 8 at 8 bits": {"rank": 8, "factor_bits": 8, "codebook": "e8p", "calibrated": True},
     "2-bit Q + L R, bt, rank 8 at 8 bits": {"rank": 8, "factor_bits": 8, "codebook": "bt", "calibrated": True},
     "2-bit Q + L R, bt, rank 16 at 8 bits, data-free": {"rank": 16, "factor_bits": 8, "codebook": "bt"},

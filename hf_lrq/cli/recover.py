@@ -158,8 +158,6 @@ def show(report: RecoveryReport, measured: Evaluation | None, options: RecoverOp
         evaluation = None if measured is None else measured.to_dict()
         print_json({"recovery": report.to_dict(), "evaluation": evaluation})
         return
-    if report.untouched:
-        say(f"Factors of {len(report.untouched)} expert stacks are codes and were not trained.", "yellow")
     if report.stopped == "no gain":
         say("Nothing was gained; the model is saved as it was. Try another --lr, or more text.", "yellow")
     rows = [

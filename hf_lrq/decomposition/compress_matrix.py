@@ -128,7 +128,7 @@ def compress_matrix(
     """
     with fixed_numerics(W.device):
         W = _checked(W)
-        spec = spec.fitted(*W.shape)
+        spec = spec.fitted((W.shape[0], W.shape[1]))
         return _compress(W, gram, spec, generator, rotate_in, schedule)
 
 
@@ -154,7 +154,7 @@ def _compress(
     else:
         rotate_in, rotated, H_rotated = None, W, H
     damped = InputGram(H_rotated, gram.n_tokens).damped(spec.damp_percent)
-    rank = min(spec.rank, *W.shape)
+    rank = min(_rank(spec), *W.shape)
     run = functools.partial(decompose, rotated, damped, _quantizer(spec), _solver(spec), generator)
     starts: dict[str, Callable[[], Pair]] = {
         "zero": lambda: zero_start(W),
@@ -216,7 +216,13 @@ def _quantizer(spec: LayerSpec) -> Quantizer:
 
 
 def _solver(spec: LayerSpec) -> LowRankSolver:
-    return WhitenedSVD(spec.rank) if spec.factor_bits == 16 else LPLR(spec.rank, bits=spec.factor_bits)
+    rank = _rank(spec)
+    return WhitenedSVD(rank) if spec.factor_bits == 16 else LPLR(rank, bits=spec.factor_bits)
+
+
+def _rank(spec: LayerSpec) -> int:
+    assert spec.rank is not None, "fitted to the matrix"
+    return spec.rank
 
 
 def _schedule(spec: LayerSpec) -> Schedule:

@@ -172,11 +172,18 @@ class LRQConfig(QuantizationConfigMixin):
         return (config, unused) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        """What inference needs, see `checkpoint`; never calibration data, tokenizers or paths."""
-        header = self.header
-        if header is None:
-            header = QuantizationHeader(self.spec.default.layout, {}, tuple(self.modules_to_not_convert or ()))
-        return header.to_dict()
+        """What inference needs, see `checkpoint`; before a model is compressed, the options that `from_dict` takes.
+
+        Never calibration data, tokenizers or paths.
+        """
+        if self.header is not None:
+            return self.header.to_dict()
+        chosen = {
+            name: value
+            for name, value in self.options().items()
+            if name in self._given or value != OPTIONS[name].default
+        }
+        return {"quant_method": QUANT_METHOD, **chosen}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The same as `to_dict`; `to_json_string` of transformers calls it."""
@@ -214,8 +221,8 @@ class LRQConfig(QuantizationConfigMixin):
         for name in _STORED:
             stored = get_codebook(header.default.codebook).bits if name == "bits" else getattr(header.default, name)
             wanted = self.bits if name == "bits" else getattr(asked, name)
-            if name == "codebook" and self.codebook == "auto":
-                continue
+            if (name == "codebook" and self.codebook == "auto") or (name == "rank" and self.rank is None):
+                continue  # Whatever was chosen.
             if name in self._given and wanted != stored:
                 raise SpecError(
                     f"This checkpoint is compressed with {name}={stored!r}; quantization_config asks for {wanted!r}. "
@@ -259,7 +266,7 @@ class LRQConfig(QuantizationConfigMixin):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, LRQConfig):
             return NotImplemented
-        return self.to_dict() == other.to_dict() and self.options() == other.options()
+        return self.header == other.header and self.options() == other.options()
 
     __hash__ = None  # type: ignore[assignment]  # Mutable, like every config of transformers.
 

@@ -1,8 +1,8 @@
 """Compressed checkpoints: empty layers for what the files hold, and the header that describes what a model holds."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from statistics import mode
 from typing import Any
 
 from torch import nn
@@ -126,13 +126,12 @@ def header_of_model(model: Any, default: LayerLayout) -> QuantizationHeader:
 
 def default_layout(spec: LayerSpec, model: nn.Module) -> LayerLayout:
     """The layout that most modules have which were compressed as `spec` says."""
-    if spec.codebook != "auto":
-        return spec.layout
-    # It fits each matrix; what most of those with these bits got need not be said of each.
-    modules = [module for module in model.modules() if isinstance(module, LRQLinear | LRQExpertStack)]
-    books = Counter(module.layout.codebook for module in modules)
-    fitting = [name for name in books if get_codebook(name).bits == spec.bits]
-    return replace(spec.layout, codebook=max(fitting, key=books.__getitem__, default=spec.layout.codebook))
+    automatic = [name for name, fits in (("codebook", spec.codebook == "auto"), ("rank", spec.rank is None)) if fits]
+    layouts = [module.layout for module in model.modules() if isinstance(module, LRQLinear | LRQExpertStack)]
+    alike = [layout for layout in layouts if get_codebook(layout.codebook).bits == spec.bits]
+    # They fit each matrix; what most of those with these bits got need not be said of each.
+    found: dict[str, Any] = {name: mode(getattr(layout, name) for layout in alike) for name in automatic if alike}
+    return replace(spec.layout, **found)
 
 
 def _in_model_names(model: Any, header: QuantizationHeader) -> QuantizationHeader:

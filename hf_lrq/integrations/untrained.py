@@ -40,6 +40,7 @@ def check_choice(model: nn.Module) -> None:
     raise SpecError(
         f"Training would change the {sum(p.numel() for p in others):,} numbers that are not compressed (embeddings, "
         f"norms) and nothing of the {len(layers)} compressed layers, which are frozen. To train their factors: model = "
-        "peft.get_peft_model(model, hf_lrq.LRQAdapterConfig()). To train them in place: requires_grad_(True) on each "
-        "lr_L and lr_R of float16 factors. To train the rest alone: freeze what should stay, such as the embeddings."
+        "peft.get_peft_model(model, hf_lrq.LRQAdapterConfig()). To train them in place: "
+        "hf_lrq.refit_factors(model), which makes float16 of codes, then requires_grad_(True) on each lr_L and lr_R. "
+        "To train the rest alone: freeze what should stay, such as the embeddings."
     )

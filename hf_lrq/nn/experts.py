@@ -7,10 +7,10 @@ from hf_lrq.decomposition.compress_matrix import CompressedMatrix
 from hf_lrq.kernels import Operands, linear
 from hf_lrq.layout import TENSOR_NAMES, LayerLayout
 from hf_lrq.nn.linear import LRQLinear
-from hf_lrq.nn.stored import check_same_layout
+from hf_lrq.nn.stored import HoldsFactors, check_same_layout
 
 
-class LRQExpertStack(nn.Module):
+class LRQExpertStack(HoldsFactors):
     """E compressed [out, in] matrices; each stored tensor is that of one layer with a leading axis [E].
 
     Args:

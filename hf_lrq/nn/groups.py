@@ -174,6 +174,16 @@ def fuse_layers(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return found
 
 
+def group_of(name: str) -> tuple[str, tuple[str, ...]] | None:
+    """Equal for layers that one input may reach, by their names: the module they are in, and their roles there.
+
+    >>> group_of("layers.0.mlp.up_proj")
+    ('layers.0.mlp', ('gate_proj', 'up_proj'))
+    """
+    owner, _, own = name.rpartition(".")
+    return next(((owner, roles) for roles in SAME_INPUT if own in roles), None)
+
+
 def unfuse_layers(model: nn.Module) -> None:
     """Undo `fuse_layers`."""
     for module in model.modules():

@@ -12,7 +12,7 @@ from hf_lrq.factors import concatenated, dense_pair, in_float16
 from hf_lrq.kernels import Operands, explain, hadamard, linear
 from hf_lrq.layout import FACTOR_NAMES, TENSOR_NAMES, LayerLayout
 from hf_lrq.matrices import Pair, QuantizedMatrix
-from hf_lrq.nn.stored import StoredFactors, check_same_layout
+from hf_lrq.nn.stored import HoldsFactors, StoredFactors, check_same_layout
 
 
 class FusedGroup(Protocol):
@@ -25,7 +25,7 @@ class FusedGroup(Protocol):
         """Each on its own again."""
 
 
-class LRQLinear(nn.Linear):
+class LRQLinear(HoldsFactors, nn.Linear):
     """A linear layer stored as packed codes of Q, the factors L and R, and the signs of two rotations.
 
     A subclass of nn.Linear, so that PEFT's "all-linear" and every isinstance check find it. All state is in
@@ -200,19 +200,7 @@ class LRQLinear(nn.Linear):
 
     def low_rank(self) -> Pair:
         """L [out, r] and R [r, in] as floats, where r is rank + ft_rank; in the rotated basis."""
-        return dense_pair(self._factor_tensors(), self.out_features, self.in_features, self.scales)
-
-    def factors(self) -> StoredFactors:
-        """The low-rank part as it is stored, to put it back later."""
-        return StoredFactors(self.layout, self._factor_tensors())
-
-    def restore(self, stored: StoredFactors) -> None:
-        """Put back the low-rank part that `factors` returned; on the device that the layer is on now."""
-        self.layout = stored.layout
-        for name, tensor in stored.tensors.items():
-            if tensor is not None and tensor.device != self.weight.device:
-                tensor = _frozen(tensor.data.to(self.weight.device))
-            self.register_parameter(name, tensor)
+        return dense_pair(self.factors().tensors, self.out_features, self.in_features, self.scales)
 
     def absorb(self, L: Tensor, R: Tensor) -> None:
         """Add the product L R to the low-rank part, rounded to float16 once.
@@ -232,7 +220,7 @@ class LRQLinear(nn.Linear):
             L, R = concatenated([(self.ft_L, self.ft_R), (L, R)])
         L, R = in_float16(L, R)
         layout = replace(self.layout, ft_rank=L.shape[1])
-        self.restore(StoredFactors(layout, {**self._factor_tensors(), "ft_L": _frozen(L), "ft_R": _frozen(R)}))
+        self.restore(StoredFactors(layout, {**self.factors().tensors, "ft_L": _frozen(L), "ft_R": _frozen(R)}))
 
     def replace_factors(self, L: Tensor, R: Tensor) -> None:
         """Make the product L R, rounded to float16, the low-rank part.
@@ -274,9 +262,6 @@ class LRQLinear(nn.Linear):
             return H
         signs, block = self.rot_in.detach().to(H), self.layout.rotation_block
         return hadamard(hadamard(H * signs, block).T * signs, block)
-
-    def _factor_tensors(self) -> dict[str, nn.Parameter | None]:
-        return {name: getattr(self, name) for name in FACTOR_NAMES}
 
     def reset_parameters(self) -> None:
         """Nothing: codes are loaded, never initialised."""

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from hf_lrq.decomposition.compress_matrix import CompressedMatrix
-from hf_lrq.layout import LayerLayout
+from hf_lrq.layout import FACTOR_NAMES, LayerLayout
 
 
 @dataclass(frozen=True, eq=False)
 class StoredFactors:
-    """The low-rank part of a layer, by reference.
+    """The low-rank part of a layer, or of a stack of them, by reference.
 
     Attributes:
         layout: of the whole layer.
@@ -30,8 +30,27 @@ class StoredFactors:
     def rank(self) -> int:
         """Ranks of both pairs."""
         L, scale, ft_L = (self.tensors[name] for name in ("lr_L", "lr_L_scale", "ft_L"))
-        own = 0 if L is None else L.shape[1] if scale is None else len(scale)
-        return own + (0 if ft_L is None else ft_L.shape[1])
+        own = 0 if L is None else L.shape[-1] if scale is None else scale.shape[-1]
+        return own + (0 if ft_L is None else ft_L.shape[-1])
+
+
+class HoldsFactors(nn.Module):
+    """Mix-in for modules with parameters of `FACTOR_NAMES`, and the layout that says what they mean."""
+
+    scales: nn.Parameter
+    layout: LayerLayout
+
+    def factors(self) -> StoredFactors:
+        """The low-rank part as it is stored, to put it back later."""
+        return StoredFactors(self.layout, {name: getattr(self, name) for name in FACTOR_NAMES})
+
+    def restore(self, stored: StoredFactors) -> None:
+        """Put back the low-rank part that `factors` returned; on the device that the module is on now."""
+        self.layout = stored.layout
+        for name, tensor in stored.tensors.items():
+            if tensor is not None and tensor.device != self.scales.device:
+                tensor = nn.Parameter(tensor.data.to(self.scales.device), requires_grad=False)
+            self.register_parameter(name, tensor)
 
 
 def check_same_layout(matrix: CompressedMatrix, layout: LayerLayout, own: Mapping[str, Tensor]) -> None:

@@ -170,8 +170,9 @@ def riemannian_param_groups(
         wanted = ", ".join(f"{left} and {right}" for left, right in attributes)
         raise ValueError(
             f"{type(model).__name__} has no trainable floating-point factors under {wanted}. "
-            "Unfreeze them, add an adapter, or pass `pairs`; without factors use torch.optim.AdamW. If a wrapper has "
-            "flattened them (FSDP1, DeepSpeed), use FSDP2 or precondition_gradients."
+            "Unfreeze them (refit_factors makes floats of factors in 8 or 4 bits), add an adapter, or pass `pairs`; "
+            "without factors use torch.optim.AdamW. If a wrapper has flattened them (FSDP1, DeepSpeed), use FSDP2 or "
+            "precondition_gradients."
         )
     owners = owners_of(found)
 

@@ -167,7 +167,6 @@ class Run:
             held_out_tokens=sum(tokens_of(batch) for batch in self.held_out),
             parameters=sum(slot.parameter.numel() for slot in self.trainable.slots()),
             refitted=self.trainable.refitted,
-            untouched=tuple(self.trainable.untouched),
             stopped=stopped,
             seconds=time.monotonic() - started,
         )

@@ -52,7 +52,6 @@ class RecoveryReport:
         held_out_tokens: tokens that the losses above are means over.
         parameters: how many numbers were trained.
         refitted: matrices whose factors went back to codes; 0 also where they kept those they had, see `recover`.
-        untouched: modules with factors that cannot be trained.
         stopped: "all steps", "no improvement", "interrupted", or "no gain": `after` would have been no better than
             `before`, and the model is as it was. So it is after an interruption that left nothing better.
         seconds: how long everything took.
@@ -67,7 +66,6 @@ class RecoveryReport:
     held_out_tokens: int
     parameters: int
     refitted: int
-    untouched: tuple[str, ...]
     stopped: str
     seconds: float
 
@@ -78,7 +76,7 @@ class RecoveryReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values."""
-        return {**asdict(self), "untouched": list(self.untouched)}
+        return asdict(self)
 
 
 class RecoveryInterrupted(KeyboardInterrupt):

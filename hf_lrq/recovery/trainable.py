@@ -5,18 +5,16 @@ what is trained is a float32 master of each parameter, which it is rounded from 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from hf_lrq.errors import RecoveryError
-from hf_lrq.factors import dense_pair
 from hf_lrq.nn import LRQExpertStack, LRQLinear
-from hf_lrq.nn.refit import coded
 from hf_lrq.nn.stored import StoredFactors
+from hf_lrq.recovery.factors import Compressed, store_factors, with_float_factors
 
-Compressed = LRQLinear | LRQExpertStack
 State = list[Tensor]
 
 # Kind -> attributes of a compressed module.
@@ -70,8 +68,7 @@ class Trainable:
         pairs: (L, R) slots.
         vectors: slots of everything else.
         in_place: slots that are rounded where they are; the others are factors of a layer, which are stored as pairs.
-        layers: layers whose factors are trained -> the factors they had before.
-        untouched: names of modules with factors that cannot be trained.
+        layers: layers, and stacks whose factors are codes, that are trained -> the factors they had before.
         refitted: layers whose factors were put back to codes.
     """
 
@@ -80,8 +77,7 @@ class Trainable:
     pairs: list[tuple[Slot, Slot]] = field(default_factory=list)
     vectors: list[Slot] = field(default_factory=list)
     in_place: list[Slot] = field(default_factory=list)
-    layers: dict[LRQLinear, StoredFactors] = field(default_factory=dict)
-    untouched: list[str] = field(default_factory=list)
+    layers: dict[Compressed, StoredFactors] = field(default_factory=dict)
     refitted: int = 0
     _flags: list[tuple[nn.Parameter, bool]] = field(default_factory=list)
 
@@ -94,9 +90,9 @@ class Trainable:
         self._flags = [(p, p.requires_grad) for p in self.model.parameters()]
         self.model.requires_grad_(False)
         try:
-            for name, module in list(self.model.named_modules()):
+            for module in list(self.model.modules()):
                 if isinstance(module, LRQLinear | LRQExpertStack):
-                    self._open_compressed(name, module)
+                    self._open_compressed(module)
                 elif "norms" in self.kinds and is_norm(module):
                     self.vectors += [master_of(p) for p in module.parameters(recurse=False) if p.is_floating_point()]
             self.in_place += self.vectors
@@ -110,18 +106,18 @@ class Trainable:
             self.close()
             raise
 
-    def _open_compressed(self, name: str, module: Compressed) -> None:
+    def _open_compressed(self, module: Compressed) -> None:
         if "factors" in self.kinds:
-            if isinstance(module, LRQLinear) and module.rank + module.ft_rank:
-                self.layers[module] = module.factors()
+            before = module.factors()
+            # Float factors of a stack are rounded where they are.
+            if before.rank and (isinstance(module, LRQLinear) or before.are_codes):
+                self.layers[module] = before
                 with_float_factors(module)
-            elif isinstance(module, LRQExpertStack) and getattr(module, "lr_L_scale", None) is not None:
-                self.untouched.append(name)
             for left, right in PAIRS:
                 L, R = getattr(module, left), getattr(module, right)
                 if L is not None and L.is_floating_point():
                     self.pairs.append((slot_of(L), slot_of(R)))
-                    if module not in self.layers:
+                    if module not in self.layers or (isinstance(module, LRQExpertStack) and left == "ft_L"):
                         self.in_place += self.pairs[-1]
         for kind, attributes in VECTORS.items():
             tensors = [getattr(module, attribute, None) for attribute in attributes if kind in self.kinds]
@@ -167,7 +163,7 @@ class Trainable:
             slot.round()
         for layer, before in self.layers.items():
             store_factors(layer, before, generator)
-            self.refitted += before.are_codes
+            self.refitted += before.are_codes * (layer.experts if isinstance(layer, LRQExpertStack) else 1)
 
     def restore_codes(self) -> None:
         """After `store`: give factors that are codes those they had before, beside everything else that was trained."""
@@ -215,39 +211,3 @@ def master_of(parameter: nn.Parameter) -> Slot:
 def is_norm(module: nn.Module) -> bool:
     """Whether the module is some LayerNorm or RMSNorm: architectures have classes of their own, named alike."""
     return "Norm" in type(module).__name__ and getattr(module, "weight", None) is not None
-
-
-def with_float_factors(layer: LRQLinear) -> None:
-    """Give a layer parameters of its own for all factors; those of codes become float32."""
-    stored = layer.factors()
-    tensors = {
-        name: None if p is None or not p.is_floating_point() else nn.Parameter(p.data.clone(), requires_grad=False)
-        for name, p in stored.tensors.items()
-    }
-    layout = stored.layout
-    if stored.are_codes:
-        own = {name: None if name.startswith("ft_") else p for name, p in stored.tensors.items()}
-        L, R = dense_pair(own, layer.out_features, layer.in_features, layer.scales)
-        tensors |= {"lr_L": nn.Parameter(L.float(), requires_grad=False), "lr_L_scale": None}
-        tensors |= {"lr_R": nn.Parameter(R.float(), requires_grad=False), "lr_R_scale": None}
-        layout = replace(layout, factor_bits=16)
-    layer.restore(StoredFactors(layout, tensors))
-
-
-def store_factors(layer: LRQLinear, before: StoredFactors, generator: torch.Generator) -> None:
-    """Round trained factors to float16; where they were codes, refit codes of as many ranks and bits to their product.
-
-    A second pair beside codes stays one, in float16.
-    """
-    if not before.are_codes:
-        layer.replace_factors(*layer.low_rank())
-        return
-    assert layer.lr_L is not None, "codes have a product"
-    assert layer.lr_R is not None, "codes have a product"
-    product = layer.lr_L.float() @ layer.lr_R.float()
-    second = None if layer.ft_L is None or layer.ft_R is None else (layer.ft_L.float(), layer.ft_R.float())
-    rank = len(before.tensors["lr_L_scale"])  # type: ignore[arg-type]
-    tensors = coded(product, rank, before.layout.factor_bits, generator)
-    layer.restore(StoredFactors(replace(before.layout, ft_rank=0), tensors))
-    if second is not None:
-        layer.absorb(*second)

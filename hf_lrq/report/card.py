@@ -159,8 +159,16 @@ def _measured_on(report: Mapping[str, Any]) -> str | None:
 
 def _recipe(report: Mapping[str, Any]) -> list[tuple[str, Any]]:
     idle = IDLE if _tokens(report) else (*IDLE, *IDLE_WITHOUT_DATA)
-    settings = [*report["recipe"].items(), ("seed", report["seed"])]
+    settings = [*{**report["recipe"], **_chosen_rank(report)}.items(), ("seed", report["seed"])]
     return [(name, value) for name, value in settings if value is not None and name not in idle]
+
+
+def _chosen_rank(report: Mapping[str, Any]) -> dict[str, str]:
+    """What a rank that was left to the size of each matrix became."""
+    ranks = [layer["rank"] for layer in report["compression"]["layers"]]
+    if report["recipe"].get("rank", 0) is not None or not ranks:
+        return {}
+    return {"rank": f"{min(ranks)} to {max(ranks)}, by the size of each matrix"}
 
 
 def _calibration(report: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from hf_lrq.layout import LayerLayout
 from hf_lrq.patterns import first_match
 from hf_lrq.spec import CompressionSpec, LayerSpec
 from hf_lrq.work.census import Census, take_census
+from hf_lrq.work.fitting import fitted_specs
 from hf_lrq.work.job import Job
 from hf_lrq.work.records import CompressionReport
 from hf_lrq.work.sites import Site, find_sites, sites_of
@@ -20,6 +21,7 @@ from hf_lrq.work.sites import Site, find_sites, sites_of
 logger = logging.getLogger(__name__)
 
 LISTED = 3  # Names spelled out for each reason.
+LARGEST_SHARE = 1 / 4  # Bytes of factors, over those of codes, that pass without a warning.
 _TOO_LARGE = "would not get smaller with this rank and these bits"
 # Part of a reason -> what changes it.
 _REMEDIES = {_TOO_LARGE: "lower the rank", "in modules_to_not_convert": "shorten modules_to_not_convert"}
@@ -135,31 +137,32 @@ def make_plan(
         CompressionError: if nothing is left to compress.
     """
     alone = alone or {}
+    elsewhere = _held_in_containers(model)
+    found = {site: module for name, module in model.named_modules() for site in sites_of(name, module)}
+    left = {
+        site.label: reason
+        for site, module in found.items()
+        if (reason := alone.get(site.name) or elsewhere.get(id(module)) or site.obstacle(module)) is not None
+    }
     device = _device_of_work(model)
-    fast = has_backend(device)
-    specs: dict[Site, LayerSpec] = {}
-    left: dict[str, str] = {}
-    found: list[Site] = []
-    listed_elsewhere = _held_in_containers(model)
-    for name, module in model.named_modules():
-        sites = {site: _fitted(site, spec, fast) for site in sites_of(name, module)}
-        found += sites
-        for site, chosen in sites.items():
-            reason = alone.get(name) or listed_elsewhere.get(id(module)) or site.obstacle(module)
-            if reason is None and site.bytes(chosen.layout) >= bytes_per_weight * site.weights:
-                reason = _TOO_LARGE
-            if reason is not None:
-                left[site.label] = reason
-        kept = {site: chosen for site, chosen in sites.items() if site.label not in left}
-        if len(kept) == len(sites):
-            specs |= kept
-        else:
-            # The module computes with all of its stacks compressed or with none.
-            left |= {site.label: "only one of its two stacks would gain" for site in kept}
+    fitted = fitted_specs([site for site in found if site.label not in left], spec, has_backend(device))
+    left |= {
+        site.label: _TOO_LARGE
+        for site, chosen in fitted.items()
+        if site.bytes(chosen.layout) >= bytes_per_weight * site.weights
+    }
+    # A module computes with all of its stacks compressed or with none.
+    partly = {site.name for site in found if site.label in left}
+    for site in fitted:
+        if site.name in partly:
+            left.setdefault(site.label, "only one of its two stacks would gain")
+    specs = {site: chosen for site, chosen in fitted.items() if site.label not in left}
+    left = {site.label: left[site.label] for site in found if site.label in left}
     if not specs:
         raise CompressionError(nothing_left(type(model).__name__, left))
-    _warn_of_slow_codebooks(specs, spec, device)
-    return Plan(specs, left, take_census(model, found), spec.seed)
+    _warn_of_slow_codebooks(specs, fitted_specs(fitted, spec, blocks=True), device)
+    _warn_of_large_factors(specs, spec)
+    return Plan(specs, left, take_census(model, list(found)), spec.seed)
 
 
 def excluded(model: nn.Module, patterns: Sequence[str]) -> dict[str, str]:
@@ -195,15 +198,13 @@ def _device_of_work(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters() if p.device.type != "meta"), future)
 
 
-def _fitted(site: Site, spec: CompressionSpec, fast: bool) -> LayerSpec:
-    return spec.for_layer(site.label).fitted(site.out_features, site.in_features, blocks=fast)
-
-
-def _warn_of_slow_codebooks(specs: Mapping[Site, LayerSpec], spec: CompressionSpec, device: torch.device) -> None:
+def _warn_of_slow_codebooks(
+    specs: Mapping[Site, LayerSpec], best: Mapping[Site, LayerSpec], device: torch.device
+) -> None:
     passed_over = {
-        f"{best.resolved_codebook} (now {chosen.resolved_codebook})"
+        f"{best[site].resolved_codebook} (now {chosen.resolved_codebook})"
         for site, chosen in specs.items()
-        if chosen != (best := _fitted(site, spec, fast=True))
+        if chosen.codebook != best[site].codebook
     }
     if passed_over:
         logger.warning(
@@ -211,6 +212,28 @@ def _warn_of_slow_codebooks(specs: Mapping[Site, LayerSpec], spec: CompressionSp
             ", ".join(sorted(passed_over)),
             status(device),
         )
+
+
+def _warn_of_large_factors(specs: Mapping[Site, LayerSpec], spec: CompressionSpec) -> None:
+    """Where a rank that was asked for costs more than a quarter of the bits of Q."""
+    shares = {
+        site.label: _share_of_factors(site, chosen.layout)
+        for site, chosen in specs.items()
+        if spec.for_layer(site.label).rank is not None
+    }
+    large = [name for name, share in shares.items() if share > LARGEST_SHARE]
+    if large:
+        logger.warning(
+            "the factors L and R of %d of %d matrices take more than a quarter of the bytes of Q, up to %.0f %% (%s). "
+            "Leave rank out, and it is chosen by the size of each; or take a smaller rank, or fewer factor_bits.",
+            *(len(large), len(specs), 100 * max(shares.values()), listed(large, LISTED)),
+        )
+
+
+def _share_of_factors(site: Site, layout: LayerLayout) -> float:
+    """Bytes of the factors, as a fraction of those of the codes."""
+    shape = site.out_features, site.in_features
+    return layout.factor_bytes(*shape) / layout.tensors(*shape)["weight"].bytes
 
 
 def nothing_left(model: str, left: Mapping[str, str]) -> str:

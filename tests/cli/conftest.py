@@ -107,4 +107,5 @@ def compressed(original: Path, text: Path, tmp_path_factory: pytest.TempPathFact
 
 
 QUICK: tuple[str, ...] = ()
-CALIBRATED = ("--rank", "4", "--iters", "1", "--nsamples", "8", "--seqlen", "64", "--device", "cpu", "--dataset")
+FLOATS = ("--rank", "4", "--factor-bits", "16", "--codebook", "e8p", "--iters", "1")
+CALIBRATED = (*FLOATS, "--nsamples", "8", "--seqlen", "64", "--device", "cpu", "--dataset")

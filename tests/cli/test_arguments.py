@@ -13,7 +13,8 @@ from hf_lrq.integrations.config import LRQConfig
 from hf_lrq.recovery import RecoveryOptions
 from hf_lrq.spec import LayerSpec
 
-OTHERS = {"bits": 4, "rotation": "none", "rounding": "nearest", "init": "zero", "codebook": "int", "factor_bits": 8}
+OTHERS = {"bits": 4, "rotation": "none", "rounding": "nearest", "init": "zero", "codebook": "int"}
+OTHERS |= {"rank": 48, "factor_bits": 4}
 
 
 @pytest.fixture
@@ -31,8 +32,7 @@ def configured(cli: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_quantize_takes_every_option_of_a_layer(configured: Any) -> None:
-    wanted = {name: OTHERS.get(name, value * 2) for name, value in LayerSpec().to_dict().items() if name != "codebook"}
-    wanted["codebook"] = "int"
+    wanted = {name: OTHERS[name] if name in OTHERS else value * 2 for name, value in LayerSpec().to_dict().items()}
     arguments = [each for name, value in wanted.items() for each in (f"--{name.replace('_', '-')}", value)]
     assert configured(*arguments).spec.default.to_dict() == wanted
 

@@ -127,7 +127,7 @@ def test_a_model_without_perplexity_is_evaluated_by_its_outputs(cli, encoder: Pa
     result = cli("eval", out, "--against", encoder, "--text", text, "--json", "--device", "cpu")
     assert json.loads(result.stdout)["outputs"] == outputs
     modules = json.loads(cli("inspect", out, "--json").stdout)["modules"]
-    assert {(module["codebook"], module["rank"]) for module in modules} == {("e8p4", 4)}
+    assert {(module["codebook"], module["rank"]) for module in modules} == {("e8p4", 4), ("bt4", 4)}
 
 
 def test_a_model_without_a_tokenizer_is_compressed_but_not_evaluated(cli, original: Path, tmp_path: Path) -> None:

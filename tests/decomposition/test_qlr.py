@@ -10,7 +10,7 @@ from hf_lrq.decomposition.compress_matrix import generator_for, input_rotation
 from hf_lrq.errors import CompressionError
 from hf_lrq.spec import LayerSpec
 
-SPEC = LayerSpec(bits=2, rank=8, codebook="e8p")
+SPEC = LayerSpec(bits=2, rank=8, factor_bits=16, codebook="e8p")
 
 
 def problem(seed=0, out_features=96, in_features=128, tokens=2000):
@@ -159,6 +159,13 @@ def test_full_rank_factors_reproduce_the_weight():
     W, gram = problem(out_features=16, in_features=24)
     compressed = compress_matrix(W, gram, change(rank=16), torch.Generator().manual_seed(0))
     assert compressed.proxy_loss < 1e-6
+
+
+def test_a_rank_that_is_left_open_follows_the_shape():
+    W, gram = problem(out_features=96, in_features=64)
+    compressed = compress_matrix(W, gram, change(rank=None, factor_bits=8), torch.Generator().manual_seed(0))
+    assert compressed.layout.rank == LayerSpec().fitted((96, 64)).rank == 1
+    assert compressed.tensors()["lr_L"].shape == (96, 1)
 
 
 def test_an_all_zero_weight_stays_zero():

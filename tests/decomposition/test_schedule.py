@@ -269,7 +269,7 @@ def test_a_schedule_from_outside_runs_by_its_name(problem, registered):
     halved = fitted.L.dense() / 2 @ fitted.R.dense()
     torch.testing.assert_close(found.low_rank.dense(), halved, rtol=0, atol=2e-3)
     assert found.trace[0] > found.proxy_loss
-    spec = LayerSpec(rank=8, codebook="int", group_size=32, rotation="none")
+    spec = LayerSpec(rank=8, factor_bits=16, codebook="int", group_size=32, rotation="none")
     compressed = compress_matrix(W, None, spec, seeded(), schedule=registered)
     identity = InputGram.identity(48).damped(0.01)
     by_hand = decompose(

@@ -15,7 +15,7 @@ from hf_lrq import LRQConfig, compress
 @pytest.fixture(scope="session")
 def fast() -> dict[str, Any]:
     """Options that compress a tiny model in a tenth of a second."""
-    return {"bits": 4, "rank": 4, "iters": 1, "rounding": "nearest", "init": "zero"}
+    return {"bits": 4, "rank": 4, "codebook": "e8p", "iters": 1, "rounding": "nearest", "init": "zero"}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,7 +33,7 @@ def tiny_llama(**options: Any) -> transformers.LlamaForCausalLM:
 
 @pytest.fixture(scope="session")
 def trellis_llama() -> Callable[[], transformers.LlamaForCausalLM]:
-    """Makes a compressed Llama wide enough for trellis codes; k and v have fewer rows than one of their blocks."""
+    """Makes a compressed Llama wide enough for trellis codes; k and v have other ones, in which rows stand alone."""
 
     def make() -> transformers.LlamaForCausalLM:
         config = transformers.LlamaConfig(
@@ -51,7 +51,8 @@ def trellis_llama() -> Callable[[], transformers.LlamaForCausalLM]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = transformers.LlamaForCausalLM(config).eval()
-        compress(model, None, LRQConfig(bits=2, rank=4, iters=1, refinements=0, sweeps=0))
+        config = LRQConfig(rank=4, iters=1, refinements=0, sweeps=0, patterns={"[kv]_proj": {"codebook": "e8p"}})
+        compress(model, None, config)
         return model
 
     return make

@@ -44,10 +44,11 @@ def adapted(folder: Path) -> Any:
 def bare(folder: Path) -> Any:
     """The factors themselves, in float32."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    hf_lrq.refit_factors(model)  # Codes cannot be trained in place.
     for name, parameter in model.named_parameters():
-        if "lr_" in name:
+        if name.endswith(("lr_L", "lr_R")):
             parameter.data = parameter.data.float()
-        parameter.requires_grad_("lr_" in name)
+        parameter.requires_grad_(name.endswith(("lr_L", "lr_R")))
     return model
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_lrq import LRQAdapterConfig, LRQConfig, SpecError, fuse_layers, unfuse_layers
+from hf_lrq import LRQAdapterConfig, LRQConfig, SpecError, compress, fuse_layers, unfuse_layers
 from hf_lrq.kernels import dispatch
 from hf_lrq.nn import LRQLinear
 
@@ -59,6 +59,27 @@ def test_a_model_is_fused_when_loading_and_gives_the_same(plain, fused, monkeypa
     }
     unfuse_layers(plain)
     assert grouped(plain) == set()
+
+
+def test_a_model_compressed_by_default_is_fused_whole():
+    """k and v have half the rows of a block of q's codebook, and fewer ranks alone."""
+    config = LlamaConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=32,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    compress(model, None, LRQConfig(iters=1, refinements=0, sweeps=0, fuse=True))
+    attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+    together = {
+        "model.layers.0.self_attn": ("q_proj", "k_proj", "v_proj"),
+        "model.layers.0.mlp": ("gate_proj", "up_proj"),
+    }
+    assert fuse_layers(model) == together
+    for layers in ([attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]):
+        assert len({layer.layout for layer in layers}) == 1
+        assert layers[0].rank > 0
 
 
 def test_files_are_those_of_the_model_as_it_was(folder, fused, tmp_path):

@@ -146,12 +146,23 @@ def test_only_what_the_loading_class_adds_may_be_absent(pair: tuple[Path, Any, s
 # Values that cannot be right
 
 
-@pytest.mark.parametrize("name", ["scales", "rot_in", "rot_out", "lr_L", "lr_R"])
+@pytest.mark.parametrize("name", ["scales", "rot_in", "rot_out", "lr_L_scale", "lr_R_scale"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_value_that_is_not_finite_is_refused(edited: Path, name: str, value: float) -> None:
     edit_tensors(edited, lambda tensors: tensors[f"{LAYER}.{name}"].view(-1)[3:4].fill_(value))
     with pytest.raises(CheckpointError, match=rf"1 tensors hold values.*\n  {LAYER}\.{name}: expected"):
         AutoModelForCausalLM.from_pretrained(edited)
+
+
+@pytest.mark.parametrize("name", ["lr_L", "lr_R"])
+def test_a_factor_in_16_bits_that_is_not_finite_is_refused(
+    original: Path, fast: dict[str, Any], tmp_path: Path, name: str
+) -> None:
+    config = LRQConfig(**fast, factor_bits=16)
+    AutoModelForCausalLM.from_pretrained(original, quantization_config=config).save_pretrained(tmp_path)
+    edit_tensors(tmp_path, lambda tensors: tensors[f"{LAYER}.{name}"].view(-1)[3:4].fill_(math.nan))
+    with pytest.raises(CheckpointError, match=rf"1 tensors hold values.*\n  {LAYER}\.{name}: expected"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("value", [3.0, 0.0, 1.001])

@@ -114,8 +114,8 @@ def value(tensors: dict[str, torch.Tensor], rng: random.Random) -> None:
 
 def dtype(tensors: dict[str, torch.Tensor], rng: random.Random) -> None:
     name = rng.choice(sorted(tensors))
-    same = {1: torch.int8, 2: torch.bfloat16, 4: torch.int32}
-    tensors[name] = tensors[name].view(same[tensors[name].element_size()])
+    others = {torch.uint8: torch.int8, torch.int8: torch.uint8, torch.float16: torch.bfloat16}
+    tensors[name] = tensors[name].view(others.get(tensors[name].dtype, torch.int32))
 
 
 def config_value(folder: Path, rng: random.Random) -> None:

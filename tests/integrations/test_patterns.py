@@ -48,7 +48,7 @@ def test_a_parent_can_be_named_by_every_pattern(original: Path, fast: dict[str, 
     config = LRQConfig(
         **fast,
         rank_pattern={"layers.1": 2},
-        patterns={"layers.0.self_attn": {"factor_bits": 8}},
+        patterns={"layers.0.self_attn": {"factor_bits": 16}},
         layers={"model.layers.1.mlp.up_proj": LayerSpec(rank=1)},
     )
     model = AutoModelForCausalLM.from_pretrained(original, quantization_config=config)
@@ -56,5 +56,5 @@ def test_a_parent_can_be_named_by_every_pattern(original: Path, fast: dict[str, 
     assert {rank for name, rank in ranks.items() if "layers.0" in name} == {fast["rank"]}
     assert {rank for name, rank in ranks.items() if "layers.1" in name and "up_proj" not in name} == {2}
     assert ranks["model.layers.1.mlp.up_proj"] == 1
-    assert model.model.layers[0].self_attn.q_proj.layout.factor_bits == 8
-    assert model.model.layers[0].mlp.up_proj.layout.factor_bits == 16
+    assert model.model.layers[0].self_attn.q_proj.layout.factor_bits == 16
+    assert model.model.layers[0].mlp.up_proj.layout.factor_bits == 8

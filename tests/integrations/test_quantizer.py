@@ -19,7 +19,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from hf_lrq import LRQConfig, LRQLinear
+from hf_lrq import LRQConfig, LRQLinear, refit_factors
 from hf_lrq.errors import CheckpointError, CompressionError, SpecError
 from hf_lrq.integrations.compression import compress
 
@@ -122,6 +122,23 @@ def test_patterns_are_stored_by_name_and_loaded(original: Path, fast: dict[str, 
     assert again.config.quantization_config.to_dict() == header(tmp_path)
 
 
+def test_ranks_by_size_are_stored_as_numbers(original: Path, fast: dict[str, Any], tmp_path: Path) -> None:
+    config = LRQConfig(**{**fast, "rank": None})
+    model = AutoModelForCausalLM.from_pretrained(original, quantization_config=config)
+    model.save_pretrained(tmp_path)
+    stored = header(tmp_path)
+    assert stored["rank"] == 1
+    assert stored["modules"] == {
+        f"model.layers.{layer}.self_attn.{name}_proj": {"rank": 0} for layer in range(2) for name in "qkv"
+    }
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=LRQConfig(rank=None))
+    ranks = {name: module.rank for name, module in again.named_modules() if isinstance(module, LRQLinear)}
+    report = model.hf_quantizer.report
+    assert {layer.name: layer.rank for layer in report.layers} == ranks
+    assert set(ranks.values()) == {0, 1}
+    assert again.config.quantization_config.rank == 1
+
+
 def test_the_config_that_made_a_checkpoint_loads_it(original: Path, fast: dict[str, Any], tmp_path: Path) -> None:
     """Even where most modules got other bits than the default."""
     config = LRQConfig(**fast | {"bits": 2}, bits_pattern={"mlp.*|q_proj|k_proj": 4})
@@ -222,7 +239,8 @@ def test_format_dtypes_survive_a_load_in_another_dtype(compressed: Path, tokens:
     layer = model.model.layers[0].mlp.up_proj
     assert {name: tensor.dtype for name, tensor in layer.named_parameters()} == {
         "weight": torch.uint8,
-        **dict.fromkeys(["scales", "rot_in", "rot_out", "lr_L", "lr_R"], torch.float16),
+        **dict.fromkeys(["scales", "rot_in", "rot_out", "lr_L_scale", "lr_R_scale"], torch.float16),
+        **dict.fromkeys(["lr_L", "lr_R"], torch.int8),
     }
     assert model.lm_head.weight.dtype == torch.bfloat16
     assert logits(model, tokens).dtype == torch.bfloat16
@@ -368,7 +386,7 @@ def test_without_the_plugin_loading_stops(compressed: Path) -> None:
 def test_another_rank_than_stored_is_found(edited: Path) -> None:
     edit_header(edited, rank=8)
     layer = r"model\.layers\.0\.self_attn\.q_proj"
-    message = rf"28 tensors do not match.*\n  {layer}\.lr_L: expected F16 \[64, 8\], found F16 \[64, 4\]"
+    message = rf"56 tensors do not match.*\n  {layer}\.lr_L: expected I8 \[64, 8\], found I8 \[64, 4\]"
     with pytest.raises(CheckpointError, match=message):
         AutoModelForCausalLM.from_pretrained(edited)
 
@@ -395,7 +413,7 @@ def test_an_edited_tensor_is_found(edited: Path, name: str, change: Any, message
 def test_a_module_that_is_missing_altogether_is_found(edited: Path) -> None:
     kept = {name: tensor for name, tensor in weights(edited).items() if "layers.1.mlp.up_proj" not in name}
     save_file(kept, edited / "model.safetensors", metadata={"format": "pt"})
-    expected = r"6 tensors do not match.*\n  model\.layers\.1\.mlp\.up_proj\.weight: .*missing"
+    expected = r"8 tensors do not match.*\n  model\.layers\.1\.mlp\.up_proj\.weight: .*missing"
     with pytest.raises(CheckpointError, match=expected):
         AutoModelForCausalLM.from_pretrained(edited)
 
@@ -499,8 +517,9 @@ def test_compiles_as_one_graph(compressed: Path, tokens: torch.Tensor) -> None:
     torch.testing.assert_close(logits(compiled, tokens), expected)
 
 
-def test_factors_can_be_trained_and_saved(compressed: Path, tokens: torch.Tensor, tmp_path: Path) -> None:
+def test_factors_can_be_trained_in_place_once_they_are_floats(compressed: Path, tokens: torch.Tensor) -> None:
     model = AutoModelForCausalLM.from_pretrained(compressed)
+    refit_factors(model)
     layer = model.model.layers[0].mlp.up_proj
     layer.lr_L.requires_grad_(True)
     model(tokens, labels=tokens).loss.backward()

@@ -86,7 +86,7 @@ def encoder_layer():
 
 def error(encoder_layer, **recipe):
     W, gram = encoder_layer
-    spec = LayerSpec(**{"bits": 2, "rank": 32, "codebook": "e8p", **recipe})
+    spec = LayerSpec(**{"bits": 2, "rank": 32, "factor_bits": 16, "codebook": "e8p", **recipe})
     return compress_matrix(W, gram, spec, torch.Generator().manual_seed(0)).proxy_loss ** 0.5
 
 

@@ -27,7 +27,7 @@ VARIANTS = [
 def make(variant, out_features=24, in_features=40, bias=True, seed=0):
     generator = torch.Generator().manual_seed(seed)
     W = torch.randn(out_features, in_features, generator=generator)
-    spec = LayerSpec(**{"bits": 2, "rank": 4, "codebook": "e8p", "iters": 1, "sweeps": 0, **variant})
+    spec = LayerSpec(**{"bits": 2, "rank": 4, "factor_bits": 16, "codebook": "e8p", "iters": 1, "sweeps": 0, **variant})
     b = torch.randn(out_features, generator=generator) if bias else None
     return LRQLinear.from_matrix(compress_matrix(W, None, spec, generator), b), generator
 

@@ -9,12 +9,13 @@ from hf_lrq.layout import FACTOR_NAMES
 from hf_lrq.nn import LRQExpertStack, LRQLinear
 from hf_lrq.spec import LayerSpec
 
+PLAIN = {"bits": 4, "rank": 4, "factor_bits": 16, "codebook": "e8p", "iters": 1, "sweeps": 0}
 VARIANTS = [{}, {"rank": 0}, {"factor_bits": 8}, {"factor_bits": 4, "rank": 3}, {"rotation": "none"}]
 
 
 def compressed(shape=(24, 40), **variant):
     generator = torch.Generator().manual_seed(0)
-    spec = LayerSpec(**{"bits": 4, "rank": 4, "codebook": "e8p", "iters": 1, "sweeps": 0, **variant})
+    spec = LayerSpec(**{**PLAIN, **variant})
     return compress_matrix(torch.randn(shape, generator=generator), None, spec, generator)
 
 

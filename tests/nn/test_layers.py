@@ -13,7 +13,7 @@ from hf_lrq.kernels import linear
 from hf_lrq.nn import LRQExpertStack, LRQLinear
 from hf_lrq.spec import LayerSpec
 
-SPEC = LayerSpec(bits=2, rank=4, codebook="e8p", iters=1, sweeps=0)
+SPEC = LayerSpec(bits=2, rank=4, factor_bits=16, codebook="e8p", iters=1, sweeps=0)
 
 
 def matrix(seed=0, spec=SPEC, shape=(16, 24)):
@@ -61,7 +61,7 @@ def test_copies_are_independent():
 def test_a_matrix_of_another_layout_is_refused():
     layer = LRQLinear(24, 16, False, SPEC.layout)
     with pytest.raises(ValueError, match=r"lr_L of the matrix is float \(16, 2\), the layer holds float \(16, 4\)"):
-        layer.load_matrix(matrix(spec=LayerSpec(bits=2, rank=2, codebook="e8p", iters=1, sweeps=0)))
+        layer.load_matrix(matrix(spec=replace(SPEC, rank=2)))
 
 
 @pytest.mark.parametrize(

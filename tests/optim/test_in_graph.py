@@ -69,7 +69,7 @@ def test_in_graph_needs_damping(generator: torch.Generator) -> None:
 
 def compressed_layer(generator: torch.Generator, out: int = 24, width: int = 16) -> LRQLinear:
     W = torch.randn(out, width, generator=generator)
-    layer = LRQLinear.from_matrix(compress_matrix(W, None, LayerSpec(rank=3, iters=1), generator))
+    layer = LRQLinear.from_matrix(compress_matrix(W, None, LayerSpec(rank=3, factor_bits=16, iters=1), generator))
     for factor in (layer.lr_L, layer.lr_R):
         factor.data = factor.data.float()
         factor.requires_grad_(True)

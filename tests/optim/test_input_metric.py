@@ -131,7 +131,7 @@ def test_the_unit_of_the_inputs_does_not_matter(generator: torch.Generator) -> N
 
 
 def compressed_layer(generator: torch.Generator) -> LRQLinear:
-    spec = LayerSpec(rank=3, codebook="int", bits=4, group_size=8, rotation="hadamard", rounding="nearest", init="zero")
+    spec = LayerSpec(rank=3, factor_bits=16, codebook="int", bits=4, group_size=8, rounding="nearest", init="zero")
     return LRQLinear.from_matrix(compress_matrix(torch.randn(16, 24, generator=generator), None, spec, generator))
 
 

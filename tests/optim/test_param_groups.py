@@ -126,7 +126,8 @@ def test_the_float16_factors_of_a_real_layer_are_learned_anew_from_zero(generato
     """Through the layer's own forward pass, to the loss that its closed-form factors had; nothing else of it moves."""
     W = torch.randn(16, 24, generator=generator)
     x = torch.randn(64, 24, generator=generator)
-    layer = LRQLinear.from_matrix(compress_matrix(W, None, LayerSpec(rank=4, codebook="int", group_size=8), generator))
+    spec = LayerSpec(rank=4, factor_bits=16, codebook="int", group_size=8)
+    layer = LRQLinear.from_matrix(compress_matrix(W, None, spec, generator))
     solved = (layer(x) - x @ W.T).square().mean().item()
     codes = layer.weight.clone()
     layer.lr_L.data.zero_()

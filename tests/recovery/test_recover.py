@@ -21,6 +21,7 @@ from hf_lrq.recovery import (
     recover,
     trainable,
 )
+from hf_lrq.recovery.factors import store_factors, with_float_factors
 from hf_lrq.recovery.options import KINDS
 from hf_lrq.recovery.recover import Run
 from hf_lrq.recovery.trainable import Trainable
@@ -134,21 +135,37 @@ def test_models_of_sixteen_bits_are_trained_as_they_run(
     assert any("norm" in name.lower() for name in changed(model, before))
 
 
-def test_factors_of_experts_are_trained(original: Any, compressed: Any, batches: list[Tensor]) -> None:
-    model = compressed("mixtral")
+@pytest.mark.parametrize("factor_bits", [16, 8, 4])
+def test_factors_of_experts_are_trained_and_stay_what_they_are(
+    original: Any, compressed: Any, batches: list[Tensor], factor_bits: int
+) -> None:
+    model = compressed("mixtral", factor_bits=factor_bits)
     before = tensors(model)
-    stacks = [name for name, module in model.named_modules() if isinstance(module, LRQExpertStack)]
+    stacks = {name: module for name, module in model.named_modules() if isinstance(module, LRQExpertStack)}
+    layouts = {name: stack.layout for name, stack in stacks.items()}
     report = recover(model, original("mixtral"), batches, RecoveryOptions(train=("factors",), epochs=1, lr=3e-3))
     assert report.after.total < report.before.total
     assert {f"{name}.lr_L" for name in stacks} <= changed(model, before)
-    assert report.untouched == ()
+    assert {name: (t.shape, t.dtype) for name, t in tensors(model).items()} == {
+        name: (t.shape, t.dtype) for name, t in before.items()
+    }
+    assert {name: stack.layout for name, stack in stacks.items()} == layouts
+    linears = sum(isinstance(module, LRQLinear) for module in model.modules())
+    assert report.refitted == (0 if factor_bits == 16 else linears + sum(stack.experts for stack in stacks.values()))
 
 
-def test_codes_of_experts_are_reported_as_untouched(original: Any, compressed: Any, batches: list[Tensor]) -> None:
+def test_codes_of_experts_are_the_floats_that_are_trained(compressed: Any) -> None:
     model = compressed("mixtral", factor_bits=8)
-    stacks = {name for name, module in model.named_modules() if isinstance(module, LRQExpertStack)}
-    report = recover(model, original("mixtral"), batches, RecoveryOptions(epochs=1))
-    assert set(report.untouched) == stacks
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    stack = model.model.layers[0].mlp.experts.qstack_gate_up_proj
+    expected = stack(x, 1)
+    stored, dense = stack.factors(), stack.dense()
+    with_float_factors(stack)
+    assert (stack.layout.factor_bits, stack.lr_L.dtype, stack.lr_L_scale) == (16, torch.float32, None)
+    torch.testing.assert_close(stack(x, 1), expected)
+    store_factors(stack, stored, torch.Generator().manual_seed(0))
+    assert stack.layout == stored.layout
+    torch.testing.assert_close(stack.dense(), dense, rtol=0, atol=2e-2 * dense.std().item())
 
 
 def test_a_model_without_logits_learns_from_hidden_states(

@@ -263,6 +263,14 @@ def test_card_of_a_data_free_run_says_so(compression: CompressionReport) -> None
     assert "Relative error of their weights: median 0.1000" in text
 
 
+def test_card_says_which_ranks_were_chosen(compression: CompressionReport) -> None:
+    compression.layers = [layer(0, rank=7), layer(1, rank=16), layer(2, rank=8)]
+    assert "| `rank` | `7 to 16, by the size of each matrix` |" in str(
+        model_card(built(compression, recipe={"rank": None}))
+    )
+    assert "by the size" not in str(model_card(built(compression, recipe={"bits": 2})))
+
+
 def test_card_of_a_recovered_model_says_so(compression: CompressionReport) -> None:
     recovery = {"tokens": 118784, "before": {"divergence": 0.0625}, "after": {"divergence": 0.03125}}
     report = built(compression)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from hf_lrq.errors import CompressionError
@@ -79,3 +80,82 @@ def test_a_module_in_a_plain_list_is_left_alone(spec: CompressionSpec) -> None:
         "0.first": "also held by Holder.stages, where it cannot be replaced",
         "0.second": "also held by Holder.by_name, where it cannot be replaced",
     }
+
+
+def on_meta(**shape: int) -> nn.Module:
+    with torch.device("meta"):
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=1, vocab_size=32, **shape))
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected", "with_rank_64"),
+    [
+        # Of SmolLM2-135M, Qwen2.5-0.5B and Llama-3.2-1B.
+        ((576, 1536, 9, 3), 2.387, 5.153),
+        ((896, 4864, 14, 2), 2.293, 3.612),
+        ((2048, 8192, 32, 8), 2.291, 2.759),
+    ],
+)
+def test_two_bits_are_about_two_bits_by_default(
+    shape: tuple[int, int, int, int], expected: float, with_rank_64: float
+) -> None:
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    model = on_meta(**dict(zip(names, shape, strict=True)))
+
+    def bits(spec: LayerSpec) -> float:
+        layouts = make_plan(model, CompressionSpec(default=spec), {"lm_head": "head"}).inventory.layouts
+        return 8 * sum(site.bytes(layout) for site, layout in layouts.items()) / sum(site.weights for site in layouts)
+
+    assert bits(LayerSpec()) == pytest.approx(expected, abs=1e-3)
+    assert bits(LayerSpec(rank=64, factor_bits=16)) == pytest.approx(with_rank_64, abs=1e-3)
+    assert bits(LayerSpec()) - bits(LayerSpec(rank=0)) <= 0.3
+
+
+def test_layers_that_are_computed_together_get_one_codebook_and_one_rank() -> None:
+    """So that one launch computes them: k and v, which alone would be e8p of rank 2, follow q."""
+    model = on_meta(hidden_size=512, intermediate_size=1024, num_attention_heads=8, num_key_value_heads=1)
+    plan = make_plan(model, CompressionSpec(), {"lm_head": "head"})
+    chosen = {site.name.rpartition(".")[2]: (spec.codebook, spec.rank) for site, spec in plan.specs.items()}
+    assert chosen == {
+        **dict.fromkeys(["q_proj", "k_proj", "v_proj"], ("bt", 5)),
+        **dict.fromkeys(["gate_proj", "up_proj"], ("bt", 8)),
+        **{"o_proj": ("bt", 8), "down_proj": ("bt", 8)},
+    }
+    alone = LayerSpec().fitted((64, 512))
+    assert (alone.codebook, alone.rank) == ("e8p", 2)
+
+
+def test_what_a_pattern_changes_is_on_its_own() -> None:
+    model = on_meta(hidden_size=512, intermediate_size=1024, num_attention_heads=8, num_key_value_heads=1)
+    spec = CompressionSpec(patterns={"q_proj": {"bits": 4}, "up_proj": {"rank": 3}, "down_proj": {"rank": None}})
+    chosen = {site.name.rpartition(".")[2]: each for site, each in make_plan(model, spec).specs.items()}
+    assert [(chosen[name].bits, chosen[name].codebook, chosen[name].rank) for name in ("q_proj", "k_proj")] == [
+        (4, "bt", 8),
+        (2, "e8p", 2),
+    ]
+    assert (chosen["up_proj"].rank, chosen["gate_proj"].rank, chosen["down_proj"].rank) == (3, 8, 8)
+
+
+def test_a_stack_of_experts_has_the_rank_of_one_of_them() -> None:
+    config = transformers.MixtralConfig(hidden_size=256, intermediate_size=128, num_local_experts=3)
+    with torch.device("meta"):
+        experts = nn.Sequential(transformers.models.mixtral.modeling_mixtral.MixtralExperts(config))
+    found = {site.label: spec.rank for site, spec in make_plan(experts, CompressionSpec()).specs.items()}
+    assert found == {
+        "0.gate_up_proj": LayerSpec().fitted((256, 256)).rank,
+        "0.down_proj": LayerSpec().fitted((256, 128)).rank,
+    }
+
+
+def test_large_factors_are_warned_of_once_with_names_and_a_remedy(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(*(nn.Linear(256, 256, device="meta") for _ in range(5)))
+    make_plan(model, CompressionSpec(default=LayerSpec(rank=16), patterns={"4": {"rank": 7, "bits": 4}}))
+    (message,) = [record.getMessage() for record in caplog.records if "factors" in record.getMessage()]
+    assert "of 4 of 5 matrices take more than a quarter of the bytes of Q, up to 50 % (0, 1, 2 and 1 more)" in message
+    assert "Leave rank out, and it is chosen by the size of each; or take a smaller rank" in message
+
+
+@pytest.mark.parametrize("spec", [LayerSpec(), LayerSpec(rank=7), LayerSpec(rank=0), LayerSpec(bits=4, rank=8)])
+def test_factors_of_up_to_a_quarter_pass(spec: LayerSpec, caplog: pytest.LogCaptureFixture) -> None:
+    make_plan(nn.Sequential(nn.Linear(256, 256, device="meta")), CompressionSpec(default=spec))
+    assert not [record for record in caplog.records if "factors" in record.getMessage()]

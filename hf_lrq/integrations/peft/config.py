@@ -36,7 +36,7 @@ class LRQAdapterConfig(PeftConfig):
             and a scaling, between frozen factors. "spectral" or "spectral:k": additions to the (first k) singular
             vectors of L R.
         target_modules: names or endings of names, or one regular expression; None and "all-linear" take every
-            compressed linear layer.
+            compressed linear layer, but for those without factors where the mode needs some.
         exclude_modules: names or endings, or one regular expression, of modules to leave out.
         modules_to_save: modules to train and save whole, for example a new head.
         layers_to_transform: indices of the layers to adapt.

@@ -2,7 +2,7 @@
 
 import warnings
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
@@ -79,7 +79,7 @@ def chosen_layers(config: LRQAdapterConfig, model: nn.Module) -> dict[str, LRQLi
     if config.base_layers is not None:
         chosen = {name: layers[name] for name in config.base_layers if name in layers}
     elif config.target_modules is None or config.target_modules == "all-linear":
-        chosen = _kept(config, layers, {name.rpartition(".")[2] for name in layers})
+        chosen = _with_factors(config, _kept(config, layers, {name.rpartition(".")[2] for name in layers}), ranks)
     else:
         chosen = _matched(config, model, layers)
     check_none_is_offloaded(model, chosen, "added")
@@ -88,13 +88,38 @@ def chosen_layers(config: LRQAdapterConfig, model: nn.Module) -> dict[str, LRQLi
     if not chosen:
         raise SpecError(f"No compressed layer is left to adapt.{_filters(config)}")
     for name, layer in chosen.items():
-        reason = config.mode_for(name).misfit(layer.out_features, layer.in_features, ranks[name])
+        reason = _misfit(config, name, layer, ranks[name])
         if reason is not None:
             raise SpecError(
                 f"mode {config.mode!r} does not fit {name}: {reason}. Change the mode, set another number for this "
                 "module in rank_pattern, or leave it out with exclude_modules."
             )
     return chosen
+
+
+def _with_factors(
+    config: LRQAdapterConfig, layers: dict[str, LRQLinear], ranks: Mapping[str, int]
+) -> dict[str, LRQLinear]:
+    """Those that nobody named and that a mode fits; where all are without factors, the caller says so of the first."""
+    bare = [name for name, layer in layers.items() if not ranks[name] and _misfit(config, name, layer, 0)]
+    if not 0 < len(bare) < len(layers):
+        return layers
+    warnings.warn(
+        f"{len(bare)} compressed layers have no factors L and R (rank 0) and get no adapter: {_first(bare)}. Mode "
+        "'append:r' gives them some.",
+        UserWarning,
+        stacklevel=2,
+    )
+    return {name: layer for name, layer in layers.items() if name not in bare}
+
+
+def _misfit(config: LRQAdapterConfig, name: str, layer: LRQLinear, rank: int) -> str | None:
+    return config.mode_for(name).misfit(layer.out_features, layer.in_features, rank)
+
+
+def _first(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
 
 
 def _check_same(stored: Mapping[str, str], here: Mapping[str, str]) -> None:
@@ -128,10 +153,9 @@ def _matched(config: LRQAdapterConfig, model: nn.Module, layers: Mapping[str, LR
             raise SpecError(_nothing_matched(target, names, modules, layers))
         passed_over += [name for name in names if name not in layers and isinstance(modules[name], nn.Linear)]
     if passed_over:
-        more = f" and {len(passed_over) - SHOWN} more" if len(passed_over) > SHOWN else ""
         warnings.warn(
             f"target_modules match linear layers that are not compressed and get no adapter: "
-            f"{', '.join(passed_over[:SHOWN])}{more}. To train them, list them in modules_to_save.",
+            f"{_first(passed_over)}. To train them, list them in modules_to_save.",
             UserWarning,
             stacklevel=2,
         )

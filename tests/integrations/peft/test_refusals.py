@@ -106,6 +106,17 @@ def test_without_factors_only_appending_is_possible(original: Path, fast: dict[s
     assert model.merge_and_unload().get_submodule(UP).layout.rank == 2
 
 
+def test_layers_without_factors_are_passed_over_unless_they_are_named(original: Path, fast: dict[str, Any]) -> None:
+    config = LRQConfig(**fast, rank_pattern={"k_proj|v_proj": 0})
+    model = LlamaForCausalLM.from_pretrained(original, quantization_config=config)
+    with pytest.raises(SpecError, match=r"it has no factors L and R \(rank 0\); mode 'append:r' gives it some"):
+        get_peft_model(model, LRQAdapterConfig(target_modules=["k_proj"]))
+    with pytest.warns(UserWarning, match=r"4 compressed layers have no factors .*k_proj, .* and 1 more\. Mode 'append"):
+        adapted = get_peft_model(model, LRQAdapterConfig())
+    names = {name.split(".")[-3] for name, p in adapted.named_parameters() if p.requires_grad}
+    assert names == {"q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
 # Adapters that are not for this model, and files that are not of this adapter
 
 
