@@ -45,6 +45,13 @@ RECIPES: dict[str, dict[str, object]] = {
     "4-bit LDLQ + 2 sweeps, e8p, no L R": {**TWO_SWEEPS, "bits": 4, "codebook": "e8p"},
     "4-bit LDLQ + 2 sweeps, bt, no L R": {**TWO_SWEEPS, "bits": 4, "codebook": "bt"},
     "2-bit Q + L R, e8p, rank 8 at 8 bits": {"rank": 8, "factor_bits": 8, "codebook": "e8p", "calibrated": True},
+    "2-bit Q + L R, e8p, rank 8 at 8 bits, two-sided": {
+        "rank": 8,
+        "factor_bits": 8,
+        "codebook": "e8p",
+        "calibrated": True,
+        "two_sided": True,
+    },
     "2-bit Q + L R, bt, rank 8 at 8 bits": {"rank": 8, "factor_bits": 8, "codebook": "bt", "calibrated": True},
     "2-bit Q + L R, bt, rank 16 at 8 bits, data-free": {"rank": 16, "factor_bits": 8, "codebook": "bt"},
     "2-bit Q + L R, e8p, rank 16 at 8 bits": {"rank": 16, "factor_bits": 8, "codebook": "e8p", "calibrated": True},

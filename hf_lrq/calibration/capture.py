@@ -78,11 +78,16 @@ class Masks:
         Only inputs whose leading axes are those of a mask, or its positions in a row, are masked.
         """
         rows = x.reshape(-1, x.shape[-1])
+        kept = self.kept(name, x.shape[:-1])
+        return rows if kept is None else rows[kept.flatten()]
+
+    def kept(self, name: str, shape: Sequence[int]) -> Tensor | None:
+        """Which rows of inputs [*shape, in] of the module `name` are real, bool [*shape]; None where all are."""
         for mask in self.decoder if "decoder" in name.split(".") else self.outside:
             # Mixtures of experts flatten [batch, length] to [tokens].
-            if tuple(x.shape[:-1]) in (tuple(mask.shape), (mask.numel(),)):
-                return rows[mask.flatten()]
-        return rows
+            if tuple(shape) in (tuple(mask.shape), (mask.numel(),)):
+                return mask.reshape(shape)
+        return None
 
 
 def _mask(arguments: Mapping[str, Any], name: str) -> Tensor | None:
@@ -150,8 +155,8 @@ class ModelRunner:
         """Which positions of a batch are real."""
         return Masks.of(self.arguments(index)[1], self._encoder_decoder)
 
-    def run(self, index: int) -> None:
-        """One pass over one batch, to its end or until a hook raises `StopPass`.
+    def run(self, index: int) -> Any:
+        """One pass over one batch, to its end or until a hook raises `StopPass`; what the model returns, if it does.
 
         Raises:
             CalibrationError: if the model raises; names the batch.
@@ -159,9 +164,9 @@ class ModelRunner:
         args, kwargs = self.arguments(index)
         with self.failures(index):
             try:
-                self.model(*args, **kwargs)
+                return self.model(*args, **kwargs)
             except StopPass:
-                return
+                return None
 
     def failures(self, index: int) -> AbstractContextManager[None]:
         """Errors raised inside are the model's, at this batch."""
@@ -265,17 +270,21 @@ class InputRecorder:
         for handle in self._handles:
             handle.remove()
 
-    def watch(self, run: Callable[[], Result], masks: Masks) -> tuple[Result, dict[str, list[Tensor]]]:
+    def watch(
+        self, run: Callable[[], Result], masks: Masks, weights: Mapping[str, Sequence[Tensor]] | None = None
+    ) -> tuple[Result, dict[str, list[Tensor]]]:
         """Run something; also returns the inputs that each matrix got meanwhile, [tokens, in] for each call.
 
-        Inputs that were the same tensor are the same tensor here. Matrices of fused experts are named
-        "<module>.<matrix>.<expert>".
+        Inputs that were the same tensor are the same tensor here; those of a matrix with weights, for each call one of
+        the shape of its tokens, are multiplied by their roots, so that x x^T is weighted. Matrices of fused experts are
+        named "<module>.<matrix>.<expert>".
         """
         result, seen = self._watch(run)
         if any(one.changed for calls in seen.values() for one in calls):
             # What was noted is gone; from now on inputs are copied.
             self._copying = True
             result, seen = self._watch(run)
+        weights = weights or {}
         rows: dict[str, list[Tensor]] = {}
         known: dict[tuple[Any, ...], Tensor] = {}
         for name, calls in seen.items():
@@ -283,6 +292,10 @@ class InputRecorder:
                 if one.experts is not None:
                     for key, part in _routed(self._modules[name], name, self._fused[name], one, masks).items():
                         rows.setdefault(key, []).append(part)
+                    continue
+                if name in weights:
+                    counts = weights[name][len(rows.get(name, ()))].to(one.kept.device)
+                    rows.setdefault(name, []).append(masks.rows(name, one.kept.float() * counts.sqrt().unsqueeze(-1)))
                     continue
                 if one.identity not in known:
                     known[one.identity] = masks.rows(name, one.kept)

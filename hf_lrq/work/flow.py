@@ -5,7 +5,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from hf_lrq.decomposition import CompressedMatrix, InputGram
+from hf_lrq.decomposition import CompressedMatrix, InputGram, OutputGram
 from hf_lrq.nn import LRQLinear
 from hf_lrq.work.executor import Executor
 from hf_lrq.work.job import Job
@@ -43,6 +43,7 @@ def compress_sites(
     sink: Sink,
     executor: Executor,
     grams: Mapping[str, InputGram] | None = None,
+    outputs: Mapping[str, OutputGram] | None = None,
     done: Callable[[LayerRecord], None] = lambda _: None,
 ) -> None:
     """Carry out a part of a plan. What is compressed reaches the sink when all of these sites are done.
@@ -53,18 +54,19 @@ def compress_sites(
         source, sink: where matrices come from and go to.
         executor: spreads the matrices.
         grams: name of a matrix -> Gram of its inputs; matrices without one are compressed without data.
+        outputs: name of a matrix -> Gram of the gradients at its outputs.
         done: told about each matrix, in their order, in the calling thread.
 
     Raises:
         LRQError: as `Job.run` does; nothing has reached the sink then.
     """
-    grams = grams or {}
+    grams, outputs = grams or {}, outputs or {}
     sites = list(sites)
     tasks = [Task(site, position, job) for site in sites for position, job in enumerate(plan.jobs(site))]
 
     def run(task: Task) -> tuple[CompressedMatrix, LayerRecord]:
         W = task.site.matrix(source.parameter(task.site), task.position)
-        return task.job.run(W, grams.get(task.job.name))
+        return task.job.run(W, grams.get(task.job.name), outputs.get(task.job.name))
 
     results: dict[Site, list[CompressedMatrix]] = {site: [] for site in sites}
     for task, (matrix, record) in zip(tasks, executor.stream(run, tasks), strict=True):
