@@ -79,7 +79,7 @@ class Calibration:
         self._warn_if_short()
         self._report.calibration = {
             "method": "sequential" if self._sequential else "independent",
-            **self._sensitivity.summary(),
+            **(self._sensitivity.summary() if self._two_sided else {}),
             "sequences": self._runner.sequences,
             "tokens": max((layer.n_tokens for layer in self._report.layers), default=0),
         }

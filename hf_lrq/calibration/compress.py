@@ -82,7 +82,7 @@ def compress_model(
                 work.without_data()
             else:
                 runner = ModelRunner(model, list(batches))
-                progress.calibrate(runner.sequences)
+                progress.calibrate(runner.sequences, two_sided)
                 Calibration(work, runner, sequential, two_sided).run()
             later.release()
         except LRQError as error:
@@ -152,7 +152,7 @@ class _ModelWork:
             self.report.layers.append(record)
             self._progress.layer(record)
 
-        compress_sites(self._plan, sites, self._source, self._sink, self.workers, grams, outputs, done)
+        compress_sites(self._plan, sites, self._source, self._sink, self.workers, grams, done, outputs)
 
     def without_data(self) -> None:
         """Compress all sites without data, a stack's block at a time."""

@@ -43,8 +43,8 @@ def compress_sites(
     sink: Sink,
     executor: Executor,
     grams: Mapping[str, InputGram] | None = None,
-    outputs: Mapping[str, OutputGram] | None = None,
     done: Callable[[LayerRecord], None] = lambda _: None,
+    outputs: Mapping[str, OutputGram] | None = None,
 ) -> None:
     """Carry out a part of a plan. What is compressed reaches the sink when all of these sites are done.
 
@@ -54,8 +54,8 @@ def compress_sites(
         source, sink: where matrices come from and go to.
         executor: spreads the matrices.
         grams: name of a matrix -> Gram of its inputs; matrices without one are compressed without data.
-        outputs: name of a matrix -> Gram of the gradients at its outputs.
         done: told about each matrix, in their order, in the calling thread.
+        outputs: name of a matrix -> Gram of the gradients at its outputs.
 
     Raises:
         LRQError: as `Job.run` does; nothing has reached the sink then.

@@ -80,8 +80,8 @@ class CompressionReport:
         total_parameters, compressed_parameters: weights of the whole model, and of the compressed matrices.
         warnings: everything that was not as it should be, in words.
         seconds: of the whole compression.
-        calibration: how it was calibrated: method, sequences, tokens, and two_sided, the number of matrices whose
-            outputs were weighed.
+        calibration: how it was calibrated: method, sequences, tokens, and where gradients were asked for
+            two_sided, the number of matrices that had some, with the mean shrinkage of what was made of them.
     """
 
     layers: list[LayerRecord] = field(default_factory=list)
