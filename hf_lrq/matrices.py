@@ -1,6 +1,7 @@
 """The value types that travel between the layers of the package: what was computed, not how."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,6 +43,17 @@ class QuantizedMatrix:
     ) -> "QuantizedMatrix":
         """From unpacked codes [padded rows, padded columns / dim]."""
         return cls(get_codebook(codebook).pack(codes), scales, codebook, in_features, group_size)
+
+    @classmethod
+    def stacked(cls, parts: Sequence["QuantizedMatrix"]) -> "QuantizedMatrix":
+        """Matrices of one kind above each other; all but the last have a multiple of the `row_block` of rows."""
+        packed, scales = (torch.cat(each) for each in zip(*((part.packed, part.scales) for part in parts), strict=True))
+        return replace(parts[0], packed=packed, scales=scales)
+
+    def part(self, start: int, stop: int) -> "QuantizedMatrix":
+        """Some of the rows, as a matrix of their own; `start` is a multiple of the codebook's `row_block`."""
+        block = get_codebook(self.codebook).row_block
+        return replace(self, packed=self.packed[start // block : -(-stop // block)], scales=self.scales[start:stop])
 
     @property
     def out_features(self) -> int:

@@ -47,6 +47,13 @@ RECIPES: dict[str, dict[str, object]] = {
     "2-bit Q + L R, all by default (bt, ranks 3 to 7 at 8 bits)": {"calibrated": True},
     "2-bit Q + L R, bt, rank 3 at 16 bits": {"rank": 3, "factor_bits": 16, "codebook": "bt", "calibrated": True},
     "2-bit Q + L R, e8p, rank 8 at 8 bits": {"rank": 8, "factor_bits": 8, "codebook": "e8p", "calibrated": True},
+    "2-bit Q + L R, e8p, rank 8 at 8 bits, two-sided": {
+        "rank": 8,
+        "factor_bits": 8,
+        "codebook": "e8p",
+        "calibrated": True,
+        "two_sided": True,
+    },
     "2-bit Q + L R, bt, rank 8 at 8 bits": {"rank": 8, "factor_bits": 8, "codebook": "bt", "calibrated": True},
     "2-bit Q + L R, bt, rank 16 at 8 bits, data-free": {"rank": 16, "factor_bits": 8, "codebook": "bt"},
     "2-bit Q + L R, e8p, rank 16 at 8 bits": {"rank": 16, "factor_bits": 8, "codebook": "e8p", "calibrated": True},

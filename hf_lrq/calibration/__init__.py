@@ -1,7 +1,7 @@
 """All matrices of a model: calibration data, activations one block at a time, compression in place."""
 
 from hf_lrq.calibration.batches import Batch, make_batches
-from hf_lrq.calibration.compress import compress_model
+from hf_lrq.calibration.compress import check_data, compress_model
 from hf_lrq.calibration.inputs import input_grams
 from hf_lrq.calibration.progress import Progress, SilentProgress, TqdmProgress
 
@@ -10,6 +10,7 @@ __all__ = [
     "Progress",
     "SilentProgress",
     "TqdmProgress",
+    "check_data",
     "compress_model",
     "input_grams",
     "make_batches",

@@ -8,10 +8,11 @@ from torch import nn
 from hf_lrq.calibration.blocks import find_stacks, is_stateful
 from hf_lrq.calibration.calls import Call, Outputs
 from hf_lrq.calibration.capture import InputRecorder, ModelRunner, StopPass
+from hf_lrq.calibration.gradients import Sensitivity, sensitivity
 from hf_lrq.calibration.grams import GramStore, Rows
 from hf_lrq.calibration.probe import Probe, Section
 from hf_lrq.calibration.recorder import StackRecorder, free
-from hf_lrq.decomposition import InputGram
+from hf_lrq.decomposition import InputGram, OutputGram
 from hf_lrq.errors import CalibrationError
 from hf_lrq.work import CompressionReport, Executor, Site
 from hf_lrq.work.plan import listed
@@ -26,6 +27,7 @@ class Work(Protocol):
         model: whose sites they are; `compress` may change it.
         sites: of all matrices that are to be compressed.
         report: gets the warnings, and what the calibration saw.
+        seed: of every random choice.
         workers: run passes and products.
     """
 
@@ -34,21 +36,31 @@ class Work(Protocol):
     report: CompressionReport
 
     @property
+    def seed(self) -> int: ...
+
+    @property
     def workers(self) -> Executor: ...
 
-    def compress(self, title: str, sites: Sequence[Site], grams: Mapping[str, InputGram]) -> None:
-        """Compress some sites on these Grams, by the name of the matrix."""
+    def compress(
+        self,
+        title: str,
+        sites: Sequence[Site],
+        grams: Mapping[str, InputGram],
+        outputs: Mapping[str, OutputGram] | None = None,
+    ) -> None:
+        """Compress some sites on these Grams of inputs and of gradients at outputs, by the name of the matrix."""
 
 
 class Calibration:
     """Runs a model over calibration batches and compresses its sites on what they see."""
 
-    def __init__(self, work: Work, runner: ModelRunner, sequential: bool):
+    def __init__(self, work: Work, runner: ModelRunner, sequential: bool, two_sided: bool = False):
         if not len(runner):
             raise CalibrationError(
                 "there are no calibration batches. Give at least one, or batches=None to compress without data."
             )
-        self._work, self._runner, self._sequential = work, runner, sequential
+        self._work, self._runner, self._sequential, self._two_sided = work, runner, sequential, two_sided
+        self._sensitivity = Sensitivity()
         self._model, self._workers, self._report = work.model, work.workers, work.report
         self._one_by_one = is_stateful(work.model)
         self._short: dict[str, tuple[int, int]] = {}  # Matrix -> tokens seen, tokens needed.
@@ -57,6 +69,8 @@ class Calibration:
         """Calibrate and compress all sites."""
         probe = Probe(self._runner, find_stacks(self._model, self._work.sites), self._work.sites)
         self._workers.map(lambda _: probe.run(), [None])
+        if self._two_sided:
+            self._look_at_outputs()
         for section in probe.sections():
             if section.stack is None:
                 self._together(section.sites[""], probe, section.stop_early)
@@ -65,9 +79,19 @@ class Calibration:
         self._warn_if_short()
         self._report.calibration = {
             "method": "sequential" if self._sequential else "independent",
+            **(self._sensitivity.summary() if self._two_sided else {}),
             "sequences": self._runner.sequences,
             "tokens": max((layer.n_tokens for layer in self._report.layers), default=0),
         }
+
+    def _look_at_outputs(self) -> None:
+        """Grams of the gradients at the outputs, of the original model."""
+        found = self._sensitivity = sensitivity(
+            self._runner, self._work.sites, self._workers, self._work.seed, self._one_by_one
+        )
+        for reason in dict.fromkeys(found.without.values()):
+            names = [name for name, why in found.without.items() if why == reason]
+            self._report.warnings.append(f"{reason} {listed(names, LISTED)}: their outputs count alike.")
 
     def _stack(self, section: Section, probe: Probe) -> None:
         """All blocks of a stack, replayed if possible."""
@@ -117,7 +141,7 @@ class Calibration:
             after: dict[int, Outputs] = {}
             if sites:
                 grams, after = self._grams(sites, reached, advance, keep=wanted)
-                self._work.compress(name, sites, grams)
+                self._work.compress(name, sites, grams, self._sensitivity.grams)
             if not following:
                 return
             missing = [index for index in reached if index not in after]
@@ -149,7 +173,7 @@ class Calibration:
         finally:
             if handle is not None:
                 handle.remove()
-        self._work.compress(block or "outside the blocks", sites, grams)
+        self._work.compress(block or "outside the blocks", sites, grams, self._sensitivity.grams)
 
     def _grams(
         self,
@@ -165,7 +189,8 @@ class Calibration:
         with InputRecorder(self._model, sites, stop_early) as recorder:
 
             def watch(index: int) -> tuple[Outputs, Rows]:
-                return recorder.watch(lambda: run(index), self._runner.masks(index))
+                weights = self._sensitivity.weights_of(index)
+                return recorder.watch(lambda: run(index), self._runner.masks(index), weights)
 
             # As many batches at a time as there are threads: their inputs are all in memory.
             for start in range(0, len(indices), self._workers.count):

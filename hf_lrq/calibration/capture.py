@@ -105,8 +105,8 @@ class ModelRunner:
         """Which positions of a batch are real."""
         return Masks.of(self.arguments(index)[1], self._encoder_decoder)
 
-    def run(self, index: int) -> None:
-        """One pass over one batch, to its end or until a hook raises `StopPass`.
+    def run(self, index: int) -> Any:
+        """One pass over one batch, to its end or until a hook raises `StopPass`; what the model returns, if it does.
 
         Raises:
             CalibrationError: if the model raises; names the batch.
@@ -114,9 +114,9 @@ class ModelRunner:
         args, kwargs = self.arguments(index)
         with self.failures(index):
             try:
-                self.model(*args, **kwargs)
+                return self.model(*args, **kwargs)
             except StopPass:
-                return
+                return None
 
     def failures(self, index: int) -> AbstractContextManager[None]:
         """Errors raised inside are the model's, at this batch."""
@@ -225,17 +225,21 @@ class InputRecorder(Hooked):
             self._handles.append(module.register_forward_pre_hook(self._hook(name), with_kwargs=True))
         return self
 
-    def watch(self, run: Callable[[], Result], masks: Masks) -> tuple[Result, dict[str, list[Tensor]]]:
+    def watch(
+        self, run: Callable[[], Result], masks: Masks, weights: Mapping[str, Sequence[Tensor]] | None = None
+    ) -> tuple[Result, dict[str, list[Tensor]]]:
         """Run something; also returns the inputs that each matrix got meanwhile, [tokens, in] for each call.
 
-        Inputs that were the same tensor are the same tensor here. Matrices of fused experts are named
-        "<module>.<stack>.<expert>".
+        Inputs that were the same tensor are the same tensor here; those of a matrix with weights, for each call one of
+        the shape of its tokens, are multiplied by their roots, so that x x^T is weighted. Matrices of fused experts are
+        named "<module>.<stack>.<expert>".
         """
         result, seen = self._watch(run)
         if any(one.changed for calls in seen.values() for one in calls):
             # What was noted is gone; from now on inputs are copied.
             self._copying = True
             result, seen = self._watch(run)
+        weights = weights or {}
         rows: dict[str, list[Tensor]] = {}
         known: dict[tuple[Any, ...], Tensor] = {}
         for name, calls in seen.items():
@@ -244,6 +248,10 @@ class InputRecorder(Hooked):
                     call = (one.kept, *one.call[1:])
                     for key, part in expert_inputs(self._modules[name], name, call, masks).items():
                         rows.setdefault(key, []).append(part)
+                    continue
+                if name in weights:
+                    counts = weights[name][len(rows.get(name, ()))].to(one.kept.device)
+                    rows.setdefault(name, []).append(masks.rows(name, one.kept.float() * counts.sqrt().unsqueeze(-1)))
                     continue
                 if one.identity not in known:
                     known[one.identity] = masks.rows(name, one.kept)

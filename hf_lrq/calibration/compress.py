@@ -11,8 +11,8 @@ from hf_lrq.calibration.blocks import find_stacks
 from hf_lrq.calibration.calibrate import Calibration
 from hf_lrq.calibration.capture import ModelRunner, as_for_inference
 from hf_lrq.calibration.progress import Progress, SilentProgress
-from hf_lrq.decomposition import InputGram
-from hf_lrq.errors import CompressionError, LRQError
+from hf_lrq.decomposition import InputGram, OutputGram
+from hf_lrq.errors import CalibrationError, CompressionError, LRQError
 from hf_lrq.work import (
     CompressionReport,
     Deferred,
@@ -36,6 +36,7 @@ def compress_model(
     batches: Iterable[Batch] | None,
     *,
     sequential: bool = True,
+    two_sided: bool = False,
     progress: Progress | None = None,
 ) -> CompressionReport:
     """Carry out a plan on a model in memory.
@@ -49,6 +50,7 @@ def compress_model(
         batches: calibration inputs, see `batches.Batch`; None compresses without data.
         sequential: calibrate each block on the outputs of the compressed blocks before it, else on those of the
             original ones.
+        two_sided: weigh errors at the outputs, too, by gradients of what the original model predicts.
         progress: told about each step.
 
     Returns:
@@ -57,10 +59,11 @@ def compress_model(
 
     Raises:
         CompressionError: if a weight is not finite, nothing is left to compress, or the model is itself a layer.
-        CalibrationError: if `batches` is empty, or activations are not finite. After an error the model may be partly
-            compressed; the message says so.
+        CalibrationError: if `batches` is empty, or activations or gradients are not finite; if `two_sided` is asked for
+            without data. After an error the model may be partly compressed; the message says so.
     """
     started = time.monotonic()
+    check_data(batches, two_sided)
     if any(site.holder == "" for site in plan.specs):
         raise CompressionError(
             f"the model is a single {type(model).__name__}, which cannot be replaced inside itself. Put it into an "
@@ -79,8 +82,8 @@ def compress_model(
                 work.without_data()
             else:
                 runner = ModelRunner(model, list(batches))
-                progress.calibrate(runner.sequences)
-                Calibration(work, runner, sequential).run()
+                progress.calibrate(runner.sequences, two_sided)
+                Calibration(work, runner, sequential, two_sided).run()
             later.release()
         except LRQError as error:
             if not sink.installed:
@@ -99,6 +102,19 @@ def compress_model(
     return work.report
 
 
+def check_data(batches: Iterable[Batch] | None, two_sided: bool) -> None:
+    """Refuse a request for more than there is data for.
+
+    Raises:
+        CalibrationError: if gradients are asked for without data.
+    """
+    if two_sided and batches is None:
+        raise CalibrationError(
+            "two_sided=True takes gradients over calibration data, and there is none. Give batches or a dataset, "
+            "or leave it out."
+        )
+
+
 class _ModelWork:
     """A plan for a model in memory, carried out some sites at a time."""
 
@@ -108,13 +124,25 @@ class _ModelWork:
         self._plan, self._sink, self._progress = plan, sink, progress
         self._source = ModelSource(model)
 
-    def compress(self, title: str, sites: Sequence[Site], grams: Mapping[str, InputGram]) -> None:
+    @property
+    def seed(self) -> int:
+        """Of every random choice."""
+        return self._plan.seed
+
+    def compress(
+        self,
+        title: str,
+        sites: Sequence[Site],
+        grams: Mapping[str, InputGram],
+        outputs: Mapping[str, OutputGram] | None = None,
+    ) -> None:
         """Compress some sites side by side; those without a Gram without data.
 
         Args:
             title: what people call these sites.
             sites: any number of the plan's.
             grams: name of the matrix -> Gram of its inputs.
+            outputs: name of the matrix -> Gram of the gradients at its outputs.
         """
         if not sites:
             return
@@ -124,7 +152,7 @@ class _ModelWork:
             self.report.layers.append(record)
             self._progress.layer(record)
 
-        compress_sites(self._plan, sites, self._source, self._sink, self.workers, grams, done)
+        compress_sites(self._plan, sites, self._source, self._sink, self.workers, grams, done, outputs)
 
     def without_data(self) -> None:
         """Compress all sites without data, a stack's block at a time."""

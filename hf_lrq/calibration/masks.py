@@ -1,6 +1,6 @@
 """Which positions of a batch are real, and which inputs of a module those are."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,11 +40,16 @@ class Masks:
         Only inputs whose leading axes are those of a mask, or its positions in a row, are masked.
         """
         rows = x.reshape(-1, x.shape[-1])
+        kept = self.kept(name, x.shape[:-1])
+        return rows if kept is None else rows[kept.flatten()]
+
+    def kept(self, name: str, shape: Sequence[int]) -> Tensor | None:
+        """Which rows of inputs [*shape, in] of the module `name` are real, bool [*shape]; None where all are."""
         for mask in self.decoder if "decoder" in name.split(".") else self.outside:
             # Mixtures of experts flatten [batch, length] to [tokens].
-            if tuple(x.shape[:-1]) in (tuple(mask.shape), (mask.numel(),)):
-                return rows[mask.flatten()]
-        return rows
+            if tuple(shape) in (tuple(mask.shape), (mask.numel(),)):
+                return mask.reshape(shape)
+        return None
 
     def real(self, name: str, positions: int, device: torch.device) -> Tensor:
         """Indices of the rows that `rows` keeps of inputs [positions, in]."""

@@ -24,8 +24,8 @@ class Progress(Protocol):
     def start(self, matrices: int, parameters: int, device: torch.device) -> None:
         """So much is going to be compressed, on this device."""
 
-    def calibrate(self, sequences: int) -> None:
-        """The model runs over so many calibration sequences before the first block can begin."""
+    def calibrate(self, sequences: int, gradients: bool = False) -> None:
+        """So many sequences go through the model, and back for gradients, before the first block can begin."""
 
     def group(self, name: str, matrices: int) -> None:
         """The next block is compressed; what went before since the last matrix was its calibration."""
@@ -46,7 +46,7 @@ class SilentProgress:
     def start(self, matrices: int, parameters: int, device: torch.device) -> None:
         """Say nothing."""
 
-    def calibrate(self, sequences: int) -> None:
+    def calibrate(self, sequences: int, gradients: bool = False) -> None:
         """Say nothing."""
 
     def group(self, name: str, matrices: int) -> None:
@@ -92,10 +92,11 @@ class TqdmProgress:
             torch.cuda.reset_peak_memory_stats(device)
         self._write({"event": "start", "matrices": matrices, "parameters": parameters, "device": str(device)})
 
-    def calibrate(self, sequences: int) -> None:
+    def calibrate(self, sequences: int, gradients: bool = False) -> None:
         """Write a line."""
         tqdm.write(
-            f"calibrating: {sequences} sequences go through the model before its first matrix is compressed",
+            f"calibrating: {sequences} sequences go through the model{' and back' * gradients} "
+            "before its first matrix is compressed",
             file=self._out,
         )
 

@@ -10,6 +10,7 @@ from hf_lrq.decomposition.compress_matrix import (
 from hf_lrq.decomposition.gram import DampedGram, GramAccumulator, InputGram, proxy_loss
 from hf_lrq.decomposition.incoherence import RandomHadamard
 from hf_lrq.decomposition.lowrank import LPLR, LowRankSolver, WhitenedSVD
+from hf_lrq.decomposition.output_gram import OutputGram, OutputGramAccumulator
 from hf_lrq.decomposition.qlr import Decomposition, decompose
 from hf_lrq.decomposition.quantizers import LDLQ, Quantizer, RoundToNearest
 from hf_lrq.decomposition.schedule import (
@@ -33,6 +34,8 @@ __all__ = [
     "GramAccumulator",
     "InputGram",
     "LowRankSolver",
+    "OutputGram",
+    "OutputGramAccumulator",
     "Quantizer",
     "RandomHadamard",
     "Refit",

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hf_lrq.decomposition.gram import InputGram
+from hf_lrq.decomposition.gram import DampedGram, InputGram, damp
 from hf_lrq.decomposition.incoherence import RandomHadamard
 from hf_lrq.decomposition.lowrank import LPLR, LowRankSolver, WhitenedSVD
+from hf_lrq.decomposition.output_gram import OutputGram
 from hf_lrq.decomposition.qlr import Decomposition, decompose, outlier_start, svd_start, zero_start
 from hf_lrq.decomposition.quantizers import LDLQ, Quantizer, RoundToNearest
 from hf_lrq.decomposition.schedule import Schedule, alternating
@@ -21,6 +22,7 @@ from hf_lrq.numerics import fixed_numerics
 from hf_lrq.spec import LayerSpec
 
 SMALLEST_RMS, LARGEST_RMS = 1e-5, 1e4
+OUTPUT_DAMPING = 1e-3  # An estimator has shrunk the Gram of the outputs; this is for the Cholesky factorisation alone.
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +37,7 @@ class CompressedMatrix:
         damping: fraction of the mean diagonal that was added to the Gram.
         steps: what the damping had to do beyond its first attempt.
         n_tokens: tokens that the Gram averages; 0 is data-free.
+        output_shrinkage: share of the identity in the Gram of the outputs, None without one.
     """
 
     decomposition: Decomposition
@@ -44,6 +47,7 @@ class CompressedMatrix:
     damping: float
     steps: tuple[str, ...]
     n_tokens: int
+    output_shrinkage: float | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -109,6 +113,7 @@ def compress_matrix(
     generator: torch.Generator,
     rotate_in: RandomHadamard | None = None,
     schedule: Schedule | None = None,
+    output: OutputGram | None = None,
 ) -> CompressedMatrix:
     """Compress one weight matrix as `spec` says.
 
@@ -121,15 +126,16 @@ def compress_matrix(
         rotate_in: rotation of the inputs, to share it between matrices; None draws one.
         schedule: what to do instead of the `iters`, `refinements` and `marginal_damping` of the spec; see
             `decomposition.schedule`.
+        output: second moment of the gradients at the outputs; None weighs all outputs alike.
 
     Raises:
-        CompressionError: if W is not a matrix, is empty, or holds NaN or Inf; if the Gram is for another width; if the
+        CompressionError: if W is not a matrix, is empty, or holds NaN or Inf; if a Gram is for another width; if the
             schedule ends with factors of another rank than the spec stores.
     """
     with fixed_numerics(W.device):
         W = _checked(W)
         spec = spec.fitted((W.shape[0], W.shape[1]))
-        return _compress(W, gram, spec, generator, rotate_in, schedule)
+        return _compress(W, gram, spec, generator, rotate_in, schedule, output)
 
 
 def _compress(
@@ -139,11 +145,14 @@ def _compress(
     generator: torch.Generator,
     rotate_in: RandomHadamard | None,
     schedule: Schedule | None,
+    output: OutputGram | None,
 ) -> CompressedMatrix:
     """See `compress_matrix`; W is float32 and finite."""
     gram = InputGram.identity(W.shape[1], W.device) if gram is None else gram
     if len(gram.H) != W.shape[1]:
         raise CompressionError(f"the Gram is for {len(gram.H)} inputs, the weight has {W.shape[1]} columns.")
+    if output is not None and len(output.H) != W.shape[0]:
+        raise CompressionError(f"the output Gram is for {len(output.H)} outputs, the weight has {W.shape[0]} rows.")
     H = gram.H.to(W.device)
     rotate_out = None
     if spec.rotation != "none":
@@ -154,11 +163,12 @@ def _compress(
     else:
         rotate_in, rotated, H_rotated = None, W, H
     damped = InputGram(H_rotated, gram.n_tokens).damped(spec.damp_percent)
+    H_out = None if output is None else _rotated_output(output, rotate_out, W.device)
     rank = min(_rank(spec), *W.shape)
-    run = functools.partial(decompose, rotated, damped, _quantizer(spec), _solver(spec), generator)
+    run = functools.partial(decompose, rotated, damped, _quantizer(spec), _solver(spec), generator, output=H_out)
     starts: dict[str, Callable[[], Pair]] = {
         "zero": lambda: zero_start(W),
-        "svd": lambda: svd_start(rotated, damped, rank, generator),
+        "svd": lambda: svd_start(rotated, damped, rank, generator, H_out),
         "outlier": lambda: _rotate_factors(outlier_start(W, H, rank), rotate_in, rotate_out),
     }
     init = spec.init
@@ -173,8 +183,20 @@ def _compress(
             'Add a Refit() to the schedule, or start from init="svd".'
         )
     return CompressedMatrix(
-        decomposition, rotate_in, rotate_out, spec.layout, damped.damping, damped.steps, gram.n_tokens
+        decomposition,
+        rotate_in,
+        rotate_out,
+        spec.layout,
+        damped.damping,
+        damped.steps,
+        gram.n_tokens,
+        None if output is None else output.shrinkage,
     )
+
+
+def _rotated_output(output: OutputGram, rotate_out: RandomHadamard | None, device: torch.device) -> DampedGram:
+    H = output.H.to(device)
+    return damp(H if rotate_out is None else rotate_out.rotate_gram(H), OUTPUT_DAMPING)
 
 
 def _rotate_factors(factors: Pair, rotate_in: RandomHadamard | None, rotate_out: RandomHadamard | None) -> Pair:

@@ -125,25 +125,8 @@ class InputGram:
         return cls(torch.eye(in_features, device=device), 0)
 
     def damped(self, fraction: float) -> "DampedGram":
-        """Normalise to mean diagonal 1 and add `fraction` of it to the diagonal.
-
-        Where the Cholesky factorisation fails, the damping grows tenfold up to 1; then negative eigenvalues are cut.
-        Each step is recorded.
-        """
-        H = self.H / self.H.diagonal().mean()
-        steps: list[str] = []
-        while fraction <= DAMPING_CAP:
-            damped = H + fraction * torch.eye(len(H), device=H.device)
-            M, info = torch.linalg.cholesky_ex(damped)
-            if info.item() == 0 and torch.isfinite(M).all():
-                return DampedGram(damped, M, fraction, tuple(steps))
-            steps.append(f"Cholesky failed with damping {fraction:g}")
-            fraction *= 10
-        eigenvalues, vectors = torch.linalg.eigh(H.double())
-        steps.append(f"negative eigenvalues cut, the least was {eigenvalues.min().item():.3g}")
-        kept = (vectors * eigenvalues.clamp(min=0)) @ vectors.T
-        kept.diagonal().add_(DAMPING_CAP)
-        return DampedGram(kept.float(), torch.linalg.cholesky(kept).float(), DAMPING_CAP, tuple(steps))
+        """Normalise to mean diagonal 1 and add `fraction` of it to the diagonal; see `damp`."""
+        return damp(self.H, fraction)
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,6 +144,28 @@ class DampedGram:
     M: Tensor
     damping: float
     steps: tuple[str, ...] = field(default=())
+
+
+def damp(H: Tensor, fraction: float) -> DampedGram:
+    """Normalise a Gram [n, n] to mean diagonal 1 and add `fraction` of it to the diagonal.
+
+    Where the Cholesky factorisation fails, the damping grows tenfold up to 1; then negative eigenvalues are cut. Each
+    step is recorded.
+    """
+    H = H / H.diagonal().mean()
+    steps: list[str] = []
+    while fraction <= DAMPING_CAP:
+        damped = H + fraction * torch.eye(len(H), device=H.device)
+        M, info = torch.linalg.cholesky_ex(damped)
+        if info.item() == 0 and torch.isfinite(M).all():
+            return DampedGram(damped, M, fraction, tuple(steps))
+        steps.append(f"Cholesky failed with damping {fraction:g}")
+        fraction *= 10
+    eigenvalues, vectors = torch.linalg.eigh(H.double())
+    steps.append(f"negative eigenvalues cut, the least was {eigenvalues.min().item():.3g}")
+    kept = (vectors * eigenvalues.clamp(min=0)) @ vectors.T
+    kept.diagonal().add_(DAMPING_CAP)
+    return DampedGram(kept.float(), torch.linalg.cholesky(kept).float(), DAMPING_CAP, tuple(steps))
 
 
 def marginalise(gram: DampedGram, R: Tensor, damping: float) -> Tensor:
@@ -184,13 +189,16 @@ def marginalise(gram: DampedGram, R: Tensor, damping: float) -> Tensor:
     return (H + H.T) / 2
 
 
-def weighted_square(E: Tensor, H: Tensor) -> float:
-    """tr(E H E^T), summed in float64."""
-    return ((E @ H) * E).sum(dtype=torch.float64).item()
+def weighted_square(E: Tensor, H: Tensor, H_out: Tensor | None = None) -> float:
+    """tr(H_out E H E^T), summed in float64; without H_out, tr(E H E^T)."""
+    weighted = E @ H if H_out is None else H_out @ (E @ H)
+    return (weighted * E).sum(dtype=torch.float64).item()
 
 
-def proxy_loss(W: Tensor, W_hat: Tensor, H: Tensor) -> float:
+def proxy_loss(W: Tensor, W_hat: Tensor, H: Tensor, H_out: Tensor | None = None) -> float:
     """Relative proxy loss tr((W - W^) H (W - W^)^T) / tr(W H W^T); 0 is exact, 1 is as bad as W^ = 0.
+
+    With H_out [out, out], the products have it in front: tr(H_out E H E^T).
 
     An all-zero W has loss 0 if W^ is zero as well, else infinity.
 
@@ -198,7 +206,7 @@ def proxy_loss(W: Tensor, W_hat: Tensor, H: Tensor) -> float:
     >>> proxy_loss(W, torch.tensor([[1.0, 0.0], [0.0, 0.0]]), H)
     0.75
     """
-    error, energy = weighted_square(W - W_hat, H), weighted_square(W, H)
+    error, energy = weighted_square(W - W_hat, H, H_out), weighted_square(W, H, H_out)
     if energy == 0:
         return 0.0 if error == 0 else float("inf")
     return error / energy

@@ -52,8 +52,10 @@ class LowRankSolver(ABC):
     rank: int
 
     @abstractmethod
-    def solve(self, residual: Tensor, gram: DampedGram, generator: torch.Generator) -> LowRank:
-        """Factors of rank r for residual [out, in]."""
+    def solve(
+        self, residual: Tensor, gram: DampedGram, generator: torch.Generator, output: DampedGram | None = None
+    ) -> LowRank:
+        """Factors of rank r for residual [out, in]; `output` is the Gram H_O of the loss tr(H_O E H E^T)."""
 
     def store(self, L: Tensor, R: Tensor) -> LowRank:
         """What is stored of float factors L [out, r] and R [r, in]: float16 values."""
@@ -65,21 +67,31 @@ class WhitenedSVD(LowRankSolver):
     """The exact minimiser of tr((A - L R) H (A - L R)^T), stored in float16.
 
     With H = M M^T the loss is |A M - L R M|_F^2, so L R M is the truncated SVD of A M (Eckart-Young), and R takes one
-    triangular solve. The singular values are shared equally, so both factors have the same scale.
+    triangular solve; with an output Gram, the same from both sides. The singular values are shared equally, so both
+    factors have the same scale.
     """
 
-    def solve(self, residual: Tensor, gram: DampedGram, generator: torch.Generator) -> LowRank:
+    def solve(
+        self, residual: Tensor, gram: DampedGram, generator: torch.Generator, output: DampedGram | None = None
+    ) -> LowRank:
         """See the class."""
-        return self.store(*whitened_factors(residual, gram, self.rank, generator))
+        return self.store(*whitened_factors(residual, gram, self.rank, generator, output))
 
 
-def whitened_factors(A: Tensor, gram: DampedGram, rank: int, generator: torch.Generator) -> Pair:
-    """Balanced float32 L [out, r], R [r, in]: the best rank-r approximation of A in the metric of the Gram."""
+def whitened_factors(
+    A: Tensor, gram: DampedGram, rank: int, generator: torch.Generator, output: DampedGram | None = None
+) -> Pair:
+    """Balanced float32 L [out, r], R [r, in]: the best rank-r approximation of A in the metric of the Gram, or Grams.
+
+    tr(H_O E H E^T) = |M_O^T E M|_F^2 with H_O = M_O M_O^T, so M_O^T L R M is the truncated SVD of M_O^T A M.
+    """
     rank = min(rank, *A.shape)
     if rank == 0:
         return A.new_zeros(A.shape[0], 0), A.new_zeros(0, A.shape[1])
-    U, sigma, Vt = truncated_svd(A @ gram.M, rank, generator)
-    L, R = U, torch.linalg.solve_triangular(gram.M, sigma[:, None] * Vt, upper=False, left=False)
+    whitened = A @ gram.M if output is None else output.M.T @ (A @ gram.M)
+    U, sigma, Vt = truncated_svd(whitened, rank, generator)
+    L = U if output is None else torch.linalg.solve_triangular(output.M.T, U, upper=True)
+    R = torch.linalg.solve_triangular(gram.M, sigma[:, None] * Vt, upper=False, left=False)
     return balance(L, R)
 
 
@@ -103,31 +115,34 @@ class LPLR(LowRankSolver):
     bits: int = 8
     iters: int = LPLR_ITERATIONS
 
-    def solve(self, residual: Tensor, gram: DampedGram, generator: torch.Generator) -> LowRank:
+    def solve(
+        self, residual: Tensor, gram: DampedGram, generator: torch.Generator, output: DampedGram | None = None
+    ) -> LowRank:
         """See the class."""
-        L, R = whitened_factors(residual, gram, self.rank, generator)
+        L, R = whitened_factors(residual, gram, self.rank, generator, output)
         if L.shape[1] == 0:
             return LowRank.zero(residual.shape[0], residual.shape[1], residual.device)
         best: LowRank | None = None
         best_loss = float("inf")
         AH = residual @ gram.H
-        energy = (AH * residual).sum(dtype=torch.float64).item()
+        energy = (_weighted(AH, output) * residual).sum(dtype=torch.float64).item()
         for _ in range(self.iters):
             stored_R = quantize_factor(R, self.bits, rank_dim=0)
             R_hat = stored_R.dense()
             whitened = (R_hat @ gram.M).double()
             inner, cross = whitened @ whitened.T, AH @ R_hat.T  # R H R^T [r, r], A H R^T [out, r]
-            L = _solve_symmetric(inner, cross.T).T  # argmin over L for this R
+            L = _solve_symmetric(inner, cross.T).T  # argmin over L for this R, whatever the output Gram
             stored_L = quantize_factor(L, self.bits, rank_dim=1)
             L_hat = stored_L.dense()
-            # tr((A - L R) H (A - L R)^T) without another product of the size of A.
+            # tr(H_O (A - L R) H (A - L R)^T) without another product of the size of A.
             L64 = L_hat.double()
-            loss = energy - 2 * (L64 * cross).sum().item() + ((L64.T @ L64) * inner).sum().item()
+            outer = L64.T @ _weighted(L64, output)  # L^T H_O L [r, r]
+            loss = energy - 2 * (L64 * _weighted(cross, output)).sum().item() + (outer * inner).sum().item()
             if best is None or loss < best_loss * (1 - 1e-4):
                 best, best_loss = LowRank(stored_L, stored_R), loss
             else:
                 break
-            R = _solve_symmetric(L64.T @ L64, L_hat.T @ residual)  # argmin over R; H cancels
+            R = _solve_symmetric(outer, _weighted(L_hat, output).T @ residual)  # argmin over R; H cancels
             L, R = balance(L_hat, R)
         assert best is not None, "iters is at least 1"
         return best
@@ -135,6 +150,11 @@ class LPLR(LowRankSolver):
     def store(self, L: Tensor, R: Tensor) -> LowRank:
         """Codes of float factors L [out, r] and R [r, in], each rounded by itself."""
         return LowRank(quantize_factor(L, self.bits, rank_dim=1), quantize_factor(R, self.bits, rank_dim=0))
+
+
+def _weighted(values: Tensor, output: DampedGram | None) -> Tensor:
+    """H_O times [out, ...] values."""
+    return values if output is None else output.H.to(values.dtype) @ values
 
 
 def _solve_symmetric(G: Tensor, B: Tensor) -> Tensor:

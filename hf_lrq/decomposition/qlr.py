@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_lrq.decomposition.gram import DampedGram, proxy_loss
+from hf_lrq.decomposition.gram import DampedGram
 from hf_lrq.decomposition.lowrank import LowRankSolver, whitened_factors
 from hf_lrq.decomposition.quantizers import Quantizer
 from hf_lrq.decomposition.schedule import Iterate, Problem, Schedule, Stage
@@ -51,6 +51,7 @@ def decompose(
     *,
     start: Pair,
     schedule: Schedule,
+    output: DampedGram | None = None,
 ) -> Decomposition:
     """Decompose one weight matrix.
 
@@ -62,13 +63,14 @@ def decompose(
         generator: draws the random starts of large SVDs.
         start: L [out, s] and R [s, in] float32 before the first step; stored where no step refits them.
         schedule: what to do; see `schedule`.
+        output: second moment of the gradients at the layer's outputs; see `schedule.Problem`.
 
     Raises:
         SpecError: if the schedule has no stage.
     """
     if not schedule:
         raise SpecError("the schedule has no stage, so there is no iterate to return. Add Stage((Round(),)).")
-    problem = Problem(W, gram, quantizer, solver, generator)
+    problem = Problem(W, gram, quantizer, solver, generator, output)
     search = _Search(problem, Iterate(quantizer.zero(W), solver.store(*start), start))
     for stage in schedule:
         search.run(stage)
@@ -96,7 +98,7 @@ class _Search:
 
     def _gains(self, at: Iterate) -> bool:
         """Rate an iterate; whether it is better than all before by a gain worth having."""
-        loss = proxy_loss(self._problem.W, at.dense(), self._problem.gram.H)
+        loss = self._problem.loss(at.dense())
         least = min(self.trace, default=float("inf"))
         # Not <, or a weight that is all zero, or a loss that is infinite, would leave nothing to return.
         if not self.trace or loss < least:
@@ -111,9 +113,11 @@ def zero_start(W: Tensor) -> Pair:
     return W.new_zeros(W.shape[0], 0), W.new_zeros(0, W.shape[1])
 
 
-def svd_start(W: Tensor, gram: DampedGram, rank: int, generator: torch.Generator) -> Pair:
-    """The best rank-r approximation of W itself in the metric of the Gram."""
-    return whitened_factors(W, gram, rank, generator)
+def svd_start(
+    W: Tensor, gram: DampedGram, rank: int, generator: torch.Generator, output: DampedGram | None = None
+) -> Pair:
+    """The best rank-r approximation of W itself in the metric of the Gram, or Grams."""
+    return whitened_factors(W, gram, rank, generator, output)
 
 
 def outlier_start(W: Tensor, H: Tensor, rank: int) -> Pair:

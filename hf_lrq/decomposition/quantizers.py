@@ -189,7 +189,7 @@ def unit_upper(H: Tensor, block: int) -> Tensor:
     then U is that of H with the least ridge 1e-3, 1e-2, ... of its mean diagonal that makes it definite. U only guides
     the rounding; the loss that counts is measured under the Gram itself.
     """
-    C = _cholesky(H.flip(0, 1)).flip(0, 1)  # H = C C^T, C upper triangular
+    C = upper_cholesky(H)
     if block == 1:
         return C / C.diagonal()
     n = len(H)
@@ -198,8 +198,9 @@ def unit_upper(H: Tensor, block: int) -> Tensor:
     return torch.linalg.solve_triangular(diagonal, columns, upper=True, left=False).transpose(0, 1).flatten(1)
 
 
-def _cholesky(H: Tensor) -> Tensor:
-    """Lower-triangular C of C C^T = H, with a ridge where H needs one."""
+def upper_cholesky(H: Tensor) -> Tensor:
+    """Upper-triangular C of C C^T = H [n, n], with a ridge where H needs one."""
+    H = H.flip(0, 1)
     C, info = torch.linalg.cholesky_ex(H)
     ridge = SMALLEST_RIDGE
     while info.item() and ridge <= LARGEST_RIDGE:
@@ -208,7 +209,7 @@ def _cholesky(H: Tensor) -> Tensor:
         C, info = torch.linalg.cholesky_ex(raised)
         ridge *= 10
     assert not info.item(), "a Gram is definite up to rounding errors"
-    return C
+    return C.flip(0, 1)
 
 
 def _feedback_pass(W: Tensor, U: Tensor, grid: _Grid) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_lrq.decomposition.gram import DampedGram, marginalise
+from hf_lrq.decomposition.gram import DampedGram, marginalise, proxy_loss
 from hf_lrq.decomposition.lowrank import LowRankSolver
 from hf_lrq.decomposition.quantizers import Quantizer
+from hf_lrq.decomposition.row_feedback import quantize_rows, refine_rows
 from hf_lrq.errors import SpecError, did_you_mean
 from hf_lrq.matrices import LowRank, Pair, QuantizedMatrix
 
@@ -31,6 +32,8 @@ class Problem:
         quantizer: makes Q.
         solver: makes L R.
         generator: draws the random starts of large SVDs.
+        output: second moment H_O of the gradients at the layer's outputs. With it the loss is tr(H_O E H_I E^T), the
+            second-order expansion of the model's loss in the error E (YAQA, 2025), else H_O = I.
     """
 
     W: Tensor
@@ -38,6 +41,11 @@ class Problem:
     quantizer: Quantizer
     solver: LowRankSolver
     generator: torch.Generator
+    output: DampedGram | None = None
+
+    def loss(self, W_hat: Tensor) -> float:
+        """Relative proxy loss of an approximation [out, in]."""
+        return proxy_loss(self.W, W_hat, self.gram.H, None if self.output is None else self.output.H)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +94,7 @@ class Round(Step):
     def apply(self, problem: Problem, at: Iterate) -> Iterate:
         """See the class."""
         residual, H = _seen(problem, at, self.marginal_damping)
-        return Iterate(problem.quantizer.quantize(residual, H), at.low_rank)
+        return Iterate(quantize_rows(problem.quantizer, residual, H, problem.output), at.low_rank)
 
 
 @dataclass(frozen=True)
@@ -102,17 +110,17 @@ class Sweep(Step):
     def apply(self, problem: Problem, at: Iterate) -> Iterate:
         """See the class."""
         residual, H = _seen(problem, at, self.marginal_damping)
-        return Iterate(problem.quantizer.refine(residual, H, at.quantized), at.low_rank)
+        return Iterate(refine_rows(problem.quantizer, residual, H, problem.output, at.quantized), at.low_rank)
 
 
 @dataclass(frozen=True)
 class Refit(Step):
-    """L R to W - Q under the Gram itself."""
+    """L R to W - Q under the Grams themselves."""
 
     def apply(self, problem: Problem, at: Iterate) -> Iterate:
         """See the class."""
         residual = problem.W - at.quantized.dequantize()
-        return Iterate(at.quantized, problem.solver.solve(residual, problem.gram, problem.generator))
+        return Iterate(at.quantized, problem.solver.solve(residual, problem.gram, problem.generator, problem.output))
 
 
 def _seen(problem: Problem, at: Iterate, marginal_damping: float | None) -> tuple[Tensor, Tensor]:

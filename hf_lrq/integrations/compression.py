@@ -59,7 +59,9 @@ def compress(
     if isinstance(model, PreTrainedModel):
         return _compress_for_transformers(model, plan, batches, config, progress)
     dtype = next(model.parameters()).dtype
-    report = compress_model(model, plan, batches, sequential=config.sequential, progress=progress)
+    report = compress_model(
+        model, plan, batches, sequential=config.sequential, two_sided=config.two_sided, progress=progress
+    )
     prepare_layers(model, config)
     if config.dequantize:
         decompress(model, plan.specs, dtype)

@@ -71,7 +71,7 @@ class LRQConfig(QuantizationConfigMixin):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise SpecError(f"{name} must be an integer of at least 1, got {value!r}.")
-        for name in ("dequantize", "sequential", "fuse", "verify"):
+        for name in ("dequantize", "sequential", "two_sided", "fuse", "verify"):
             if not isinstance(getattr(self, name), bool):
                 raise SpecError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         for name, allowed in (("backend", known_backends()), ("activation", ACTIVATIONS)):

@@ -13,7 +13,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.logging import is_progress_bar_enabled
 
-from hf_lrq.calibration import Batch, Progress, TqdmProgress, compress_model
+from hf_lrq.calibration import Batch, Progress, TqdmProgress, check_data, compress_model
 from hf_lrq.checkpoint import QUANT_METHOD
 from hf_lrq.errors import SpecError
 from hf_lrq.integrations.calibration_data import calibration_batches, described
@@ -229,6 +229,7 @@ class LRQHfQuantizer(HfQuantizer):
             with torch.device("cpu"):
                 self._afterwards = plan, calibration_batches(model, config)
         else:
+            check_data(None, config.two_sided)
             self._loading = LoadingCompression(model, plan)
         return model
 
@@ -255,8 +256,10 @@ class LRQHfQuantizer(HfQuantizer):
         self, model: Any, plan: Plan, batches: Iterable[Batch] | None, progress: Progress | None = None
     ) -> None:
         """Compress a model that is loaded; None for `batches` is without data."""
-        plan, sequential = without_read(model, plan), self.quantization_config.sequential
-        report = compress_model(model, plan, batches, sequential=sequential, progress=progress)
+        plan, config = without_read(model, plan), self.quantization_config
+        report = compress_model(
+            model, plan, batches, sequential=config.sequential, two_sided=config.two_sided, progress=progress
+        )
         self.provenance.report, self.inventory = report, plan.without(report.skipped).inventory
         check_reads(model, try_out(model, self.inventory.layouts))
 

@@ -16,7 +16,7 @@ NOT_MEASURED = "not measured"
 WORST_LAYERS = 10
 MODULES_PER_REASON = 5
 IDLE = ("dequantize",)  # Entries of the recipe that say nothing about what is stored.
-IDLE_WITHOUT_DATA = ("nsamples", "seqlen", "batch_size", "sequential")
+IDLE_WITHOUT_DATA = ("nsamples", "seqlen", "batch_size", "sequential", "two_sided")
 _AUTO_CLASSES = {
     "ForCausalLM": ("AutoModelForCausalLM", "text-generation"),
     "LMHeadModel": ("AutoModelForCausalLM", "text-generation"),

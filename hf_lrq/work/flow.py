@@ -5,7 +5,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from hf_lrq.decomposition import CompressedMatrix, InputGram
+from hf_lrq.decomposition import CompressedMatrix, InputGram, OutputGram
 from hf_lrq.nn import LRQLinear
 from hf_lrq.work.executor import Executor
 from hf_lrq.work.job import Job
@@ -44,6 +44,7 @@ def compress_sites(
     executor: Executor,
     grams: Mapping[str, InputGram] | None = None,
     done: Callable[[LayerRecord], None] = lambda _: None,
+    outputs: Mapping[str, OutputGram] | None = None,
 ) -> None:
     """Carry out a part of a plan. What is compressed reaches the sink when all of these sites are done.
 
@@ -54,17 +55,18 @@ def compress_sites(
         executor: spreads the matrices.
         grams: name of a matrix -> Gram of its inputs; matrices without one are compressed without data.
         done: told about each matrix, in their order, in the calling thread.
+        outputs: name of a matrix -> Gram of the gradients at its outputs.
 
     Raises:
         LRQError: as `Job.run` does; nothing has reached the sink then.
     """
-    grams = grams or {}
+    grams, outputs = grams or {}, outputs or {}
     sites = list(sites)
     tasks = [Task(site, position, job) for site in sites for position, job in enumerate(plan.jobs(site))]
 
     def run(task: Task) -> tuple[CompressedMatrix, LayerRecord]:
         W = task.site.matrix(source.parameter(task.site), task.position)
-        return task.job.run(W, grams.get(task.job.name))
+        return task.job.run(W, grams.get(task.job.name), outputs.get(task.job.name))
 
     results: dict[Site, list[CompressedMatrix]] = {site: [] for site in sites}
     for task, (matrix, record) in zip(tasks, executor.stream(run, tasks), strict=True):

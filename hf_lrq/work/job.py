@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hf_lrq.decomposition import CompressedMatrix, InputGram, compress_matrix, generator_for, input_rotation
+from hf_lrq.decomposition import CompressedMatrix, InputGram, OutputGram, compress_matrix, generator_for, input_rotation
 from hf_lrq.errors import LRQError
 from hf_lrq.spec import LayerSpec
 from hf_lrq.work.records import LayerRecord
@@ -27,8 +27,10 @@ class Job:
     spec: LayerSpec
     seed: int
 
-    def run(self, W: Tensor, gram: InputGram | None) -> tuple[CompressedMatrix, LayerRecord]:
-        """Compress W [out, in]; without a Gram of its inputs, without data.
+    def run(
+        self, W: Tensor, gram: InputGram | None, output: OutputGram | None = None
+    ) -> tuple[CompressedMatrix, LayerRecord]:
+        """Compress W [out, in]; without a Gram of its inputs, without data; without one of its outputs, they are alike.
 
         Raises:
             LRQError: as `compress_matrix` does, with the name of the matrix before the message.
@@ -36,7 +38,7 @@ class Job:
         started = time.monotonic()
         rotate_in = input_rotation(self.seed, self.name, W.shape[1], self.spec)
         try:
-            matrix = compress_matrix(W, gram, self.spec, generator_for(self.seed, self.name), rotate_in)
+            matrix = compress_matrix(W, gram, self.spec, generator_for(self.seed, self.name), rotate_in, output=output)
         except LRQError as error:
             raise type(error)(f"{self.name}: {error}") from error
         return matrix, LayerRecord.of(self.name, self.kind, self.spec.bits, matrix, time.monotonic() - started)

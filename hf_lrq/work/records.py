@@ -17,7 +17,7 @@ class LayerRecord:
         kind: "linear", "conv1d" or "experts".
         shape: (out, in).
         codebook, bits, rank, factor_bits: as stored.
-        relative_error: e = sqrt(relative proxy loss), under the damped Gram.
+        relative_error: e = sqrt(relative proxy loss), under the damped Gram, or Grams.
         trace: relative proxy loss after each iteration.
         bits_per_weight: true bits, everything stored included.
         bytes: of everything stored.
@@ -25,6 +25,8 @@ class LayerRecord:
         steps: what the damping needed beyond its first attempt.
         n_tokens: calibration tokens seen; 0 is data-free.
         seconds: spent on this matrix.
+        output_shrinkage: share of the identity in the Gram of the gradients at the outputs, 0 to 1; None where the
+            outputs count alike.
     """
 
     name: str
@@ -42,6 +44,7 @@ class LayerRecord:
     steps: tuple[str, ...]
     n_tokens: int
     seconds: float
+    output_shrinkage: float | None = None
 
     @classmethod
     def of(cls, name: str, kind: str, bits: int, matrix: CompressedMatrix, seconds: float) -> "LayerRecord":
@@ -63,6 +66,7 @@ class LayerRecord:
             steps=matrix.steps,
             n_tokens=matrix.n_tokens,
             seconds=seconds,
+            output_shrinkage=matrix.output_shrinkage,
         )
 
 
@@ -77,7 +81,8 @@ class CompressionReport:
         left_parameters: reason -> weights that are not compressed, of any kind; with the compressed ones they are all.
         warnings: everything that was not as it should be, in words.
         seconds: of the whole compression.
-        calibration: how it was calibrated: method, sequences, tokens.
+        calibration: how it was calibrated: method, sequences, tokens, and where gradients were asked for
+            two_sided, the number of matrices that had some, with the mean shrinkage of what was made of them.
     """
 
     layers: list[LayerRecord] = field(default_factory=list)

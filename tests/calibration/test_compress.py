@@ -120,9 +120,9 @@ def test_calibrated_layers_beat_data_free_ones_under_the_same_gram(
     grams: dict[str, InputGram] = {}
     ordinary = _ModelWork.compress
 
-    def spy(self: Any, title: str, sites: Iterable[Site], found: Any) -> None:
+    def spy(self: Any, title: str, sites: Iterable[Site], found: Any, outputs: Any) -> None:
         grams.update(found)
-        ordinary(self, title, sites, found)
+        ordinary(self, title, sites, found, outputs)
 
     original, calibrated, free = make_model("gpt2"), make_model("gpt2"), make_model("gpt2")
     with monkeypatch.context() as patch:

@@ -57,6 +57,12 @@ def test_a_stream_stays_open(make_toy: Callable[..., Any], quick: CompressionSpe
     assert [event["event"] for event in events(stream.getvalue())] == ["start", *["layer"] * 7, "end"]
 
 
+def test_passes_with_gradients_are_announced(tokens: list[Tensor], make_toy: Callable[..., Any], quick: Any) -> None:
+    out = io.StringIO()
+    compress(make_toy(), tokens[:1], quick, progress=TqdmProgress(stream=out), two_sided=True)
+    assert "2 sequences go through the model and back before" in out.getvalue().splitlines()[0]
+
+
 def test_each_matrix_is_a_line(make_toy: Callable[..., Any], tokens: list[Tensor], quick: CompressionSpec) -> None:
     out = io.StringIO()
     report = compress(make_toy(), tokens[:1], quick, progress=TqdmProgress(stream=out))

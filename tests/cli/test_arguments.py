@@ -40,9 +40,14 @@ def test_quantize_takes_every_option_of_a_layer(configured: Any) -> None:
 def test_only_what_is_given_is_passed_on(configured: Any) -> None:
     assert configured()._given == frozenset()
     arguments = ("--rank", 64, "--seed", 0, "--independent", "--skip", "lm_head", "--bits-pattern", "up=4")
-    config = configured(*arguments, "--dataset", "bundled")
-    assert config._given == {"rank", "seed", "sequential", "modules_to_not_convert", "bits_pattern", "dataset"}
-    assert (config.sequential, config.modules_to_not_convert, config.bits_pattern) == (False, ["lm_head"], {"up": 4})
+    config = configured(*arguments, "--two-sided", "--dataset", "bundled")
+    assert config._given == {
+        *("rank", "seed", "sequential", "two_sided", "modules_to_not_convert", "bits_pattern", "dataset")
+    }
+    assert (config.sequential, config.two_sided, config.modules_to_not_convert, config.bits_pattern) == (
+        *(False, True, ["lm_head"]),
+        {"up": 4},
+    )
     assert configured("--dataset", "none") == configured()
 
 
