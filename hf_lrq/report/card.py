@@ -204,6 +204,8 @@ def _errors(report: Mapping[str, Any]) -> str | None:
     if not errors:
         return None
     what = "outputs, on the calibration inputs" if any(layer["n_tokens"] for layer in layers) else "weights"
+    if any(layer.get("output_shrinkage") is not None for layer in layers):
+        what += ", weighed by what they do to the predictions"
     return f"Relative error of their {what}: median {median(errors):.4f}, largest {max(errors):.4f}."
 
 

@@ -38,10 +38,10 @@ def run(
         groups: list[list[str]] = []
         original = _ModelWork.compress
 
-        def spy(self: Any, title: str, targets: Any, found: Mapping[str, InputGram]) -> None:
+        def spy(self: Any, title: str, targets: Any, found: Mapping[str, InputGram], outputs: Any) -> None:
             grams.update(found)
             groups.append([target.name for target in targets])
-            original(self, title, targets, found)
+            original(self, title, targets, found, outputs)
 
         with monkeypatch.context() as patch:
             patch.setattr(_ModelWork, "compress", spy)

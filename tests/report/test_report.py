@@ -263,6 +263,12 @@ def test_card_of_a_data_free_run_says_so(compression: CompressionReport) -> None
     assert "Relative error of their weights: median 0.1000" in text
 
 
+def test_card_says_by_what_errors_were_weighed(compression: CompressionReport) -> None:
+    compression.layers = [layer(0, output_shrinkage=0.25), layer(1)]
+    text = model_card(built(compression)).content
+    assert "outputs, on the calibration inputs, weighed by what they do to the predictions: median 0.1050" in text
+
+
 def test_card_says_which_ranks_were_chosen(compression: CompressionReport) -> None:
     compression.layers = [layer(0, rank=7), layer(1, rank=16), layer(2, rank=8)]
     assert "| `rank` | `7 to 16, by the size of each matrix` |" in str(
