@@ -17,9 +17,9 @@ from hf_lrq.recovery import (
     RecoveryInterrupted,
     RecoveryOptions,
     RecoveryStep,
+    factors,
     record_teacher,
     recover,
-    trainable,
 )
 from hf_lrq.recovery.factors import store_factors, with_float_factors
 from hf_lrq.recovery.options import KINDS
@@ -275,7 +275,7 @@ def test_rounding_that_loses_what_training_gained_is_undone(
 ) -> None:
     model = compressed(factor_bits=4)
     before = tensors(model)
-    monkeypatch.setattr(trainable, "coded", broken_codes)
+    monkeypatch.setattr(factors, "coded", broken_codes)
     options = RecoveryOptions(train=("factors",), epochs=1, lr=3e-3, evaluations=3)
     try:
         report = recover(model, original(), batches, options, batches, Stop(5) if interrupted else None)
@@ -292,7 +292,7 @@ def test_then_the_codes_of_before_serve_beside_what_else_was_trained(
 ) -> None:
     model = compressed(factor_bits=4)
     before = tensors(model)
-    monkeypatch.setattr(trainable, "coded", broken_codes)
+    monkeypatch.setattr(factors, "coded", broken_codes)
     report = recover(model, original(), batches, RecoveryOptions(epochs=1, lr=3e-3, vector_lr=1e-2), batches)
     assert (report.gained, report.refitted) == (True, 0)
     assert {name.rpartition(".")[2] for name in changed(model, before)} == {"scales", "weight"}
