@@ -32,11 +32,13 @@ class OutputGramAccumulator:
 
     Args:
         out_features: m.
-        device: where the total is, [m, m] float64.
+
+    Attributes:
+        total: [m, m] float64, on the device of the gradients.
     """
 
-    def __init__(self, out_features: int, device: torch.device | str | None = None):
-        self.total = torch.zeros(out_features, out_features, dtype=torch.float64, device=device)
+    def __init__(self, out_features: int):
+        self.total = torch.zeros(out_features, out_features, dtype=torch.float64)
         self.squares = 0.0  # Sum over sequences of the squared Frobenius norm of their sums.
         self.sequences = 0
 
@@ -51,7 +53,7 @@ class OutputGramAccumulator:
             outer = rows.T @ rows
         if not torch.isfinite(outer.diagonal()).all():
             return False
-        self.total += outer
+        self.total = self.total.to(outer.device).add_(outer)
         self.squares += outer.square().sum(dtype=torch.float64).item()
         self.sequences += 1
         return True
