@@ -9,7 +9,7 @@ from hf_lrq.integrations.skip_rules import skip_reasons
 from hf_lrq.integrations.trial import try_out
 from hf_lrq.patterns import check_names
 from hf_lrq.work import Plan, excluded, find_sites, make_plan
-from hf_lrq.work.plan import nothing_left
+from hf_lrq.work.plan import listed, nothing_left
 
 
 def plan_for(model: nn.Module, config: LRQConfig) -> Plan:
@@ -32,18 +32,32 @@ def plan_for(model: nn.Module, config: LRQConfig) -> Plan:
     return without_read(model, make_plan(model, config.spec, skip_reasons(model, patterns)))
 
 
-def without_read(model: PreTrainedModel, plan: Plan) -> Plan:
+def without_read(model: PreTrainedModel, plan: Plan, will_run: bool = False) -> Plan:
     """The plan without matrices that the model reads itself, as far as a trial pass shows it.
 
     A pass on the meta device ends where the code looks at values; once the weights are there, it may show more.
 
+    Args:
+        model: not changed.
+        plan: made for it.
+        will_run: whether the model itself runs before it is saved.
+
     Raises:
-        CompressionError: if nothing is left to compress.
+        CompressionError: if nothing is left to compress; if the model will run, and changes its weights when it does.
     """
-    reads = try_out(model, plan.specs).reads
+    trial = try_out(model, plan.specs)
+    reads = trial.reads
     plan = plan.without(
         {site.label: f"{reads[site.name]} reads its weight directly" for site in plan.specs if site.name in reads}
     )
     if not plan.specs:
         raise CompressionError(nothing_left(type(model).__name__, plan.left_alone))
+    # What is left alone only now was not there to be written into.
+    writes = () if not will_run else try_out(model, plan.specs).writes if reads else trial.writes
+    if writes:
+        raise CompressionError(
+            f"{type(model).__name__} changes weights of its own when it runs ({listed(writes, 3)}): after calibration "
+            "they would be saved changed. Compress it without data, or turn that off in its config, as with "
+            "rescale_every=0 of RWKV."
+        )
     return plan

@@ -256,7 +256,7 @@ class LRQHfQuantizer(HfQuantizer):
         self, model: Any, plan: Plan, batches: Iterable[Batch] | None, progress: Progress | None = None
     ) -> None:
         """Compress a model that is loaded; None for `batches` is without data."""
-        plan, config = without_read(model, plan), self.quantization_config
+        plan, config = without_read(model, plan, will_run=batches is not None), self.quantization_config
         report = compress_model(
             model, plan, batches, sequential=config.sequential, two_sided=config.two_sided, progress=progress
         )

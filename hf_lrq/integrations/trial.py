@@ -10,12 +10,13 @@ import inspect
 import itertools
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_lrq.calibration.capture import ModelRunner, as_for_inference
 from hf_lrq.errors import CompressionError
@@ -37,10 +38,12 @@ class Trial:
 
     Attributes:
         reads: name of a layer whose weight is read -> what reads it.
+        writes: names of the parameters that the pass has changed; they are what they were again.
         complete: whether the model came to its end; where it did not, more reads may be in what is left of it.
     """
 
     reads: dict[str, str] = field(default_factory=dict)
+    writes: list[str] = field(default_factory=list)
     complete: bool = False
 
 
@@ -65,6 +68,46 @@ class Watched(Tensor):
                     value.trial.reads.setdefault(*value.read)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
+
+
+class _Undoing(TorchDispatchMode):
+    """While it lasts, parameters are copied before anything writes into them.
+
+    Args:
+        parameters: name -> parameter.
+
+    Attributes:
+        before: name of each parameter that was written into -> its values before.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]):
+        super().__init__()
+        self._parameters = parameters
+        self._at: dict[int, list[str]] = {}
+        for name, parameter in parameters.items():
+            self._at.setdefault(parameter.untyped_storage().data_ptr(), []).append(name)
+        self.before: dict[str, Tensor] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for position, argument in enumerate(func._schema.arguments):
+            if argument.is_write:
+                value = args[position] if position < len(args) else kwargs.get(argument.name)
+                for tensor in value if isinstance(value, list | tuple) else [value]:
+                    self._keep(tensor)
+        return func(*args, **kwargs)
+
+    def _keep(self, tensor: Tensor | None) -> None:
+        for name in () if tensor is None else self._at.get(tensor.untyped_storage().data_ptr(), ()):
+            if name not in self.before:
+                self.before[name] = self._parameters[name].detach().clone()
+
+    def undo(self) -> list[str]:
+        """Put back what was there; names of the parameters that were something else."""
+        changed = [name for name, values in self.before.items() if not torch.equal(self._parameters[name], values)]
+        for name in changed:
+            self._parameters[name].data.copy_(self.before[name])
+        return changed
 
 
 class _WatchedLayer:
@@ -136,14 +179,17 @@ def try_out(model: Any, sites: Iterable[Site]) -> Trial:
             harmless = (type(skeleton.get_submodule(parent)).__name__, child) in HARMLESS_READS
             module._hf_lrq_trial = (site.name, site.out_features, dtype, Trial() if harmless else trial)
             module.__class__ = mixed(_WatchedLayer, kind)
+    # Without values there is nothing to undo, and nothing tells one parameter from another.
+    undoing = _Undoing({} if torch.device("meta") in devices else dict(model.named_parameters()))
     try:
-        with torch.no_grad(), as_for_inference(skeleton), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), as_for_inference(skeleton), torch.random.fork_rng(devices=[]), undoing:
             args, kwargs = ModelRunner(skeleton, [torch.arange(1, TOKENS + 1)[None] % _vocabulary(model)]).arguments(0)
             skeleton(*args, **kwargs)
         trial.complete = True
     # Whatever a model raises: what it has read up to there is noted.
     except Exception as error:
         logger.debug("hf_lrq: the trial pass of %s ends early: %s", type(model).__name__, error)
+    trial.writes = undoing.undo()
     return trial
 
 

@@ -31,7 +31,7 @@ HOSTS = ("transformers", "peft", "accelerate")
 DOCUMENTED = {"transformers.utils.logging"}
 # Attributes with an underscore that belong to torch and to Python.
 NOT_OF_HOSTS = {
-    *("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "_version"),
+    *("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "_version", "_schema"),
     *("_replace", "_make", "_name_", "_value_", "_sort_order_", "_member_names_", "_member_map_"),
     *("_value2member_map_", "_hashable_values_", "_abc_impl"),
 }

@@ -23,6 +23,7 @@ class OddConfig(transformers.PretrainedConfig):
 class Reader(transformers.PreTrainedModel):
     config_class = OddConfig
     main_input_name = "input_ids"
+    divisor = 2
 
     def __init__(self, config: OddConfig):
         super().__init__(config)
@@ -40,7 +41,7 @@ class Reader(transformers.PreTrainedModel):
         x = self.embed(self.seen(input_ids))
         x = self.inner(x.to(self.inner[0].weight.dtype).to(self.inner[2].weight.device))
         for block in self.blocks:
-            block["mix"].weight.data.div_(2)
+            block["mix"].weight.data.div_(self.divisor)
             x = block["out"](x) + block["mix"](x)
         return x
 
@@ -49,7 +50,9 @@ class Reader(transformers.PreTrainedModel):
 
 
 class ReaderOfValues(Reader):
-    """Cannot be called on the meta device."""
+    """Cannot be called on the meta device; leaves its weights what they are."""
+
+    divisor = 1
 
     def seen(self, input_ids: Tensor) -> Tensor:
         assert max(input_ids.flatten().tolist()) < 20
@@ -57,7 +60,9 @@ class ReaderOfValues(Reader):
 
 
 class ReaderOfCompressed(Reader):
-    """Reads the weights of layers that are not its own."""
+    """Reads the weights of layers that are not its own; leaves its weights what they are."""
+
+    divisor = 1
 
     def seen(self, input_ids: Tensor) -> Tensor:
         for block in self.blocks:
@@ -127,6 +132,57 @@ def test_rwkv_runs_after_loading(fast: dict[str, Any], tmp_path: Path) -> None:
     assert {name.partition("blocks.")[2][2:] for name in alone} - {""} == {"attention.output", "feed_forward.value"}
     assert isinstance(model.rwkv.blocks[0].attention.key, LRQLinear)
     assert model(torch.arange(4)[None]).logits.isfinite().all()
+
+
+def rescaling() -> transformers.RwkvForCausalLM:
+    """It halves the weights of its later blocks, in place, when it first runs in evaluation mode."""
+    torch.manual_seed(0)
+    config = transformers.RwkvConfig(
+        vocab_size=50, hidden_size=64, attention_hidden_size=64, num_hidden_layers=3, rescale_every=1, context_length=16
+    )
+    return transformers.RwkvForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("way", ["loaded", "in memory"])
+def test_what_a_pass_writes_into_weights_is_undone(way: str, tmp_path: Path) -> None:
+    spec = LRQConfig(bits=8, codebook="int", group_size=32, rank=0)
+    original = rescaling()
+    before = {name: tensor.clone() for name, tensor in original.state_dict().items()}
+    original.save_pretrained(tmp_path)
+    expected = rescaling()(torch.arange(9)[None]).logits
+    model = original
+    if way == "loaded":
+        model = transformers.RwkvForCausalLM.from_pretrained(tmp_path, quantization_config=spec)
+    else:
+        compress(model, None, spec)
+    kept = model.state_dict()
+    for name in ("rwkv.blocks.2.attention.output.weight", "rwkv.blocks.2.feed_forward.value.weight"):
+        assert torch.equal(kept[name], before[name])
+    # 8 bits a weight lose about a percent here; a weight that is halved twice, half of the output.
+    logits = model(torch.arange(9)[None]).logits
+    assert (logits - expected).norm() < 0.1 * expected.norm()
+
+
+def test_a_model_that_changes_its_weights_is_not_calibrated(fast: dict[str, Any]) -> None:
+    model = rescaling()
+    before = model.rwkv.blocks[2].attention.output.weight.clone()
+    message = r"changes weights of its own when it runs \(rwkv\.blocks\.1\..*rescale_every"
+    with pytest.raises(CompressionError, match=message):
+        compress(model, [torch.arange(9)[None]], LRQConfig(**fast))
+    assert torch.equal(model.rwkv.blocks[2].attention.output.weight, before)
+    model.config.rescale_every = 0
+    compress(model, [torch.arange(9)[None]], LRQConfig(**fast))
+    assert isinstance(model.rwkv.blocks[2].attention.output, LRQLinear)
+
+
+def test_writes_are_found_where_only_the_weights_show_what_is_left_alone(fast: dict[str, Any]) -> None:
+    class Halving(ReaderOfValues):
+        divisor = 2
+
+    with torch.random.fork_rng(devices=[]):
+        model = Halving(OddConfig())
+    with pytest.raises(CompressionError, match=r"Halving changes weights of its own .*blocks\.0\.mix\.weight"):
+        compress(model, [torch.arange(20)], LRQConfig(**fast))
 
 
 def test_models_of_other_inputs_are_not_called(fast: dict[str, Any]) -> None:
