@@ -98,6 +98,15 @@ class ModuleOptions:
     layers: Mapping[str, Any] | None = _option(
         None, "Name of a module -> its LayerSpec, or a dict of one; wins over all patterns."
     )
+    avg_bits: float | None = _option(
+        None,
+        "True bits per weight of all compressed matrices together, factors and scales included; instead of bits, which "
+        "each matrix then gets, with a rank, by what it is predicted to lose. Needs calibration data.",
+    )
+    target_size: str | None = _option(
+        None,
+        'Size of the whole file, such as "1.5GB" (decimal units; GiB, MiB and KiB are binary), instead of avg_bits.',
+    )
     seed: int = _option(0, "Seed of every random choice; equal seeds give equal bytes.")
 
 

@@ -177,6 +177,12 @@ class CompressionSpec:
                 changes |= more
         return _changed(self.default, changes, f"for {name}") if changes else self.default
 
+    def named(self, name: str) -> frozenset[str]:
+        """The fields that a pattern or `layers` sets for the module called `name`."""
+        if name in self.layers:
+            return frozenset(self.layers[name].to_dict())
+        return frozenset(key for pattern, more in self.patterns.items() if matches(pattern, name) for key in more)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able fields."""
         return {

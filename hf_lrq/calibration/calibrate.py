@@ -52,15 +52,34 @@ class Work(Protocol):
 
 
 class Calibration:
-    """Runs a model over calibration batches and compresses its sites on what they see."""
+    """Runs a model over calibration batches and compresses its sites on what they see.
 
-    def __init__(self, work: Work, runner: ModelRunner, sequential: bool, two_sided: bool = False):
+    Args:
+        work: what is to be done.
+        runner: of the model, over the batches.
+        sequential: whether each block sees the outputs of the compressed ones before it.
+        two_sided: whether errors at the outputs are weighed, too.
+        sensitivity: what is known of the outputs already; None looks for it where it is needed.
+
+    Attributes:
+        sensitivity: what the outputs of the layers mean for those of the model, once `run` has begun.
+    """
+
+    def __init__(
+        self,
+        work: Work,
+        runner: ModelRunner,
+        sequential: bool,
+        two_sided: bool = False,
+        sensitivity: Sensitivity | None = None,
+    ):
         if not len(runner):
             raise CalibrationError(
                 "there are no calibration batches. Give at least one, or batches=None to compress without data."
             )
         self._work, self._runner, self._sequential, self._two_sided = work, runner, sequential, two_sided
-        self._sensitivity = Sensitivity()
+        self.sensitivity = Sensitivity() if sensitivity is None else sensitivity
+        self._look = two_sided and sensitivity is None
         self._model, self._workers, self._report = work.model, work.workers, work.report
         self._one_by_one = is_stateful(work.model)
         self._short: dict[str, tuple[int, int]] = {}  # Matrix -> tokens seen, tokens needed.
@@ -69,7 +88,7 @@ class Calibration:
         """Calibrate and compress all sites."""
         probe = Probe(self._runner, find_stacks(self._model, self._work.sites), self._work.sites)
         self._workers.map(lambda _: probe.run(), [None])
-        if self._two_sided:
+        if self._look:
             self._look_at_outputs()
         for section in probe.sections():
             if section.stack is None:
@@ -79,14 +98,14 @@ class Calibration:
         self._warn_if_short()
         self._report.calibration = {
             "method": "sequential" if self._sequential else "independent",
-            **(self._sensitivity.summary() if self._two_sided else {}),
+            **(self.sensitivity.summary() if self._two_sided else {}),
             "sequences": self._runner.sequences,
             "tokens": max((layer.n_tokens for layer in self._report.layers), default=0),
         }
 
     def _look_at_outputs(self) -> None:
         """Grams of the gradients at the outputs, of the original model."""
-        found = self._sensitivity = sensitivity(
+        found = self.sensitivity = sensitivity(
             self._runner, self._work.sites, self._workers, self._work.seed, self._one_by_one
         )
         for reason in dict.fromkeys(found.without.values()):
@@ -141,7 +160,7 @@ class Calibration:
             after: dict[int, Outputs] = {}
             if sites:
                 grams, after = self._grams(sites, reached, advance, keep=wanted)
-                self._work.compress(name, sites, grams, self._sensitivity.grams)
+                self._work.compress(name, sites, grams, self.sensitivity.grams)
             if not following:
                 return
             missing = [index for index in reached if index not in after]
@@ -173,7 +192,7 @@ class Calibration:
         finally:
             if handle is not None:
                 handle.remove()
-        self._work.compress(block or "outside the blocks", sites, grams, self._sensitivity.grams)
+        self._work.compress(block or "outside the blocks", sites, grams, self.sensitivity.grams)
 
     def _grams(
         self,
@@ -189,7 +208,7 @@ class Calibration:
         with InputRecorder(self._model, sites, stop_early) as recorder:
 
             def watch(index: int) -> tuple[Outputs, Rows]:
-                weights = self._sensitivity.weights_of(index)
+                weights = self.sensitivity.weights_of(index)
                 return recorder.watch(lambda: run(index), self._runner.masks(index), weights)
 
             # As many batches at a time as there are threads: their inputs are all in memory.

@@ -10,6 +10,7 @@ from hf_lrq.calibration.batches import Batch
 from hf_lrq.calibration.blocks import find_stacks
 from hf_lrq.calibration.calibrate import Calibration
 from hf_lrq.calibration.capture import ModelRunner, as_for_inference
+from hf_lrq.calibration.gradients import Sensitivity
 from hf_lrq.calibration.progress import Progress, SilentProgress
 from hf_lrq.decomposition import InputGram, OutputGram
 from hf_lrq.errors import CalibrationError, CompressionError, LRQError
@@ -37,6 +38,7 @@ def compress_model(
     *,
     sequential: bool = True,
     two_sided: bool = False,
+    sensitivity: Sensitivity | None = None,
     progress: Progress | None = None,
 ) -> CompressionReport:
     """Carry out a plan on a model in memory.
@@ -51,6 +53,7 @@ def compress_model(
         sequential: calibrate each block on the outputs of the compressed blocks before it, else on those of the
             original ones.
         two_sided: weigh errors at the outputs, too, by gradients of what the original model predicts.
+        sensitivity: these gradients, where they are known already, see `budgeting`.
         progress: told about each step.
 
     Returns:
@@ -71,7 +74,7 @@ def compress_model(
         )
     progress = progress or SilentProgress()
     with Threads.for_model(model) as workers, as_for_inference(model) as modes:
-        plan = _checked(plan, model, workers)
+        plan = checked(plan, model, workers)
         sink = ModelSink(model, modes)
         later = Deferred(sink)
         work = _ModelWork(model, plan, later if batches is not None and not sequential else sink, workers, progress)
@@ -82,8 +85,8 @@ def compress_model(
                 work.without_data()
             else:
                 runner = ModelRunner(model, list(batches))
-                progress.calibrate(runner.sequences, two_sided)
-                Calibration(work, runner, sequential, two_sided).run()
+                progress.calibrate(runner.sequences, two_sided and sensitivity is None)
+                Calibration(work, runner, sequential, two_sided, sensitivity).run()
             later.release()
         except LRQError as error:
             if not sink.installed:
@@ -102,16 +105,22 @@ def compress_model(
     return work.report
 
 
-def check_data(batches: Iterable[Batch] | None, two_sided: bool) -> None:
+def check_data(batches: Iterable[Batch] | None, two_sided: bool, asked: str | None = None) -> None:
     """Refuse a request for more than there is data for.
 
+    Args:
+        batches: calibration inputs, if any.
+        two_sided: whether gradients are asked for.
+        asked: option that a budget was given by.
+
     Raises:
-        CalibrationError: if gradients are asked for without data.
+        CalibrationError: if gradients, or a budget, are asked for without data.
     """
-    if two_sided and batches is None:
+    asked = "two_sided" if two_sided else asked
+    if asked is not None and batches is None:
         raise CalibrationError(
-            "two_sided=True takes gradients over calibration data, and there is none. Give batches or a dataset, "
-            "or leave it out."
+            f"{asked} takes gradients over calibration data, and there is none. Give batches or a dataset, or leave it "
+            "out."
         )
 
 
@@ -166,7 +175,7 @@ class _ModelWork:
         self.report.calibration = dict(DATA_FREE)
 
 
-def _checked(plan: Plan, model: nn.Module, workers: Threads) -> Plan:
+def checked(plan: Plan, model: nn.Module, workers: Threads) -> Plan:
     """What can be done of a plan: looks at all weights before hours are spent on some of them.
 
     Raises:

@@ -7,7 +7,7 @@ probabilities get random cotangents on their first output: the Gauss-Newton matr
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class Sensitivity:
         shrinkage: name of the matrix -> how far these weights were made equal, 0 to 1.
         without: name of the matrix -> why it has none.
         passes: over each batch.
+        positions: of the model's output that gradients came from, in one pass over all batches.
     """
 
     grams: dict[str, OutputGram] = field(default_factory=dict)
@@ -44,6 +45,7 @@ class Sensitivity:
     shrinkage: dict[str, float] = field(default_factory=dict)
     without: dict[str, str] = field(default_factory=dict)
     passes: int = 0
+    positions: int = 0
 
     def weights_of(self, batch: int) -> dict[str, Sequence[Tensor]]:
         """Weights of the tokens of a batch, for each call of each matrix."""
@@ -130,12 +132,13 @@ def _collect(
                             )
 
             workers.map(add, sums)
+        found.positions = sum(recorder.positions.values())
     for site in sites:
         gram = sums[site.name].finish()
         if gram is None:
             found.without[site.label] = "no gradient comes back to"
         else:
-            found.grams[site.label] = gram
+            found.grams[site.label] = replace(gram, energy=gram.energy / found.positions)
             found.weights[site.label] = weights[site.name].finish()
             found.shrinkage[site.label] = weights[site.name].shrinkage
 
@@ -168,12 +171,16 @@ class GradientRecorder(Hooked):
         runner: makes the passes forward.
         sites: linear ones.
         seed: of the outputs that are drawn.
+
+    Attributes:
+        positions: batch -> rows of the model's output that are real.
     """
 
     def __init__(self, runner: ModelRunner, sites: Sequence[Site], seed: int):
         super().__init__()
         self._runner, self._names, self._seed = runner, [site.name for site in sites], seed
         self._local = threading.local()
+        self.positions: dict[int, int] = {}
 
     def __enter__(self) -> "GradientRecorder":
         for name in self._names:
@@ -190,7 +197,8 @@ class GradientRecorder(Hooked):
                 output = self._runner.run(index)
         finally:
             self._local.seen = None
-        target, cotangent = _drawn(output, masks, generator_for(self._seed, f"outputs/{index}"))
+        target, cotangent, kept = _drawn(output, masks, generator_for(self._seed, f"outputs/{index}"))
+        self.positions[index] = int(target.shape[:-1].numel() if kept is None else kept.sum())
         if not seen or not target.requires_grad:
             return {}
         with self._runner.failures(index):
@@ -222,8 +230,9 @@ class GradientRecorder(Hooked):
         return note
 
 
-def _drawn(output: Any, masks: Masks, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """An output of the model, and the gradient there of -log p of labels drawn from it, or a random one."""
+def _drawn(output: Any, masks: Masks, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
+    """An output of the model, the gradient there of -log p of labels drawn from it, or a random one, and what of it is
+    real."""
     tensors = [leaf for _, leaf in leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     logits = output.get("logits") if isinstance(output, Mapping) else None
     if not isinstance(logits, Tensor) or logits.shape[-1] < 2:
@@ -238,4 +247,4 @@ def _drawn(output: Any, masks: Masks, generator: torch.Generator) -> tuple[Tenso
         label = (p.cumsum(-1) < level).sum(-1, keepdim=True).clamp(max=p.shape[-1] - 1)
         cotangent = p.scatter_add(-1, label, torch.full_like(level, -1)).to(logits)
     kept = masks.kept("decoder", target.shape[:-1])
-    return target, cotangent if kept is None else cotangent * kept.unsqueeze(-1)
+    return target, cotangent if kept is None else cotangent * kept.unsqueeze(-1), kept

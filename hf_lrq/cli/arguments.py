@@ -38,7 +38,7 @@ def declared(*kinds: type) -> dict[str, Any]:
     return {
         name: Annotated[Optional[hints[name]], Option(help=f"{item.metadata['text']} Default: {item.default}.")]  # noqa: UP045
         for name, item in options_of(*kinds).items()
-        if hints[name] in (int, float, str, int | None)
+        if hints[name] in (int, float, str, int | None, float | None, str | None)
     }
 
 

@@ -25,14 +25,15 @@ from hf_lrq.cli.loading import (
 from hf_lrq.cli.measuring import EvalText, eval_text, measure, size_on_disk
 from hf_lrq.cli.output import bits, console, hush, if_interrupted, measurement_rows, print_table, progress_stream, say
 from hf_lrq.errors import CheckpointError, LRQError, SpecError
-from hf_lrq.evaluation import Evaluation, position_limit, size
+from hf_lrq.evaluation import Evaluation, Part, position_limit, size
+from hf_lrq.integrations.carrying_out import budget_of
 from hf_lrq.integrations.companions import Companions, companions_of
 from hf_lrq.integrations.compression import compress
 from hf_lrq.integrations.config import LRQConfig
 from hf_lrq.integrations.planning import plan_for
 from hf_lrq.integrations.saving import save, write_report_and_card
 from hf_lrq.report import human_bytes
-from hf_lrq.work import CompressionReport, Inventory
+from hf_lrq.work import CompressionReport, Inventory, Plan
 from hf_lrq.work.census import shares
 from hf_lrq.work.plan import listed
 
@@ -74,7 +75,7 @@ def compressed(options: QuantizeOptions) -> tuple[Any, CompressionReport, Any]:
     say(f"Loading {options.model}")
     model = load_model(options.model, options.dtype, device)
     plan = plan_for(model, config)
-    check_room(options.out, _announce(model, plan.inventory))
+    check_room(options.out, _announce(model, plan, config))
     report = compress(model, batches, config, plan=plan, progress=TqdmProgress(options.jsonl, progress_stream()))
     save(model, options.out, _beside(options.model, tokenizer), options.overwrite, base_model=options.model)
     say(f"Saved to {options.out}", "green")
@@ -202,18 +203,23 @@ def _batches(config: LRQConfig, tokenizer: Any, model_config: Any) -> list[Any] 
     return batches
 
 
-def _announce(model: Any, inventory: Inventory) -> int:
-    """Say what is going to happen; returns the bytes to be written."""
+def _announce(model: Any, plan: Plan, config: LRQConfig) -> int:
+    """Say what is going to happen; returns the bytes to be written, at most."""
+    inventory = plan.inventory
     now, then = size(model), size(model, inventory.layouts)
     say(f"{type(model).__name__}: {inventory.summary()}")
     for line in left_lines(inventory):
         say(f"  {line}")
+    layers, whole, limit = then.compressed, Part(then.tensors.weights, then.total_bytes), ""
+    if config.budget_option is not None:
+        layers = Part(layers.weights, budget_of(model, plan, config).bytes)
+        whole, limit = replace(whole, bytes=whole.bytes - then.compressed.bytes + layers.bytes), "at most "
     say(
-        f"Expected: {bits(then.bits_per_weight)} bits per weight in the compressed layers, "
-        f"{bits(then.bits_per_parameter)} in the whole file; {human_bytes(then.total_bytes)} "
+        f"Expected: {limit}{bits(layers.bits_per_weight)} bits per weight in the compressed layers, "
+        f"{bits(whole.bits_per_weight)} in the whole file; {human_bytes(whole.bytes)} "
         f"instead of {human_bytes(now.total_bytes)}"
     )
-    return then.total_bytes
+    return whole.bytes
 
 
 def left_lines(inventory: Inventory) -> list[str]:
@@ -255,6 +261,8 @@ def _show(report: CompressionReport, measured: Evaluation | None, out: Path, arc
         *(measurement_rows(measured) if measured is not None else [("perplexity", "not measured")]),
         ("seconds for compression", f"{report.seconds:.1f}"),
     ]
+    if report.budget is not None:
+        rows.append(("KL predicted for this budget", f"{report.budget['predicted_loss']:.4g} nats"))
     if measured is not None:
         rows.append(("seconds for evaluation", f"{measured.seconds:.1f}"))
     print_table("Result", ("figure", "value"), rows)

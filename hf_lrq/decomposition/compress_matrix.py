@@ -149,27 +149,13 @@ def _compress(
 ) -> CompressedMatrix:
     """See `compress_matrix`; W is float32 and finite."""
     gram = InputGram.identity(W.shape[1], W.device) if gram is None else gram
-    if len(gram.H) != W.shape[1]:
-        raise CompressionError(f"the Gram is for {len(gram.H)} inputs, the weight has {W.shape[1]} columns.")
-    if output is not None and len(output.H) != W.shape[0]:
-        raise CompressionError(f"the output Gram is for {len(output.H)} outputs, the weight has {W.shape[0]} rows.")
-    H = gram.H.to(W.device)
-    rotate_out = None
-    if spec.rotation != "none":
-        rotate_in = rotate_in or RandomHadamard.sample(W.shape[1], generator, spec.rotation_block)
-        rotate_out = RandomHadamard.sample(W.shape[0], generator, spec.rotation_block)
-        rotated = rotate_out.apply(rotate_in.apply(W).T).T.contiguous()
-        H_rotated = rotate_in.rotate_gram(H)
-    else:
-        rotate_in, rotated, H_rotated = None, W, H
-    damped = InputGram(H_rotated, gram.n_tokens).damped(spec.damp_percent)
-    H_out = None if output is None else _rotated_output(output, rotate_out, W.device)
+    at = rotate(W, gram, spec, generator, rotate_in, output)
     rank = min(_rank(spec), *W.shape)
-    run = functools.partial(decompose, rotated, damped, _quantizer(spec), _solver(spec), generator, output=H_out)
+    run = functools.partial(decompose, at.W, at.gram, _quantizer(spec), _solver(spec), generator, output=at.output)
     starts: dict[str, Callable[[], Pair]] = {
         "zero": lambda: zero_start(W),
-        "svd": lambda: svd_start(rotated, damped, rank, generator, H_out),
-        "outlier": lambda: _rotate_factors(outlier_start(W, H, rank), rotate_in, rotate_out),
+        "svd": lambda: svd_start(at.W, at.gram, rank, generator, at.output),
+        "outlier": lambda: at.factors(*outlier_start(W, gram.H.to(W.device), rank)),
     }
     init = spec.init
     if init == "auto":
@@ -184,27 +170,71 @@ def _compress(
         )
     return CompressedMatrix(
         decomposition,
-        rotate_in,
-        rotate_out,
+        at.rotate_in,
+        at.rotate_out,
         spec.layout,
-        damped.damping,
-        damped.steps,
+        at.gram.damping,
+        at.gram.steps,
         gram.n_tokens,
         None if output is None else output.shrinkage,
     )
 
 
-def _rotated_output(output: OutputGram, rotate_out: RandomHadamard | None, device: torch.device) -> DampedGram:
-    H = output.H.to(device)
-    return damp(H if rotate_out is None else rotate_out.rotate_gram(H), OUTPUT_DAMPING)
+@dataclass(frozen=True, eq=False)
+class Rotated:
+    """A matrix in the coordinates in which it is rounded.
+
+    Attributes:
+        W: U W V^T, [out, in] float32.
+        gram: V H V^T, damped.
+        output: U H_O U^T, damped; None where all outputs count alike.
+        rotate_in: V on the inputs, or None.
+        rotate_out: U on the outputs, or None.
+    """
+
+    W: Tensor
+    gram: DampedGram
+    output: DampedGram | None
+    rotate_in: RandomHadamard | None
+    rotate_out: RandomHadamard | None
+
+    def factors(self, L: Tensor, R: Tensor) -> Pair:
+        """U L and R V^T."""
+        if self.rotate_in is None or self.rotate_out is None:
+            return L, R
+        return self.rotate_out.apply(L.T).T, self.rotate_in.apply(R)
 
 
-def _rotate_factors(factors: Pair, rotate_in: RandomHadamard | None, rotate_out: RandomHadamard | None) -> Pair:
-    """Factors of U L R V^T."""
-    L, R = factors
-    if rotate_in is None or rotate_out is None:
-        return L, R
-    return rotate_out.apply(L.T).T, rotate_in.apply(R)
+def rotate(
+    W: Tensor,
+    gram: InputGram,
+    spec: LayerSpec,
+    generator: torch.Generator,
+    rotate_in: RandomHadamard | None = None,
+    output: OutputGram | None = None,
+) -> Rotated:
+    """Rotate W [out, in] float32 and its Grams as `spec` says, and damp them.
+
+    Raises:
+        CompressionError: if a Gram is for another width.
+    """
+    if len(gram.H) != W.shape[1]:
+        raise CompressionError(f"the Gram is for {len(gram.H)} inputs, the weight has {W.shape[1]} columns.")
+    if output is not None and len(output.H) != W.shape[0]:
+        raise CompressionError(f"the output Gram is for {len(output.H)} outputs, the weight has {W.shape[0]} rows.")
+    H = gram.H.to(W.device)
+    H_out = None if output is None else output.H.to(W.device)
+    rotate_out = None
+    if spec.rotation == "none":
+        rotate_in = None
+    else:
+        rotate_in = rotate_in or RandomHadamard.sample(W.shape[1], generator, spec.rotation_block)
+        rotate_out = RandomHadamard.sample(W.shape[0], generator, spec.rotation_block)
+        W = rotate_out.apply(rotate_in.apply(W).T).T.contiguous()
+        H = rotate_in.rotate_gram(H)
+        H_out = None if H_out is None else rotate_out.rotate_gram(H_out)
+    damped_out = None if H_out is None else damp(H_out, OUTPUT_DAMPING)
+    return Rotated(W, InputGram(H, gram.n_tokens).damped(spec.damp_percent), damped_out, rotate_in, rotate_out)
 
 
 def scale_problem(W: Tensor) -> str | None:

@@ -20,11 +20,13 @@ class OutputGram:
         H: [out, out] float32, symmetric; its scale has no meaning.
         shrinkage: the share of the identity, 0 to 1.
         sequences: how many were averaged.
+        energy: what w |g|^2 comes to, summed over all tokens, or for each position of the model's output.
     """
 
     H: Tensor
     shrinkage: float
     sequences: int
+    energy: float = 1.0
 
 
 class OutputGramAccumulator:
@@ -76,4 +78,5 @@ class OutputGramAccumulator:
         trusted = count > 1 and variance < distance
         shrinkage = max(variance / distance, 0.0) if trusted else 1.0
         H = (1 - shrinkage) * mean + shrinkage * target
-        return OutputGram((H / mean.diagonal().mean()).float(), shrinkage, count)
+        energy = self.total.diagonal().sum().item()
+        return OutputGram((H / mean.diagonal().mean()).float(), shrinkage, count, energy)

@@ -26,7 +26,7 @@ def quantize_rows(quantizer: Quantizer, W: Tensor, H: Tensor, output: DampedGram
     C = upper_cholesky(output.H)
     error = torch.zeros_like(W)
     parts = []
-    for rows in _row_blocks(quantizer, len(W)):
+    for rows in row_blocks(quantizer, len(W)):
         before = slice(0, rows.start)
         U = torch.linalg.solve_triangular(C[rows, rows], C[before, rows], upper=True, left=False)
         parts.append(quantizer.quantize(W[rows] + U.T @ error[before], H))
@@ -47,7 +47,7 @@ def refine_rows(
         return quantizer.refine(W, H, previous)
     error = W - previous.dequantize()
     parts = []
-    for rows in _row_blocks(quantizer, len(W)):
+    for rows in row_blocks(quantizer, len(W)):
         inner = output.H[rows, rows]
         shift = torch.cholesky_solve(output.H[rows] @ error, torch.linalg.cholesky(inner)) - error[rows]
         target, part = W[rows] + shift, previous.part(rows.start, rows.stop)
@@ -59,7 +59,8 @@ def refine_rows(
     return QuantizedMatrix.stacked(parts)
 
 
-def _row_blocks(quantizer: Quantizer, out_features: int) -> Iterator[slice]:
+def row_blocks(quantizer: Quantizer, out_features: int) -> Iterator[slice]:
+    """The blocks of rows that are rounded one after another."""
     unit = quantizer.book.row_block
     size = max(-(-out_features // (MOST_BLOCKS * unit)), -(-FEWEST_ROWS // unit)) * unit
     for start in range(0, out_features, size):

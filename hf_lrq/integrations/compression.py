@@ -5,10 +5,11 @@ from collections.abc import Iterable
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_lrq.calibration import Batch, Progress, compress_model
+from hf_lrq.calibration import Batch, Progress
 from hf_lrq.checkpoint import QUANT_METHOD
 from hf_lrq.errors import SpecError
 from hf_lrq.integrations.calibration_data import calibration_batches
+from hf_lrq.integrations.carrying_out import carry_out
 from hf_lrq.integrations.config import LRQConfig
 from hf_lrq.integrations.decompression import decompress
 from hf_lrq.integrations.planning import plan_for
@@ -59,9 +60,7 @@ def compress(
     if isinstance(model, PreTrainedModel):
         return _compress_for_transformers(model, plan, batches, config, progress)
     dtype = next(model.parameters()).dtype
-    report = compress_model(
-        model, plan, batches, sequential=config.sequential, two_sided=config.two_sided, progress=progress
-    )
+    plan, report = carry_out(model, plan, batches, config, progress)
     prepare_layers(model, config)
     if config.dequantize:
         decompress(model, plan.specs, dtype)

@@ -10,6 +10,7 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_lrq.checkpoint import FORMAT_VERSION, LAYOUT_KEYS, QUANT_METHOD, QuantizationHeader, parse_header
+from hf_lrq.checks import bytes_of, check_number
 from hf_lrq.codebooks import get_codebook
 from hf_lrq.errors import CheckpointError, SpecError
 from hf_lrq.integrations.aliases import by_own_names
@@ -81,6 +82,7 @@ class LRQConfig(QuantizationConfigMixin):
         if not isinstance(self.codebook, str):
             raise SpecError(f"codebook must be the name of a family, such as 'bt' or 'auto', got {self.codebook!r}.")
         self._check_modules()
+        self._check_budget()
         _ = self.spec  # Raises on what is left.
 
     def _check_modules(self) -> None:
@@ -96,6 +98,24 @@ class LRQConfig(QuantizationConfigMixin):
             raise SpecError(f"modules_to_not_convert must be a list of names, got {skipped!r}. Write ['lm_head'].")
         for pattern in skipped or ():
             check_pattern(pattern)
+
+    def _check_budget(self) -> None:
+        if self.avg_bits is not None:
+            check_number("avg_bits", self.avg_bits, 0.0, 16.0)
+        if self.target_size is not None:
+            bytes_of(self.target_size)
+        if self.avg_bits is not None and self.target_size is not None:
+            raise SpecError("avg_bits and target_size are two words for one budget. Give one of them.")
+        if self.budget_option is not None and "bits" in self._given:
+            raise SpecError(
+                f"{self.budget_option} chooses the bits of each matrix, and bits={self.bits} is given, too. Leave one "
+                "out; bits_pattern keeps those of some matrices."
+            )
+
+    @property
+    def budget_option(self) -> str | None:
+        """The option that gives a budget, if any."""
+        return next((name for name in ("avg_bits", "target_size") if getattr(self, name) is not None), None)
 
     def check_patterns(self, names: Iterable[str]) -> None:
         """Refuse patterns that match nothing in a model.

@@ -13,10 +13,11 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.logging import is_progress_bar_enabled
 
-from hf_lrq.calibration import Batch, Progress, TqdmProgress, check_data, compress_model
+from hf_lrq.calibration import Batch, Progress, TqdmProgress, check_data
 from hf_lrq.checkpoint import QUANT_METHOD
 from hf_lrq.errors import SpecError
 from hf_lrq.integrations.calibration_data import calibration_batches, described
+from hf_lrq.integrations.carrying_out import carry_out
 from hf_lrq.integrations.compress_on_load import CompressOnLoad, LoadingCompression
 from hf_lrq.integrations.config import LRQConfig, stored_header
 from hf_lrq.integrations.conversions import keep_arrangement, without_rearranging
@@ -229,7 +230,7 @@ class LRQHfQuantizer(HfQuantizer):
             with torch.device("cpu"):
                 self._afterwards = plan, calibration_batches(model, config)
         else:
-            check_data(None, config.two_sided)
+            check_data(None, config.two_sided, config.budget_option)
             self._loading = LoadingCompression(model, plan)
         return model
 
@@ -257,10 +258,8 @@ class LRQHfQuantizer(HfQuantizer):
     ) -> None:
         """Compress a model that is loaded; None for `batches` is without data."""
         plan, config = without_read(model, plan, will_run=batches is not None), self.quantization_config
-        report = compress_model(
-            model, plan, batches, sequential=config.sequential, two_sided=config.two_sided, progress=progress
-        )
-        self.provenance.report, self.inventory = report, plan.without(report.skipped).inventory
+        plan, self.provenance.report = carry_out(model, plan, batches, config, progress)
+        self.inventory = plan.inventory
         check_reads(model, try_out(model, self.inventory.layouts))
 
     def _make_compressed(self, model: Any) -> None:

@@ -159,16 +159,17 @@ def _measured_on(report: Mapping[str, Any]) -> str | None:
 
 def _recipe(report: Mapping[str, Any]) -> list[tuple[str, Any]]:
     idle = IDLE if _tokens(report) else (*IDLE, *IDLE_WITHOUT_DATA)
-    settings = [*{**report["recipe"], **_chosen_rank(report)}.items(), ("seed", report["seed"])]
+    settings = [*{**report["recipe"], **_chosen(report)}.items(), ("seed", report["seed"])]
     return [(name, value) for name, value in settings if value is not None and name not in idle]
 
 
-def _chosen_rank(report: Mapping[str, Any]) -> dict[str, str]:
-    """What a rank that was left to the size of each matrix became."""
-    ranks = [layer["rank"] for layer in report["compression"]["layers"]]
-    if report["recipe"].get("rank", 0) is not None or not ranks:
-        return {}
-    return {"rank": f"{min(ranks)} to {max(ranks)}, by the size of each matrix"}
+def _chosen(report: Mapping[str, Any]) -> dict[str, str]:
+    """What bits and a rank that were left to the library became."""
+    recipe, budget = report["recipe"], report["compression"].get("budget")
+    why = "by what each matrix was predicted to lose" if budget else "by the size of each matrix"
+    open_to = [name for name, left in (("bits", budget), ("rank", recipe.get("rank", 0) is None)) if left]
+    found = {name: [layer[name] for layer in report["compression"]["layers"]] for name in open_to}
+    return {name: f"{min(values)} to {max(values)}, {why}" for name, values in found.items() if values}
 
 
 def _calibration(report: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """The work on a model as values: sites, a plan, jobs, and how matrices flow from a source to a sink."""
 
+from hf_lrq.work.budget import Budget, Spent
 from hf_lrq.work.census import Census, take_census
 from hf_lrq.work.executor import Executor, Inline, Threads
 from hf_lrq.work.flow import Deferred, Held, ModelSink, ModelSource, Sink, Source, compress_sites
@@ -9,6 +10,7 @@ from hf_lrq.work.records import CompressionReport, LayerRecord
 from hf_lrq.work.sites import Site, find_sites, sites_of
 
 __all__ = [
+    "Budget",
     "Census",
     "CompressionReport",
     "Deferred",
@@ -24,6 +26,7 @@ __all__ = [
     "Sink",
     "Site",
     "Source",
+    "Spent",
     "Threads",
     "compress_sites",
     "excluded",

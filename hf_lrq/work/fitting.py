@@ -4,7 +4,7 @@ Kernels, and engines that stack such matrices into one, need one codebook; on GP
 None is chosen by the size of all of them. A stack of experts counts as one of its matrices.
 """
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 
 from hf_lrq.nn.groups import group_of
 from hf_lrq.spec import CompressionSpec, LayerSpec
@@ -20,12 +20,17 @@ def fitted_specs(sites: Iterable[Site], spec: CompressionSpec, blocks: bool) -> 
         blocks: see `LayerSpec.fitted`.
     """
     wanted = {site: spec.for_layer(site.label) for site in sites}
+    fitted: dict[Site, LayerSpec] = {}
+    for group in computed_together(wanted):
+        chosen = wanted[group[0]].fitted(*((site.out_features, site.in_features) for site in group), blocks=blocks)
+        fitted |= dict.fromkeys(group, chosen)
+    return {site: fitted[site] for site in wanted}
+
+
+def computed_together(wanted: Mapping[Site, LayerSpec]) -> list[list[Site]]:
+    """The sites in groups that are computed together and for which the same is wanted, in their order."""
     groups: dict[Hashable, list[Site]] = {}
     for site, layer in wanted.items():
         key = (group_of(site.label) or site.label, site.in_features, *layer.to_dict().values())
         groups.setdefault(key, []).append(site)
-    fitted: dict[Site, LayerSpec] = {}
-    for group in groups.values():
-        chosen = wanted[group[0]].fitted(*((site.out_features, site.in_features) for site in group), blocks=blocks)
-        fitted |= dict.fromkeys(group, chosen)
-    return {site: fitted[site] for site in wanted}
+    return list(groups.values())

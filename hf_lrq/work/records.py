@@ -83,6 +83,7 @@ class CompressionReport:
         seconds: of the whole compression.
         calibration: how it was calibrated: method, sequences, tokens, and where gradients were asked for
             two_sided, the number of matrices that had some, with the mean shrinkage of what was made of them.
+        budget: where there was one, what became of it, see `budget.Spent`.
     """
 
     layers: list[LayerRecord] = field(default_factory=list)
@@ -93,6 +94,7 @@ class CompressionReport:
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
     calibration: dict[str, Any] = field(default_factory=dict)
+    budget: dict[str, Any] | None = None
 
     @property
     def bits_per_weight(self) -> float:

@@ -277,6 +277,15 @@ def test_card_says_which_ranks_were_chosen(compression: CompressionReport) -> No
     assert "by the size" not in str(model_card(built(compression, recipe={"bits": 2})))
 
 
+def test_card_says_what_a_budget_became(compression: CompressionReport) -> None:
+    compression.layers = [layer(0, bits=2), layer(1, bits=4, rank=0)]
+    compression.budget = {"predicted_loss": 0.1}
+    card = str(model_card(built(compression, recipe={"avg_bits": 2.7, "bits": 2, "rank": 4})))
+    assert "| `avg_bits` | `2.7` |" in card
+    assert "| `bits` | `2 to 4, by what each matrix was predicted to lose` |" in card
+    assert "| `rank` | `4` |" in card
+
+
 def test_card_of_a_recovered_model_says_so(compression: CompressionReport) -> None:
     recovery = {"tokens": 118784, "before": {"divergence": 0.0625}, "after": {"divergence": 0.03125}}
     report = built(compression)

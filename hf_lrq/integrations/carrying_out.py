@@ -1,0 +1,76 @@
+"""A plan and a config carried out on a model in memory, with the budget that the config asks for."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from torch import nn
+
+from hf_lrq.calibration import Batch, Progress, check_data, compress_model, fit_budget
+from hf_lrq.checks import bytes_of
+from hf_lrq.errors import SpecError
+from hf_lrq.evaluation import size
+from hf_lrq.integrations.config import LRQConfig
+from hf_lrq.work import Budget, CompressionReport, Plan
+
+
+def carry_out(
+    model: nn.Module,
+    plan: Plan,
+    batches: Iterable[Batch] | None,
+    config: LRQConfig,
+    progress: Progress | None = None,
+) -> tuple[Plan, CompressionReport]:
+    """Compress a model; the plan as it was carried out, and what happened to each matrix.
+
+    Args:
+        model: changed in place.
+        plan: made for it.
+        batches: calibration inputs; None compresses without data.
+        config: how to calibrate, and the budget, which changes the plan.
+        progress: told about each step.
+
+    Raises:
+        SpecError: if a budget is out of the range of what can be had.
+        CompressionError, CalibrationError: see `compress_model`.
+    """
+    batches = None if batches is None else list(batches)
+    check_data(batches, config.two_sided, config.budget_option)
+    found = None
+    if config.budget_option is not None and batches is not None:
+        budget = budget_of(model, plan, config)
+        found = fit_budget(model, plan, batches, budget, two_sided=config.two_sided, progress=progress)
+        plan = found.plan
+    report = compress_model(
+        model,
+        plan,
+        batches,
+        sequential=config.sequential,
+        two_sided=config.two_sided,
+        sensitivity=found.sensitivity if found is not None and config.two_sided else None,
+        progress=progress,
+    )
+    if found is not None:
+        report.budget = found.spent.to_dict()
+        report.warnings[:0] = [warning for warning in found.warnings if warning not in report.warnings]
+    return plan.without(report.skipped), report
+
+
+def budget_of(model: nn.Module, plan: Plan, config: LRQConfig) -> Budget:
+    """What the matrices of a plan may take.
+
+    Raises:
+        SpecError: if the rest of the model takes more than the whole file may.
+    """
+    if config.avg_bits is not None:
+        weights = sum(site.weights for site in plan.specs)
+        return Budget(int(config.avg_bits * weights / 8), config.spec, {"avg_bits": config.avg_bits})
+    whole = bytes_of(config.target_size)
+    # With factors everywhere, as their names make the header longest.
+    layouts = {site: replace(spec.layout, rank=max(spec.layout.rank, 1)) for site, spec in plan.specs.items()}
+    rest = size(model, layouts).predicted_bytes - sum(site.bytes(layout) for site, layout in layouts.items())
+    if rest >= whole:
+        raise SpecError(
+            f"target_size={config.target_size!r} is {whole:,} bytes, and what is not compressed takes {rest:,}: "
+            f"{plan.inventory.summary()}. Choose a larger size, or compress more modules."
+        )
+    return Budget(whole - rest, config.spec, {"target_size": config.target_size})
