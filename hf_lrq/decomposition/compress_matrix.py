@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,13 +10,14 @@ from torch import Tensor
 from hf_lrq.decomposition.gram import DampedGram, InputGram, damp
 from hf_lrq.decomposition.incoherence import RandomHadamard
 from hf_lrq.decomposition.lowrank import LPLR, LowRankSolver, WhitenedSVD
+from hf_lrq.decomposition.metric import METRICS
 from hf_lrq.decomposition.output_gram import OutputGram
-from hf_lrq.decomposition.qlr import Decomposition, decompose, outlier_start, svd_start, zero_start
+from hf_lrq.decomposition.qlr import Decomposition, decompose
 from hf_lrq.decomposition.quantizers import LDLQ, Quantizer, RoundToNearest
-from hf_lrq.decomposition.schedule import Schedule, alternating
+from hf_lrq.decomposition.schedule import ALTERNATING, Schedule, alternating, get_schedule
+from hf_lrq.decomposition.starts import STARTS, TRIED, Setting
 from hf_lrq.errors import CompressionError
 from hf_lrq.layout import LayerLayout
-from hf_lrq.matrices import Pair
 from hf_lrq.numerics import fixed_numerics
 from hf_lrq.spec import LayerSpec
 
@@ -124,8 +124,7 @@ def compress_matrix(
         generator: source of every random choice; equal states give equal bytes, with any number of threads and
             whatever torch is set to (see `numerics`).
         rotate_in: rotation of the inputs, to share it between matrices; None draws one.
-        schedule: what to do instead of the `iters`, `refinements` and `marginal_damping` of the spec; see
-            `decomposition.schedule`.
+        schedule: what to do instead of that of the spec; see `decomposition.schedule`.
         output: second moment of the gradients at the outputs; None weighs all outputs alike.
 
     Raises:
@@ -164,19 +163,18 @@ def _compress(
         rotate_in, rotated, H_rotated = None, W, H
     damped = InputGram(H_rotated, gram.n_tokens).damped(spec.damp_percent)
     H_out = None if output is None else _rotated_output(output, rotate_out, W.device)
+    fit = _fit(spec, gram, rotate_in, damped)
     rank = min(_rank(spec), *W.shape)
-    run = functools.partial(decompose, rotated, damped, _quantizer(spec), _solver(spec), generator, output=H_out)
-    starts: dict[str, Callable[[], Pair]] = {
-        "zero": lambda: zero_start(W),
-        "svd": lambda: svd_start(rotated, damped, rank, generator, H_out),
-        "outlier": lambda: _rotate_factors(outlier_start(W, H, rank), rotate_in, rotate_out),
-    }
+    at = Setting(W, H, rotate_in, rotate_out, rotated, damped, fit, rank, generator, H_out)
+    run = functools.partial(
+        decompose, rotated, damped, _quantizer(spec), _solver(spec), generator, output=H_out, fit=fit
+    )
     init = spec.init
     if init == "auto":
         short = schedule or _schedule(replace(spec, iters=1, refinements=0))
-        trials = {name: run(start=make(), schedule=short).proxy_loss for name, make in starts.items()}
+        trials = {name: run(start=STARTS[name](at), schedule=short).proxy_loss for name in TRIED}
         init = min(trials, key=trials.__getitem__)
-    decomposition = run(start=starts[init](), schedule=schedule or _schedule(spec))
+    decomposition = run(start=STARTS[init](at), schedule=schedule or _schedule(spec))
     if decomposition.low_rank.rank != rank:
         raise CompressionError(
             f"the schedule ended with factors of rank {decomposition.low_rank.rank}, the spec stores rank {rank}. "
@@ -199,12 +197,12 @@ def _rotated_output(output: OutputGram, rotate_out: RandomHadamard | None, devic
     return damp(H if rotate_out is None else rotate_out.rotate_gram(H), OUTPUT_DAMPING)
 
 
-def _rotate_factors(factors: Pair, rotate_in: RandomHadamard | None, rotate_out: RandomHadamard | None) -> Pair:
-    """Factors of U L R V^T."""
-    L, R = factors
-    if rotate_in is None or rotate_out is None:
-        return L, R
-    return rotate_out.apply(L.T).T, rotate_in.apply(R)
+def _fit(spec: LayerSpec, gram: InputGram, rotate_in: RandomHadamard | None, damped: DampedGram) -> DampedGram:
+    """What L R are fitted under; `damped` is the rotated Gram."""
+    if spec.metric == "gram":
+        return damped
+    H = METRICS[spec.metric](gram).to(damped.H.device)
+    return damp(H if rotate_in is None else rotate_in.rotate_gram(H), spec.damp_percent)
 
 
 def scale_problem(W: Tensor) -> str | None:
@@ -248,10 +246,12 @@ def _rank(spec: LayerSpec) -> int:
 
 
 def _schedule(spec: LayerSpec) -> Schedule:
-    """What `iters`, `refinements` and `marginal_damping` stand for, and the sweep that comes last.
+    """What `schedule`, `iters`, `refinements` and `marginal_damping` stand for, and the sweep that comes last.
 
     Without factors there is nothing to alternate with, and Q is swept last only where the spec wants sweeps at all.
     """
+    if spec.schedule != ALTERNATING:
+        return get_schedule(spec.schedule, spec.iters)
     if spec.rank:
         return alternating(spec.iters, spec.refinements, spec.marginal_damping)
     return alternating(1, 0, spec.marginal_damping, closing=bool(spec.sweeps or spec.refinements))
