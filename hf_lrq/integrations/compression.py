@@ -54,6 +54,7 @@ def compress(
         config = LRQConfig() if config is None else LRQConfig.from_spec(config)
     config = config.for_compression()
     plan = plan or plan_for(model, config)
+    config.check_data(batches is not None or config.calibrated)
     if batches is None and config.calibrated:
         batches = calibration_batches(model, config)
     if isinstance(model, PreTrainedModel):

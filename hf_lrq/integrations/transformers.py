@@ -229,6 +229,7 @@ class LRQHfQuantizer(HfQuantizer):
             with torch.device("cpu"):
                 self._afterwards = plan, calibration_batches(model, config)
         else:
+            config.check_data(False)
             check_data(None, config.two_sided)
             self._loading = LoadingCompression(model, plan)
         return model
