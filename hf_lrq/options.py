@@ -53,9 +53,9 @@ class LayerOptions:
     rounding: str = _option("ldlq", "ldlq (adaptive rounding with feedback) or nearest.")
     init: str = _option(
         "svd",
-        "What L R is before the first rounding: zero, svd of the weight, outlier (svd over the channels of largest "
-        "energy; ODLRI, 2025), or auto: the best of them after one iteration. Also split (what SRR, 2026, keeps from "
-        "rounding; for schedule complete) and inputs (L = 0, R the main directions of the inputs; EVA, 2024).",
+        "What L R is before the first rounding: zero, svd of the weight, outlier (the channels of largest energy; "
+        "ODLRI, 2025), auto (the best of these after one iteration), split (kept from rounding; SRR, 2026), or inputs "
+        "(L = 0; EVA, 2024).",
     )
     schedule: str = _option(
         "alternating",

@@ -223,13 +223,13 @@ class LRQHfQuantizer(HfQuantizer):
             self.provenance.source = Path(files[0]).parent if files else None
             return model
         self.provenance.base_model = model.config._name_or_path or None
+        config.check_data(config.calibrated)
         plan = plan_for(model, config)
         if config.calibrated:
             # Before hours of loading, as data and tokenizer can be missing; here new tensors would be on meta.
             with torch.device("cpu"):
                 self._afterwards = plan, calibration_batches(model, config)
         else:
-            config.check_data(False)
             check_data(None, config.two_sided)
             self._loading = LoadingCompression(model, plan)
         return model
