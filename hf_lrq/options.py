@@ -18,6 +18,17 @@ def _option(default: Any, text: str) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MethodOptions:
+    """A method as a whole."""
+
+    preset: str | None = _option(
+        None,
+        "Name of a method, published or ours, that decides the options that are not written out; `hf-lrq presets` "
+        "lists them with their papers.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerOptions:
     """How one [out, in] matrix is compressed.
 
@@ -42,15 +53,26 @@ class LayerOptions:
     rounding: str = _option("ldlq", "ldlq (adaptive rounding with feedback) or nearest.")
     init: str = _option(
         "svd",
-        "What L R is before the first rounding: zero, svd of the weight, outlier (svd over the channels of largest "
-        "energy; ODLRI, 2025), or auto: the best of them after one iteration.",
+        "What L R is before the first rounding: zero, svd of the weight, outlier (the channels of largest energy; "
+        "ODLRI, 2025), auto (the best of these after one iteration), split (kept from rounding; SRR, 2026), or inputs "
+        "(L = 0; EVA, 2024).",
+    )
+    schedule: str = _option(
+        "alternating",
+        "What is done in which order: alternating (rounding for the loss that a refit leaves, then refinements and a "
+        "last sweep); or, iters times, q-only, lr-only (Q = 0), q-first, lr-first, lr-first-marginal, or complete.",
+    )
+    metric: str = _option(
+        "gram",
+        "What L R are fitted under: gram (of the inputs), diagonal (of the Gram), magnitudes (mean absolute inputs), "
+        "identity (the weight itself), or squared (the Gram squared).",
     )
     iters: int = _option(8, "Alternations of rounding from scratch and low-rank refit, at least 1.")
-    refinements: int = _option(4, "Alternations that improve the best of them, at least 0.")
+    refinements: int = _option(4, "For schedule alternating: rounds that improve the best of them, at least 0.")
     sweeps: int = _option(
         1,
-        "Guarded re-rounding passes after each LDLQ pass, at least 0. One more pass comes last, unless rank, "
-        "refinements and sweeps are all 0.",
+        "Guarded re-rounding passes after each LDLQ pass, at least 0. In schedule alternating one more pass comes "
+        "last, unless rank, refinements and sweeps are all 0.",
     )
     damp_percent: float = _option(0.01, "Ridge on the Gram matrix, as a fraction of its mean diagonal.")
     marginal_damping: float = _option(

@@ -13,7 +13,8 @@ from hf_lrq.layout import LayerLayout
 from hf_lrq.options import LayerOptions, documented
 from hf_lrq.patterns import check_pattern, matches
 
-INITS = ("auto", "outlier", "svd", "zero")
+INITS = ("auto", "inputs", "outlier", "split", "svd", "zero")
+METRICS = ("diagonal", "gram", "identity", "magnitudes", "squared")
 ROUNDINGS = ("ldlq", "nearest")
 ROTATIONS = ("hadamard", "none")
 # What "auto" takes, the best first that does not take too long. tcq has less error than both bt and e8p, and kernels,
@@ -48,6 +49,9 @@ class LayerSpec(LayerOptions):
         check_integer("sweeps", self.sweeps, 0, 1000)
         check_choice("rounding", self.rounding, ROUNDINGS)
         check_choice("init", self.init, INITS)
+        check_choice("metric", self.metric, METRICS)
+        if not isinstance(self.schedule, str):
+            raise SpecError(f"schedule must be a name, such as 'alternating', got {self.schedule!r}.")
         check_choice("rotation", self.rotation, ROTATIONS)
         check_fraction("damp_percent", self.damp_percent)
         check_fraction("marginal_damping", self.marginal_damping)

@@ -71,11 +71,11 @@ class GramStore:
         def add_strip(strip: tuple[_SharedGram, int]) -> None:
             group, start = strip
             assert group.accumulator is not None, "made above"
-            total = group.accumulator.total
+            device = group.accumulator.total.device
             for batch, each in zip(batches, passes, strict=True):
                 for rows in each.get(group.members[0], ()):
-                    with full_precision(total.device):  # The passes keep the user's settings, their Grams do not.
-                        finite = _add_rows(total, rows, start)
+                    with full_precision(device):  # The passes keep the user's settings, their Grams do not.
+                        finite = _add_rows(group.accumulator, rows, start)
                     if not finite:
                         raise CalibrationError(
                             f"calibration batch {batch} makes inputs of {listed(group.members, 4)} that hold "
@@ -112,8 +112,8 @@ def _split(group: _SharedGram, passes: Sequence[Rows]) -> Iterator[_SharedGram]:
         yield _SharedGram(members, group.accumulator if index == 0 else copy.deepcopy(group.accumulator))
 
 
-def _add_rows(total: Tensor, rows: Tensor, start: int) -> bool:
-    """Add a strip of rows^T rows on and right of the diagonal; False if the input is not finite."""
+def _add_rows(sums: GramAccumulator, rows: Tensor, start: int) -> bool:
+    """Add a strip of rows^T rows on and right of the diagonal, and of |rows|; False if the input is not finite."""
     stop = start + STRIP
     for piece in rows.split(FOLD_TOKENS):
         piece = piece.float()
@@ -121,7 +121,8 @@ def _add_rows(total: Tensor, rows: Tensor, start: int) -> bool:
         # A non-finite input always leaves a non-finite diagonal.
         if not torch.isfinite(product.diagonal()).all():
             return False
-        total[start:stop, start:] += product
+        sums.total[start:stop, start:] += product
+        sums.magnitudes[start:stop] += piece[:, start:stop].abs().sum(0)
     return True
 
 

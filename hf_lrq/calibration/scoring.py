@@ -17,8 +17,8 @@ from hf_lrq.calibration.calibrate import Calibration
 from hf_lrq.calibration.capture import ModelRunner
 from hf_lrq.calibration.gradients import Sensitivity
 from hf_lrq.decomposition import InputGram, OutputGram, generator_for, input_rotation
-from hf_lrq.decomposition.compress_matrix import rotate
 from hf_lrq.decomposition.noise_model import NoiseModel
+from hf_lrq.decomposition.rotated import rotate
 from hf_lrq.numerics import fixed_numerics
 from hf_lrq.work import CompressionReport, Executor, ModelSource, Site
 from hf_lrq.work.budget import Menu

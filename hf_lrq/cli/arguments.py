@@ -3,14 +3,15 @@
 What `hf_lrq.options` declares is taken from there. Nothing heavy is imported, as help is to appear at once.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Optional, get_type_hints
+from typing import Annotated, Any, Optional, get_args, get_type_hints
 
 from typer import Argument, Option
 
-from hf_lrq.options import DataOptions, LayerOptions, ModuleOptions, options_of
+from hf_lrq.options import DataOptions, LayerOptions, MethodOptions, ModuleOptions, options_of
 
 DECLARED = "declared"  # In the metadata of a field: the arguments that it gathers, those that were given, in a dict.
 
@@ -93,6 +94,47 @@ class Saving(Measuring):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecoverOptions(Saving, AsJson):
+    """Train a compressed model on what its original says, without labels, and save it."""
+
+    model: Annotated[str, Argument(help="Folder or id on the Hub of the compressed model.")]
+    teacher: Annotated[str, Option(help="Folder or id on the Hub of the original.")]
+    train: Annotated[
+        str, Option(help="What to train: factors, scales, norms, biases, rotations; separated by commas.")
+    ] = "factors,scales,norms"
+    dataset: Annotated[str, Option(help="Text: bundled, a text file, or a data set's name.")] = "bundled"
+    nsamples: Annotated[int, Option(help="Sequences.")] = 256
+    seqlen: Annotated[int, Option(help="Tokens per sequence.")] = 512
+    batch_size: Annotated[int, Option(help="Sequences per step.")] = 2
+    epochs: Annotated[int, Option(help="Passes over the text at most; it stops when nothing improves.")] = 4
+    lr: Annotated[float, Option(help="Learning rate of factors.")] = 1e-3
+    vector_lr: Annotated[float, Option(help="Learning rate of everything else, relative to its size.")] = 3e-3
+    top_k: Annotated[int, Option(help="Most likely tokens of the original to compare one by one.")] = 64
+    held_out: Annotated[float, Option(help="Fraction of the text that decides when to stop.")] = 0.1
+    patience: Annotated[int, Option(help="Evaluations without improvement before it stops.")] = 3
+    seed: Annotated[int, Option(help="Seed of every random choice.")] = 0
+    teacher_device: Annotated[str | None, Option(help="Where the original computes. Default: as --device.")] = None
+    record: Annotated[
+        Path | None, Option(help="Folder for the original's outputs, so that it need not stay in memory.")
+    ] = None
+
+
+RECOVERY = ("train", "epochs", "lr", "vector_lr", "top_k", "held_out", "patience")
+
+
+def prefixed(prefix: str, owner: type, names: Sequence[str]) -> dict[str, Any]:
+    """Name -> annotation for some arguments of another command, by longer names; all can be left out."""
+    hints, known = get_type_hints(owner, include_extras=True), {item.name: item for item in fields(owner)}
+    return {
+        f"{prefix}_{name}": Annotated[
+            get_args(hints[name])[0] | None,
+            Option(help=f"With --{prefix}: {get_args(hints[name])[1].help} Default: {known[name].default}."),
+        ]
+        for name in names
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
 class QuantizeOptions(Saving):
     """Compress a model and save it with a report and a model card."""
 
@@ -101,7 +143,18 @@ class QuantizeOptions(Saving):
         str | None,
         Option(help="Calibration text: bundled, a text file, a data set's name, or none. Default: none (data-free)."),
     ] = None
-    config: dict[str, Any] = field(metadata={DECLARED: declared(LayerOptions, DataOptions, ModuleOptions)})
+    config: dict[str, Any] = field(
+        metadata={DECLARED: declared(MethodOptions, LayerOptions, DataOptions, ModuleOptions)}
+    )
+    recover: Annotated[
+        bool | None,
+        Option(
+            "--recover/--no-recover",
+            help="Then train the compressed model on what the original says about the calibration data, without "
+            "labels. Default: as the preset has it, else no.",
+        ),
+    ] = None
+    recovery: dict[str, Any] = field(metadata={DECLARED: prefixed("recover", RecoverOptions, RECOVERY)})
     independent: Annotated[
         bool, Option("--independent", help="Calibrate every block on the original model's activations.")
     ] = False
@@ -141,29 +194,10 @@ class EvalOptions(Measuring, AsJson):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecoverOptions(Saving, AsJson):
-    """Train a compressed model on what its original says, without labels, and save it."""
+class PresetsOptions(AsJson):
+    """List the presets: methods of papers, and ours, as options of this package; or show one of them."""
 
-    model: Annotated[str, Argument(help="Folder or id on the Hub of the compressed model.")]
-    teacher: Annotated[str, Option(help="Folder or id on the Hub of the original.")]
-    train: Annotated[
-        str, Option(help="What to train: factors, scales, norms, biases, rotations; separated by commas.")
-    ] = "factors,scales,norms"
-    dataset: Annotated[str, Option(help="Text: bundled, a text file, or a data set's name.")] = "bundled"
-    nsamples: Annotated[int, Option(help="Sequences.")] = 256
-    seqlen: Annotated[int, Option(help="Tokens per sequence.")] = 512
-    batch_size: Annotated[int, Option(help="Sequences per step.")] = 2
-    epochs: Annotated[int, Option(help="Passes over the text at most; it stops when nothing improves.")] = 4
-    lr: Annotated[float, Option(help="Learning rate of factors.")] = 1e-3
-    vector_lr: Annotated[float, Option(help="Learning rate of everything else, relative to its size.")] = 3e-3
-    top_k: Annotated[int, Option(help="Most likely tokens of the original to compare one by one.")] = 64
-    held_out: Annotated[float, Option(help="Fraction of the text that decides when to stop.")] = 0.1
-    patience: Annotated[int, Option(help="Evaluations without improvement before it stops.")] = 3
-    seed: Annotated[int, Option(help="Seed of every random choice.")] = 0
-    teacher_device: Annotated[str | None, Option(help="Where the original computes. Default: as --device.")] = None
-    record: Annotated[
-        Path | None, Option(help="Folder for the original's outputs, so that it need not stay in memory.")
-    ] = None
+    name: Annotated[str | None, Argument(metavar="NAME", help="The one to show, with the options that it sets.")] = None
 
 
 @dataclass(frozen=True, kw_only=True)

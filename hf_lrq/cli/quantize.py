@@ -24,6 +24,7 @@ from hf_lrq.cli.loading import (
 )
 from hf_lrq.cli.measuring import EvalText, eval_text, measure, size_on_disk
 from hf_lrq.cli.output import bits, console, hush, if_interrupted, measurement_rows, print_table, progress_stream, say
+from hf_lrq.cli.recovering import check_batches, recovered, recovery_of, recovery_rows
 from hf_lrq.errors import CheckpointError, LRQError, SpecError
 from hf_lrq.evaluation import Evaluation, Part, position_limit, size
 from hf_lrq.integrations.carrying_out import budget_of
@@ -45,24 +46,26 @@ def run(options: QuantizeOptions) -> None:
     hush(options.quiet)
     with if_interrupted(f"No model was written; {options.model} is as it was."):
         text = eval_text(options.eval_text, options.eval_tokens) if not options.no_eval else None
-        model, report, tokenizer = compressed(options)
+        model, report, tokenizer = compressed(options, text)
     measured = None
     if text is not None and tokenizer is not None:
         with if_interrupted(f"The model is saved in {options.out}, but not evaluated."):
             measured = _evaluated(model, options, text, text.tokens(tokenizer))
-    _show(report, measured, options.out, type(model).__name__)
+    _show(report, measured, options.out, model)
 
 
-def compressed(options: QuantizeOptions) -> tuple[Any, CompressionReport, Any]:
+def compressed(options: QuantizeOptions, text: EvalText | None) -> tuple[Any, CompressionReport, Any]:
     """The compressed and saved model, what happened to it, and its tokenizer.
 
     Everything that can be wrong with the arguments is found before anything large is loaded.
     """
     config = config_of(options)
+    config.check_data(config.calibrated)
+    recovery = recovery_of(options, config)
     check_out(options.out, options.overwrite, options.model)
     check_inputs(options, config)
     check_folder(options.model)
-    if options.dataset is None:
+    if options.dataset is None and (config.method is None or config.method.data != "unused"):
         say("Compressing without data, as there is no --dataset. --dataset bundled gives much better models.", "yellow")
     set_threads(options.threads)
     device = chosen_device(options.device)
@@ -71,14 +74,21 @@ def compressed(options: QuantizeOptions) -> tuple[Any, CompressionReport, Any]:
         raise SpecError(f"{options.model} is quantized already. Give the original model.")
     tokenizer = _tokenizer(options, config)
     batches = _batches(config, tokenizer, model_config)
+    check_batches(batches, recovery)
 
     say(f"Loading {options.model}")
     model = load_model(options.model, options.dtype, device)
     plan = plan_for(model, config)
     check_room(options.out, _announce(model, plan, config))
     report = compress(model, batches, config, plan=plan, progress=TqdmProgress(options.jsonl, progress_stream()))
-    save(model, options.out, _beside(options.model, tokenizer), options.overwrite, base_model=options.model)
-    say(f"Saved to {options.out}", "green")
+    beside = _beside(options.model, tokenizer)
+    try:
+        if recovery is not None and batches is not None:
+            seen = None if text is None or tokenizer is None else text
+            recovered(model, batches, recovery, options, seen, seen and seen.tokens(tokenizer))
+    finally:  # Whatever ended the recovery, what was compressed is worth keeping.
+        save(model, options.out, beside, options.overwrite, base_model=options.model)
+        say(f"Saved to {options.out}", "green")
     return model, report, tokenizer
 
 
@@ -251,13 +261,14 @@ def _evaluated(model: Any, options: QuantizeOptions, text: EvalText, tokens: Ten
     return measured
 
 
-def _show(report: CompressionReport, measured: Evaluation | None, out: Path, architecture: str) -> None:
-    on_disk = size_on_disk(out)
+def _show(report: CompressionReport, measured: Evaluation | None, out: Path, model: Any) -> None:
+    on_disk, architecture = size_on_disk(out), type(model).__name__
     rows = [
         ("bits per weight, compressed layers", bits(on_disk.bits_per_weight)),
         ("bits per parameter, whole file", bits(on_disk.bits_per_parameter)),
         ("bits per weight as the CALDERA paper counts", bits(report.caldera_bits)),
         ("file size", human_bytes(on_disk.total_bytes)),
+        *recovery_rows(model),
         *(measurement_rows(measured) if measured is not None else [("perplexity", "not measured")]),
         ("seconds for compression", f"{report.seconds:.1f}"),
     ]

@@ -147,6 +147,7 @@ def note_in_report(out: Path, report: RecoveryReport, measured: Evaluation | Non
     if not path.is_file():
         return
     record = json.loads(path.read_text(encoding="utf-8"))
+    record.pop("evaluation_before_recovery", None)  # Of another recovery.
     found = None if measured is None else measured.to_dict()
     size = size_on_disk(out).to_dict() if found is None else found.pop("size")
     write_report(out, {**record, "size": size, "evaluation": found, "recovery": report.to_dict()})

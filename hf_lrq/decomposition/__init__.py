@@ -14,6 +14,7 @@ from hf_lrq.decomposition.output_gram import OutputGram, OutputGramAccumulator
 from hf_lrq.decomposition.qlr import Decomposition, decompose
 from hf_lrq.decomposition.quantizers import LDLQ, Quantizer, RoundToNearest
 from hf_lrq.decomposition.schedule import (
+    Complete,
     Refit,
     Round,
     Schedule,
@@ -21,6 +22,7 @@ from hf_lrq.decomposition.schedule import (
     Step,
     Sweep,
     alternating,
+    check_schedule,
     get_schedule,
     register_schedule,
 )
@@ -28,6 +30,7 @@ from hf_lrq.decomposition.schedule import (
 __all__ = [
     "LDLQ",
     "LPLR",
+    "Complete",
     "CompressedMatrix",
     "DampedGram",
     "Decomposition",
@@ -47,6 +50,7 @@ __all__ = [
     "Sweep",
     "WhitenedSVD",
     "alternating",
+    "check_schedule",
     "compress_matrix",
     "decompose",
     "generator_for",

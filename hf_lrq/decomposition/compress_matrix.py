@@ -2,27 +2,26 @@
 
 import functools
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from hf_lrq.decomposition.gram import DampedGram, InputGram, damp
+from hf_lrq.decomposition.gram import InputGram
 from hf_lrq.decomposition.incoherence import RandomHadamard
 from hf_lrq.decomposition.lowrank import LPLR, LowRankSolver, WhitenedSVD
 from hf_lrq.decomposition.output_gram import OutputGram
-from hf_lrq.decomposition.qlr import Decomposition, decompose, outlier_start, svd_start, zero_start
+from hf_lrq.decomposition.qlr import Decomposition, decompose
 from hf_lrq.decomposition.quantizers import LDLQ, Quantizer, RoundToNearest
-from hf_lrq.decomposition.schedule import Schedule, alternating
+from hf_lrq.decomposition.rotated import rotate
+from hf_lrq.decomposition.schedule import ALTERNATING, Schedule, alternating, get_schedule
+from hf_lrq.decomposition.starts import STARTS, TRIED, Setting
 from hf_lrq.errors import CompressionError
 from hf_lrq.layout import LayerLayout
-from hf_lrq.matrices import Pair
 from hf_lrq.numerics import fixed_numerics
 from hf_lrq.spec import LayerSpec
 
 SMALLEST_RMS, LARGEST_RMS = 1e-5, 1e4
-OUTPUT_DAMPING = 1e-3  # An estimator has shrunk the Gram of the outputs; this is for the Cholesky factorisation alone.
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,8 +123,7 @@ def compress_matrix(
         generator: source of every random choice; equal states give equal bytes, with any number of threads and
             whatever torch is set to (see `numerics`).
         rotate_in: rotation of the inputs, to share it between matrices; None draws one.
-        schedule: what to do instead of the `iters`, `refinements` and `marginal_damping` of the spec; see
-            `decomposition.schedule`.
+        schedule: what to do instead of that of the spec; see `decomposition.schedule`.
         output: second moment of the gradients at the outputs; None weighs all outputs alike.
 
     Raises:
@@ -149,20 +147,25 @@ def _compress(
 ) -> CompressedMatrix:
     """See `compress_matrix`; W is float32 and finite."""
     gram = InputGram.identity(W.shape[1], W.device) if gram is None else gram
-    at = rotate(W, gram, spec, generator, rotate_in, output)
+    rotated = rotate(W, gram, spec, generator, rotate_in, output)
     rank = min(_rank(spec), *W.shape)
-    run = functools.partial(decompose, at.W, at.gram, _quantizer(spec), _solver(spec), generator, output=at.output)
-    starts: dict[str, Callable[[], Pair]] = {
-        "zero": lambda: zero_start(W),
-        "svd": lambda: svd_start(at.W, at.gram, rank, generator, at.output),
-        "outlier": lambda: at.factors(*outlier_start(W, gram.H.to(W.device), rank)),
-    }
+    at = Setting(W, gram.H.to(W.device), rotated, rank, generator)
+    run = functools.partial(
+        decompose,
+        rotated.W,
+        rotated.gram,
+        _quantizer(spec),
+        _solver(spec),
+        generator,
+        output=rotated.output,
+        fit=rotated.fit,
+    )
     init = spec.init
     if init == "auto":
         short = schedule or _schedule(replace(spec, iters=1, refinements=0))
-        trials = {name: run(start=make(), schedule=short).proxy_loss for name, make in starts.items()}
+        trials = {name: run(start=STARTS[name](at), schedule=short).proxy_loss for name in TRIED}
         init = min(trials, key=trials.__getitem__)
-    decomposition = run(start=starts[init](), schedule=schedule or _schedule(spec))
+    decomposition = run(start=STARTS[init](at), schedule=schedule or _schedule(spec))
     if decomposition.low_rank.rank != rank:
         raise CompressionError(
             f"the schedule ended with factors of rank {decomposition.low_rank.rank}, the spec stores rank {rank}. "
@@ -170,71 +173,14 @@ def _compress(
         )
     return CompressedMatrix(
         decomposition,
-        at.rotate_in,
-        at.rotate_out,
+        rotated.rotate_in,
+        rotated.rotate_out,
         spec.layout,
-        at.gram.damping,
-        at.gram.steps,
+        rotated.gram.damping,
+        rotated.gram.steps,
         gram.n_tokens,
         None if output is None else output.shrinkage,
     )
-
-
-@dataclass(frozen=True, eq=False)
-class Rotated:
-    """A matrix in the coordinates in which it is rounded.
-
-    Attributes:
-        W: U W V^T, [out, in] float32.
-        gram: V H V^T, damped.
-        output: U H_O U^T, damped; None where all outputs count alike.
-        rotate_in: V on the inputs, or None.
-        rotate_out: U on the outputs, or None.
-    """
-
-    W: Tensor
-    gram: DampedGram
-    output: DampedGram | None
-    rotate_in: RandomHadamard | None
-    rotate_out: RandomHadamard | None
-
-    def factors(self, L: Tensor, R: Tensor) -> Pair:
-        """U L and R V^T."""
-        if self.rotate_in is None or self.rotate_out is None:
-            return L, R
-        return self.rotate_out.apply(L.T).T, self.rotate_in.apply(R)
-
-
-def rotate(
-    W: Tensor,
-    gram: InputGram,
-    spec: LayerSpec,
-    generator: torch.Generator,
-    rotate_in: RandomHadamard | None = None,
-    output: OutputGram | None = None,
-) -> Rotated:
-    """Rotate W [out, in] float32 and its Grams as `spec` says, and damp them.
-
-    Raises:
-        CompressionError: if a Gram is for another width.
-    """
-    if len(gram.H) != W.shape[1]:
-        raise CompressionError(f"the Gram is for {len(gram.H)} inputs, the weight has {W.shape[1]} columns.")
-    if output is not None and len(output.H) != W.shape[0]:
-        raise CompressionError(f"the output Gram is for {len(output.H)} outputs, the weight has {W.shape[0]} rows.")
-    H = gram.H.to(W.device)
-    H_out = None if output is None else output.H.to(W.device)
-    rotate_out = None
-    if spec.rotation == "none":
-        rotate_in = None
-    else:
-        rotate_in = rotate_in or RandomHadamard.sample(W.shape[1], generator, spec.rotation_block)
-        rotate_out = RandomHadamard.sample(W.shape[0], generator, spec.rotation_block)
-        W = rotate_out.apply(rotate_in.apply(W).T).T.contiguous()
-        H = rotate_in.rotate_gram(H)
-        H_out = None if H_out is None else rotate_out.rotate_gram(H_out)
-    damped_out = None if H_out is None else damp(H_out, OUTPUT_DAMPING)
-    return Rotated(W, InputGram(H, gram.n_tokens).damped(spec.damp_percent), damped_out, rotate_in, rotate_out)
 
 
 def scale_problem(W: Tensor) -> str | None:
@@ -278,10 +224,12 @@ def _rank(spec: LayerSpec) -> int:
 
 
 def _schedule(spec: LayerSpec) -> Schedule:
-    """What `iters`, `refinements` and `marginal_damping` stand for, and the sweep that comes last.
+    """What `schedule`, `iters`, `refinements` and `marginal_damping` stand for, and the sweep that comes last.
 
     Without factors there is nothing to alternate with, and Q is swept last only where the spec wants sweeps at all.
     """
+    if spec.schedule != ALTERNATING:
+        return get_schedule(spec.schedule, spec.iters)
     if spec.rank:
         return alternating(spec.iters, spec.refinements, spec.marginal_damping)
     return alternating(1, 0, spec.marginal_damping, closing=bool(spec.sweeps or spec.refinements))

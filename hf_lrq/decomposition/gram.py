@@ -5,7 +5,7 @@ and CALDERA call H "the Hessian" (it is the Hessian of that loss in a row of W, 
 object and `H` the matrix.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -23,10 +23,16 @@ class GramAccumulator:
     Args:
         in_features: n.
         device: where the total is, [n, n] float64.
+
+    Attributes:
+        total: sum of x x^T.
+        magnitudes: sum of |x|, [n] float64.
+        n_tokens: how many were added.
     """
 
     def __init__(self, in_features: int, device: torch.device | str | None = None):
         self.total = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
+        self.magnitudes = torch.zeros(in_features, dtype=torch.float64, device=device)
         self.n_tokens = 0
 
     def update(self, x: Tensor) -> None:
@@ -50,11 +56,13 @@ class GramAccumulator:
                     "Calibrate in bfloat16 or float32, and check the model and this batch."
                 )
             self.total += product
+            self.magnitudes += piece.abs().sum(0)
         self.n_tokens += rows.shape[0]
 
     def merge(self, other: "GramAccumulator") -> None:
         """Add what another accumulator has seen."""
         self.total += other.total.to(self.total.device)
+        self.magnitudes += other.magnitudes.to(self.total.device)
         self.n_tokens += other.n_tokens
 
     def finish(self) -> "InputGram":
@@ -65,7 +73,8 @@ class GramAccumulator:
         """
         if self.n_tokens == 0:
             raise CalibrationError("no calibration tokens reached this layer. Route some through it, or use gram=None.")
-        return InputGram.from_matrix((self.total / self.n_tokens).float(), self.n_tokens)
+        gram = InputGram.from_matrix((self.total / self.n_tokens).float(), self.n_tokens)
+        return replace(gram, magnitudes=(self.magnitudes / self.n_tokens).float())
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,10 +84,12 @@ class InputGram:
     Attributes:
         H: [in, in] float32, symmetric.
         n_tokens: tokens averaged; 0 means data-free (H = I).
+        magnitudes: [in] float32, E|x_i| of each input; None where a matrix is all that was given.
     """
 
     H: Tensor
     n_tokens: int
+    magnitudes: Tensor | None = None
 
     @classmethod
     def from_matrix(cls, H: Tensor, n_tokens: int) -> "InputGram":
@@ -122,7 +133,7 @@ class InputGram:
     @classmethod
     def identity(cls, in_features: int, device: torch.device | None = None) -> "InputGram":
         """The data-free Gram H = I."""
-        return cls(torch.eye(in_features, device=device), 0)
+        return cls(torch.eye(in_features, device=device), 0, torch.ones(in_features, device=device))
 
     def damped(self, fraction: float) -> "DampedGram":
         """Normalise to mean diagonal 1 and add `fraction` of it to the diagonal; see `damp`."""

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from hf_lrq.codebooks import get_codebook
-from hf_lrq.decomposition.compress_matrix import Rotated
 from hf_lrq.decomposition.gram import marginalise, weighted_square
 from hf_lrq.decomposition.quantizers import LDLQ, upper_cholesky
+from hf_lrq.decomposition.rotated import Rotated
 from hf_lrq.decomposition.row_feedback import row_blocks
 from hf_lrq.layout import LayerLayout
 

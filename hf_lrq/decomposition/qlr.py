@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_lrq.decomposition.gram import DampedGram
-from hf_lrq.decomposition.lowrank import LowRankSolver, whitened_factors
+from hf_lrq.decomposition.lowrank import LowRankSolver
 from hf_lrq.decomposition.quantizers import Quantizer
 from hf_lrq.decomposition.schedule import Iterate, Problem, Schedule, Stage
 from hf_lrq.errors import SpecError
@@ -52,6 +52,7 @@ def decompose(
     start: Pair,
     schedule: Schedule,
     output: DampedGram | None = None,
+    fit: DampedGram | None = None,
 ) -> Decomposition:
     """Decompose one weight matrix.
 
@@ -64,13 +65,14 @@ def decompose(
         start: L [out, s] and R [s, in] float32 before the first step; stored where no step refits them.
         schedule: what to do; see `schedule`.
         output: second moment of the gradients at the layer's outputs; see `schedule.Problem`.
+        fit: what L R are fitted under instead of the Gram; see `metric`.
 
     Raises:
         SpecError: if the schedule has no stage.
     """
     if not schedule:
         raise SpecError("the schedule has no stage, so there is no iterate to return. Add Stage((Round(),)).")
-    problem = Problem(W, gram, quantizer, solver, generator, output)
+    problem = Problem(W, gram, quantizer, solver, generator, output, fit)
     search = _Search(problem, Iterate(quantizer.zero(W), solver.store(*start), start))
     for stage in schedule:
         search.run(stage)
@@ -106,27 +108,3 @@ class _Search:
         self.last = at
         self.trace.append(loss)
         return loss <= least * (1 - LEAST_GAIN)
-
-
-def zero_start(W: Tensor) -> Pair:
-    """Factors of rank 0."""
-    return W.new_zeros(W.shape[0], 0), W.new_zeros(0, W.shape[1])
-
-
-def svd_start(
-    W: Tensor, gram: DampedGram, rank: int, generator: torch.Generator, output: DampedGram | None = None
-) -> Pair:
-    """The best rank-r approximation of W itself in the metric of the Gram, or Grams."""
-    return whitened_factors(W, gram, rank, generator, output)
-
-
-def outlier_start(W: Tensor, H: Tensor, rank: int) -> Pair:
-    """The input channels of largest energy, a quarter as many as there are ranks: L = W[:, kept], R selects them.
-
-    So few columns are exactly of low rank, and they are the ones that rounding hurts most (ODLRI, 2025). To be called
-    before the rotation, which mixes the channels.
-    """
-    kept = H.diagonal().topk(max(rank // 4, min(rank, 1))).indices
-    R = torch.zeros(len(kept), W.shape[1], device=W.device)
-    R[torch.arange(len(kept), device=W.device), kept] = 1
-    return W[:, kept], R

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_lrq.decomposition.gram import DampedGram, marginalise, proxy_loss
-from hf_lrq.decomposition.lowrank import LowRankSolver
+from hf_lrq.decomposition.lowrank import LowRankSolver, whitened_factors
 from hf_lrq.decomposition.quantizers import Quantizer
 from hf_lrq.decomposition.row_feedback import quantize_rows, refine_rows
 from hf_lrq.errors import SpecError, did_you_mean
@@ -34,6 +34,7 @@ class Problem:
         generator: draws the random starts of large SVDs.
         output: second moment H_O of the gradients at the layer's outputs. With it the loss is tr(H_O E H_I E^T), the
             second-order expansion of the model's loss in the error E (YAQA, 2025), else H_O = I.
+        fit: what L R are fitted under instead of the Gram; see `metric`.
     """
 
     W: Tensor
@@ -42,6 +43,7 @@ class Problem:
     solver: LowRankSolver
     generator: torch.Generator
     output: DampedGram | None = None
+    fit: DampedGram | None = None
 
     def loss(self, W_hat: Tensor) -> float:
         """Relative proxy loss of an approximation [out, in]."""
@@ -115,12 +117,27 @@ class Sweep(Step):
 
 @dataclass(frozen=True)
 class Refit(Step):
-    """L R to W - Q under the Grams themselves."""
+    """L R to W - Q under the Grams themselves, or under what takes the place of that of the inputs."""
 
     def apply(self, problem: Problem, at: Iterate) -> Iterate:
         """See the class."""
         residual = problem.W - at.quantized.dequantize()
-        return Iterate(at.quantized, problem.solver.solve(residual, problem.gram, problem.generator, problem.output))
+        fit = problem.fit or problem.gram
+        return Iterate(at.quantized, problem.solver.solve(residual, fit, problem.generator, problem.output))
+
+
+@dataclass(frozen=True)
+class Complete(Step):
+    """The ranks that are still free, to W - Q - L R; those at hand stay as they are (SRR, 2026)."""
+
+    def apply(self, problem: Problem, at: Iterate) -> Iterate:
+        """See the class."""
+        L, R = at.pair
+        free = min(problem.solver.rank, *problem.W.shape) - L.shape[1]
+        residual = problem.W - at.quantized.dequantize() - L @ R
+        fit = problem.fit or problem.gram
+        more = whitened_factors(residual, fit, free, problem.generator, problem.output)
+        return Iterate(at.quantized, problem.solver.store(torch.cat([L, more[0]], 1), torch.cat([R, more[1]])))
 
 
 def _seen(problem: Problem, at: Iterate, marginal_damping: float | None) -> tuple[Tensor, Tensor]:
@@ -184,17 +201,22 @@ def alternating(iters: int, refinements: int, marginal_damping: float, closing: 
 
 # Sweeps that belong to a rounding, and the bits of the factors, are choices of the quantizer and of the solver.
 SCHEDULES: dict[str, Schedule] = {
-    # W - L R rounded once: GPTQ (Frantar et al., 2023), where there are no factors and `LDLQ` runs no sweeps.
-    "ldlq": (Stage((Round(),)),),
-    # From zero factors: W rounded, then one refit to what that broke (EoRA, 2024).
-    "eora": (Stage((Round(), Refit())),),
+    # W - L R rounded: GPTQ (Frantar et al., 2023), where there are no factors and `LDLQ` runs no sweeps.
+    "q-only": (Stage((Round(),)),),
+    # No codes: L R of W itself, Q = 0 (LoRD, 2023).
+    "lr-only": (Stage((Refit(),)),),
+    # W rounded, then a refit to what that broke: from zero factors once (EoRA, 2024), or many times (CALDERA, 2024,
+    # algorithm 1; LoftQ, 2023).
+    "q-first": (Stage((Round(), Refit())),),
     # L R of W itself, then Q takes over what they leave, their rounding too (SVDQuant, 2024; QPiSSA, 2024).
     "lr-first": (Stage((Refit(), Round())),),
-    # No codes: L R of W itself, Q = 0 (LoRD, 2023).
-    "lord": (Stage((Refit(),)),),
-    # From zero factors: the loop as published, 15 iterations (Saha et al., CALDERA, 2024, algorithm 1).
-    "caldera": (Stage((Round(), Refit()), 15),),
+    # The same, with each half rated: Q rounded for the loss that a refit will leave (the released code of CALDERA,
+    # 2024, whose `sigma_reg2` is the damping).
+    "lr-first-marginal": (Stage((Refit(),)), Stage((Round(0.01),))),
+    # W - L R rounded, then the ranks that are left fitted to what that broke (SRR, 2026).
+    "complete": (Stage((Round(), Complete())),),
 }
+ALTERNATING = "alternating"  # By name, what `alternating` makes of the options of a matrix.
 
 
 def register_schedule(name: str, schedule: Schedule) -> None:
@@ -207,14 +229,28 @@ def register_schedule(name: str, schedule: Schedule) -> None:
         raise SpecError(f"a schedule {name!r} is registered already. Choose another name.")
 
 
-def get_schedule(name: str) -> Schedule:
-    """The schedule of a name.
+def get_schedule(name: str, iters: int = 1) -> Schedule:
+    """The schedule of a name, repeated.
+
+    Args:
+        name: one of `SCHEDULES`.
+        iters: how often all of its stages are run, at least 1.
 
     Raises:
         SpecError: if there is none of that name.
     """
-    if name not in SCHEDULES:
-        raise SpecError(
-            f"Unknown schedule {name!r}. Known schedules: {', '.join(SCHEDULES)}.{did_you_mean(name, SCHEDULES)}"
-        )
-    return SCHEDULES[name]
+    if name == ALTERNATING:
+        raise SpecError('"alternating" depends on the options of a matrix: alternating(iters, refinements, ...) is it.')
+    check_schedule(name)
+    return SCHEDULES[name] * iters
+
+
+def check_schedule(name: str) -> None:
+    """Refuse the name of a schedule that there is not.
+
+    Raises:
+        SpecError: with those that there are.
+    """
+    known = (ALTERNATING, *SCHEDULES)
+    if name not in known:
+        raise SpecError(f"Unknown schedule {name!r}. Known schedules: {', '.join(known)}.{did_you_mean(name, known)}")

@@ -54,6 +54,7 @@ def compress(
     if not isinstance(config, LRQConfig):
         config = LRQConfig() if config is None else LRQConfig.from_spec(config)
     config = config.for_compression()
+    config.check_data(batches is not None or config.calibrated)
     plan = plan or plan_for(model, config)
     if batches is None and config.calibrated:
         batches = calibration_batches(model, config)

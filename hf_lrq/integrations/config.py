@@ -12,14 +12,16 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hf_lrq.checkpoint import FORMAT_VERSION, LAYOUT_KEYS, QUANT_METHOD, QuantizationHeader, parse_header
 from hf_lrq.checks import bytes_of, check_number
 from hf_lrq.codebooks import get_codebook
-from hf_lrq.errors import CheckpointError, SpecError
+from hf_lrq.decomposition import check_schedule
+from hf_lrq.errors import CalibrationError, CheckpointError, SpecError
 from hf_lrq.integrations.aliases import by_own_names
 from hf_lrq.kernels import ACTIVATIONS, known_backends
-from hf_lrq.options import DataOptions, LayerOptions, ModuleOptions, RunOptions, documented, options_of
+from hf_lrq.options import DataOptions, LayerOptions, MethodOptions, ModuleOptions, RunOptions, documented, options_of
 from hf_lrq.patterns import check_pattern, check_patterns, in_one
+from hf_lrq.presets import Preset, get_preset, presets_without_data
 from hf_lrq.spec import CompressionSpec, LayerSpec
 
-OPTIONS = options_of(LayerOptions, DataOptions, ModuleOptions, RunOptions)
+OPTIONS = options_of(MethodOptions, LayerOptions, DataOptions, ModuleOptions, RunOptions)
 _STORED = ("bits", *LAYOUT_KEYS)
 _HOW_TO_RUN = tuple(options_of(RunOptions))  # What a user may want of any compressed checkpoint.
 _NOT_REPORTED = {"dataset", "tokenizer", *_HOW_TO_RUN} - {"dequantize"}
@@ -32,7 +34,7 @@ _TABLES: dict[str, tuple[str, type]] = {
 _PATTERNS = ("modules_to_not_convert", "bits_pattern", "rank_pattern", "patterns")
 
 
-@documented(LayerOptions, DataOptions, ModuleOptions, RunOptions)
+@documented(MethodOptions, LayerOptions, DataOptions, ModuleOptions, RunOptions)
 class LRQConfig(QuantizationConfigMixin):
     """Compress linear layers to W = Q + L R, for `from_pretrained(..., quantization_config=LRQConfig(...))`.
 
@@ -63,8 +65,10 @@ class LRQConfig(QuantizationConfigMixin):
         self.quant_method = quant_method
         given = by_own_names(options, OPTIONS)
         self._given = frozenset(given)
+        preset = given.get("preset")
+        chosen = given if preset is None else {**get_preset(preset).options, **given}
         for name, item in OPTIONS.items():
-            setattr(self, name, given.get(name, item.default))
+            setattr(self, name, chosen.get(name, item.default))
         self._check()
 
     def _check(self) -> None:
@@ -83,7 +87,10 @@ class LRQConfig(QuantizationConfigMixin):
             raise SpecError(f"codebook must be the name of a family, such as 'bt' or 'auto', got {self.codebook!r}.")
         self._check_modules()
         self._check_budget()
-        _ = self.spec  # Raises on what is left.
+        spec = self.spec  # Raises on what is left.
+        changed = (changes["schedule"] for changes in spec.patterns.values() if "schedule" in changes)
+        for schedule in (spec.default.schedule, *changed, *(layer.schedule for layer in spec.layers.values())):
+            check_schedule(schedule)
 
     def _check_modules(self) -> None:
         for name, (example, kind) in _TABLES.items():
@@ -157,6 +164,27 @@ class LRQConfig(QuantizationConfigMixin):
             patterns=in_one([*entries, *(self.patterns or {}).items()]),
             layers=self.layers or {},
             seed=self.seed,
+        )
+
+    @property
+    def method(self) -> Preset | None:
+        """The preset that is named."""
+        return None if self.preset is None else get_preset(self.preset)
+
+    def check_data(self, given: bool) -> None:
+        """Refuse to do without data what cannot be done without.
+
+        Args:
+            given: whether there is some.
+
+        Raises:
+            CalibrationError: naming the preset, and those that can do without.
+        """
+        if given or self.method is None or self.method.data != "needed":
+            return
+        raise CalibrationError(
+            f"preset {self.preset!r} needs calibration data, and there is none. Give a dataset (--dataset bundled, "
+            f'dataset="bundled") or batches, or take a preset that needs none: {", ".join(presets_without_data())}.'
         )
 
     @property

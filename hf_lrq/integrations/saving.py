@@ -99,6 +99,9 @@ def write_report_and_card(model: Any, directory: Path, ask_hub: bool = False) ->
         base_model=origin.base_model,
         base_card=_card_of(origin.base_model, ask_hub),
         architecture=type(model).__name__,
+        method=origin.method,
+        recovery=origin.recovery,
+        before_recovery=origin.before_recovery,
     )
     card = directory / CARD_NAME
     # Without a report beside it, the card is somebody's own: it stays.

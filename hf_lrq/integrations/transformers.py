@@ -224,6 +224,7 @@ class LRQHfQuantizer(HfQuantizer):
             self.provenance.source = Path(files[0]).parent if files else None
             return model
         self.provenance.base_model = model.config._name_or_path or None
+        config.check_data(config.calibrated)
         plan = plan_for(model, config)
         if config.calibrated:
             # Before hours of loading, as data and tokenizer can be missing; here new tensors would be on meta.

@@ -57,6 +57,7 @@ def model_card(report: Mapping[str, Any]) -> ModelCard:
         measured=_measurements(report),
         measured_on=_measured_on(report),
         recipe=[(code_cell(name), code_cell(_shown(value))) for name, value in _recipe(report)],
+        method=_method(report),
         calibration=_calibration(report) + _recovery(report),
         errors=_errors(report),
         worst=_worst_layers(report),
@@ -163,6 +164,21 @@ def _recipe(report: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return [(name, value) for name, value in settings if value is not None and name not in idle]
 
 
+def _method(report: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the card says about the preset that was named."""
+    preset = report.get("preset")
+    if preset is None:
+        return None
+    changed = ", ".join(f"{code_cell(name)} is {code_cell(_shown(value))}" for name, value in preset["changed"].items())
+    return {
+        "name": code_cell(preset["name"]),
+        "what": plain(preset["what"]),
+        "paper": preset["paper"] and {key: plain(value) for key, value in preset["paper"].items()},
+        "changed": changed,
+        "deviations": [plain(text) for text in preset["deviations"]],
+    }
+
+
 def _chosen(report: Mapping[str, Any]) -> dict[str, str]:
     """What bits and a rank that were left to the library became."""
     recipe, budget = report["recipe"], report["compression"].get("budget")
@@ -187,11 +203,23 @@ def _recovery(report: Mapping[str, Any]) -> str:
     recovery = report.get("recovery")
     if not recovery or recovery["stopped"] == "no gain":
         return ""
+    both = [_kl(report.get(name)) for name in ("evaluation_before_recovery", "evaluation")]
+    measured = (
+        ""
+        if None in both
+        else f" On the text of the table above, KL(original, compressed) went from {both[0]} to {both[1]}."
+    )
     return (
         f" Then trained on {recovery['tokens']:,} tokens of the original's outputs, without labels, which brought the "
         f"divergence from it on held-out text from {recovery['before']['divergence']:.4g} to "
-        f"{recovery['after']['divergence']:.4g} nats per token."
+        f"{recovery['after']['divergence']:.4g} nats per token.{measured}"
     )
+
+
+def _kl(evaluation: Mapping[str, Any] | None) -> str | None:
+    """The divergence from the original; None where there is none."""
+    both = (evaluation or {}).get("comparison")
+    return None if both is None else _estimate(both["kl"])
 
 
 def _tokens(report: Mapping[str, Any]) -> int:

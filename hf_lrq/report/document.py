@@ -5,8 +5,10 @@ It holds everything about a compression that loading does not need; `calibration
 Fields of version 1: `report_version`, `base_model` {name, hub_id, and what its card says about licence and language},
 `architecture`, `recipe`, `seed`, `versions`, `bits` {compressed_layers, whole_file, caldera}, `size`
 (`evaluation.Size`), `evaluation` (`evaluation.Evaluation` without its size), `compression`
-(`calibration.CompressionReport`), and after `hf-lrq recover` also `recovery` (`recovery.RecoveryReport`). A figure that
-was not measured is null.
+(`calibration.CompressionReport`). Where a preset was named, `preset` {name, what, paper, deviations, and `changed`, the
+options of it that have other values}. After `hf-lrq recover`, or `quantize --recover`, `recovery`
+(`recovery.RecoveryReport`); after the latter, `evaluation_before_recovery` (as `evaluation`). A figure that was not
+measured is null.
 """
 
 import json
@@ -42,6 +44,9 @@ def build_report(
     base_card: Mapping[str, Any] | None = None,
     architecture: str | None = None,
     versions: Mapping[str, str] | None = None,
+    method: Mapping[str, Any] | None = None,
+    recovery: Mapping[str, Any] | None = None,
+    before_recovery: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The report as JSON values.
 
@@ -55,6 +60,9 @@ def build_report(
         base_card: metadata of the original's card, see `base_card`.
         architecture: class of the model, for example "LlamaForCausalLM".
         versions: library -> version; None asks the installed packages.
+        method: the preset that was named.
+        recovery: what came of a recovery.
+        before_recovery: what was measured before it.
     """
     measured = _as_dict(evaluation)
     size_of_evaluation = measured.pop("size", None) if measured else None
@@ -75,6 +83,8 @@ def build_report(
         "evaluation": measured,
         "compression": without_paths(compression.to_dict()),
     }
+    others = {"preset": method, "recovery": recovery, "evaluation_before_recovery": before_recovery}
+    report |= {name: dict(value) for name, value in others.items() if value is not None}
     ready: dict[str, Any] = json_ready(report)
     return ready
 

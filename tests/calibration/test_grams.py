@@ -18,6 +18,7 @@ def test_a_gram_is_the_mean_of_outer_products(generator: torch.Generator) -> Non
     grams, without = store.finish()
     x = torch.cat([rows["a"][0] for rows in passes]).double()
     torch.testing.assert_close(grams["a"].H.double(), x.T @ x / 123, rtol=0, atol=2e-6)
+    torch.testing.assert_close(grams["a"].magnitudes.double(), x.abs().mean(0), rtol=0, atol=1e-6)
     assert grams["a"].n_tokens == 123
     assert without == {}
 

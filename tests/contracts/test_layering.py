@@ -20,7 +20,7 @@ ROWS = (
     ("codebooks",),
     ("layout",),
     ("spec", "matrices"),
-    ("factors",),
+    ("factors", "presets"),
     ("kernels",),
     ("decomposition", "optim"),
     ("nn",),

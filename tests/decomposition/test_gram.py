@@ -141,3 +141,14 @@ def test_the_marginalised_gram_is_the_loss_after_refitting_L(generator):
 def test_without_a_row_the_marginalised_gram_is_the_gram(generator):
     gram = InputGram.from_inputs(torch.randn(50, 6, generator=generator)).damped(0.01)
     assert torch.equal(marginalise(gram, torch.zeros(0, 6), 0.2), gram.H)
+
+
+def test_magnitudes_are_streamed_and_merged(generator):
+    x = torch.randn(5000, 6, generator=generator)
+    left, right = GramAccumulator(6), GramAccumulator(6)
+    for part in x[:3000].split(700):
+        left.update(part)
+    right.update(x[3000:])
+    left.merge(right)
+    torch.testing.assert_close(left.finish().magnitudes, x.abs().mean(0))
+    assert InputGram.from_matrix(torch.eye(6), 3).magnitudes is None

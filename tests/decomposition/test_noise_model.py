@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from hf_lrq.decomposition import InputGram, OutputGram, compress_matrix, generator_for
-from hf_lrq.decomposition.compress_matrix import rotate
 from hf_lrq.decomposition.noise_model import NoiseModel, distortion
+from hf_lrq.decomposition.rotated import rotate
 from hf_lrq.spec import LayerSpec
 
 OUT, IN = 96, 128

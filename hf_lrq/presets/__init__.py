@@ -1,0 +1,30 @@
+"""Methods by name: each is data, the values of options, with its paper and how it differs from it.
+
+`LRQConfig(preset="caldera")` and `hf-lrq quantize --preset caldera` take what is not written out from there.
+"""
+
+from hf_lrq.presets.base import (
+    Paper,
+    Preset,
+    get_preset,
+    known_presets,
+    presets_without_data,
+    register_preset,
+)
+from hf_lrq.presets.corrections import CORRECTIONS
+from hf_lrq.presets.first import LOW_RANK_FIRST
+from hf_lrq.presets.loops import LOOPS
+from hf_lrq.presets.own import OWN
+from hf_lrq.presets.rounding import ROUNDING
+
+__all__ = [
+    "Paper",
+    "Preset",
+    "get_preset",
+    "known_presets",
+    "presets_without_data",
+    "register_preset",
+]
+
+for _preset in (*OWN, *ROUNDING, *CORRECTIONS, *LOOPS, *LOW_RANK_FIRST):
+    register_preset(_preset)

@@ -1,0 +1,28 @@
+"""Ours: today's defaults, a quick one, and the best."""
+
+from hf_lrq.options import LayerOptions, options_of
+from hf_lrq.presets.base import Preset
+
+OWN = (
+    Preset(
+        name="lrq",
+        what="What this package does if nothing else is said, written out.",
+        options={name: item.default for name, item in options_of(LayerOptions).items()},
+        data="useful",
+    ),
+    Preset(
+        name="lrq_fast",
+        what="The same with one iteration and two refinements.",
+        options={"iters": 1, "refinements": 2, "sweeps": 0},
+        data="useful",
+    ),
+    Preset(
+        name="lrq_best",
+        what="The same with more iterations, errors weighed by what they do to the predictions, and a recovery at the "
+        "end.",
+        options={"init": "auto", "iters": 12, "refinements": 8, "sweeps": 2, "two_sided": True},
+        data="needed",
+        gradients=True,
+        recover=True,
+    ),
+)
