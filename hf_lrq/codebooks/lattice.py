@@ -21,18 +21,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from hf_lrq.codebooks.base import VectorCodebook, cached_table, look_up
-
-# Kinds of rows by their number of 3/2 and of 5/2, the other coordinates being 1/2. Each of the first seven is in the
-# codebook in every order of its coordinates; of the last, 29 orders of 56.
-KINDS = ((0, 0), (1, 0), (2, 0), (3, 0), (4, 0), (0, 1), (1, 1), (5, 0))
-FULL_KINDS = len(KINDS) - 1
-FULL_ROWS = 227
+from hf_lrq.codebooks.nearest import e8p_codes, point_codes
 
 
 class Lattice(ABC):
@@ -51,15 +46,7 @@ class Lattice(ABC):
 
 @dataclass(frozen=True)
 class E8PGrid(Lattice):
-    """The 65,536 points of E8P.
-
-    Nearest point: for one shift, let y = x - shift; the nearest point has the largest <y, signs * row> - |row|^2 / 2.
-    Its signs are those of y or, where their parity is wrong for the row, those of y with one flipped. Within a kind of
-    rows that exists in every order, exchanging two coordinates shows: the row ascends with |y|, and the flip belongs to
-    the smallest |y|, which meets a 1/2. So a kind has one candidate, and its score is linear in the sorted |y| once the
-    last of them carries the sign of the flip. For the kind that exists in part this score is an upper bound: where it
-    wins with an absent row, the rows that exist are tried one by one.
-    """
+    """The 65,536 points of E8P."""
 
     bits: ClassVar[int] = 16
 
@@ -73,17 +60,7 @@ class E8PGrid(Lattice):
         return rows * signs + _shifts(codes.device, torch.float32)[codes >> 7 & 1]
 
     def nearest(self, x: Tensor) -> Tensor:
-        # Coordinates first: every step then runs along the inputs.
-        x = x.T.contiguous()  # [8, n]
-        folded = _fold(x)
-        _, codes = _best_of_kinds(folded, folded.scores)
-        absent = (codes < 0).nonzero().squeeze(1)
-        if len(absent):
-            folded = Folded(*(part.index_select(-1, absent) for part in folded))
-            score, code = _best_of_kinds(folded, folded.scores[:FULL_KINDS])
-            row_score, row_code = _best_of_rows(x.index_select(1, absent), folded)
-            codes[absent] = torch.where(row_score > score, row_code, code)
-        return codes
+        return e8p_codes(_digits(x.device, torch.uint8), _row_of_key(x.device, torch.int16), x)
 
 
 @dataclass(frozen=True)
@@ -104,11 +81,7 @@ class E8Ball(Lattice):
         return doubled[order[: 2**self.bits]].to(torch.float32) / 2
 
     def nearest(self, x: Tensor) -> Tensor:
-        points = _points(x.device, torch.float64, self)
-        bias = points.square().sum(1) / -2
-        # Double precision, because the host may have allowed less than float32 for products of matrices. In parts,
-        # because 256 scores per input soon fill a processor's cache.
-        return torch.cat([torch.addmm(bias, part.double(), points.T).argmax(1) for part in torch.split(x, 1024)])
+        return point_codes(_points(x.device, torch.float32, self), x)
 
 
 @dataclass(frozen=True)
@@ -172,96 +145,6 @@ class E8P(VectorCodebook):
         return values.add_(second.points_at(codes >> first.lattice.bits, torch.float32)).to(dtype)
 
 
-class Folded(NamedTuple):
-    """Inputs x [8, n] less each of the two shifts, folded to descending magnitudes.
-
-    Attributes:
-        scores: score of the candidate of each kind (an upper bound for the last kind), [kinds, 2, n].
-        order: coordinate at each place of the descending order, in the low 3 bits, [8, 2, n] int64.
-        signs: bit i is set where coordinate i is negative, [2, n] int64.
-        odd: whether the number of negative coordinates is odd, [2, n] int64 of 0 and 1.
-    """
-
-    scores: Tensor
-    order: Tensor
-    signs: Tensor
-    odd: Tensor
-
-
-def _fold(x: Tensor) -> Folded:
-    device, dtype = x.device, x.dtype
-    y = x.unsqueeze(1) - _shifts(device, dtype)  # [8, 2, n]
-    signs = (_bit_values(device, dtype) @ (y < 0).flatten(1).to(dtype)).long()  # [2 n]; exact in any precision.
-    odd = look_up(_parity(device, signs.dtype), signs)
-    # The bits of a non-negative float32 sort as an integer; below them goes the coordinate, which also settles ties.
-    order = y.abs().view(torch.int32).long() << 3 | _coordinates(device, torch.int64)
-    _sort_descending(order)
-    magnitudes = (order >> 3).to(torch.int32).view(dtype).flatten(1)  # [8, 2 n]
-    magnitudes[7] *= 1 - 2 * odd
-    profiles = _profiles(device, torch.float64)
-    # Double precision, because the host may have allowed less than float32 for products of matrices.
-    scores = torch.addmm(profiles.square().sum(1, keepdim=True) / -2, profiles, magnitudes.double())
-    return Folded(scores.to(dtype).view_as(y) + _shift_scores(x), order, signs.view(2, -1), odd.view(2, -1))
-
-
-def _sort_descending(values: Tensor) -> None:
-    """Sort [8, ...] in place along the first axis, by the odd-even merging network of Batcher (1968)."""
-    pairs = values.reshape(2, 2, 2, *values.shape[1:])
-    for larger, smaller in (
-        (values[0::2], values[1::2]),
-        (pairs[:, 0], pairs[:, 1]),
-        (values[1::4], values[2::4]),
-        (values[:4], values[4:]),
-        (values[2:4], values[4:6]),
-        (values[1:7:2], values[2:8:2]),
-    ):
-        maximum = torch.maximum(larger, smaller)
-        torch.minimum(larger, smaller, out=smaller)
-        larger.copy_(maximum)
-
-
-def _shift_scores(x: Tensor) -> Tensor:
-    """<x, shift>, [2, n]: the part of the score of a point that is not <y, signs * row> - |row|^2 / 2."""
-    return x.sum(0) * _shifts(x.device, x.dtype)
-
-
-def _best_of_kinds(folded: Folded, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest of scores [kinds, 2, n] and its code: both [n]; the code is negative where the row is absent."""
-    device = scores.device
-    score, best = scores.flatten(0, 1).max(0)
-    kind, shift = best >> 1, best & 1
-    order = _of_shift(folded.order, shift) & 7  # [8, n]
-    key = (_digits(device, torch.int64).index_select(1, kind) << 2 * order).sum(0)
-    row = look_up(_row_of_key(device, torch.int64), key)
-    wrong = _of_shift(folded.odd, shift) ^ look_up(_kind_is_odd(device, torch.int64), kind)
-    return score, _join(row, shift, _of_shift(folded.signs, shift) ^ wrong << order[7])
-
-
-def _best_of_rows(x: Tensor, folded: Folded) -> tuple[Tensor, Tensor]:
-    """Largest score and its code over the rows of the last kind, tried one by one: both [n]."""
-    rows = _rows(x.device, x.dtype)[FULL_ROWS:]
-    magnitudes = (x.unsqueeze(1) - _shifts(x.device, x.dtype)).abs()
-    products = rows.view(-1, 8, 1, 1) * magnitudes  # [29, 8, 2, n]
-    cheapest, coordinate = products.min(1)
-    # The sum of these rows is odd, so it takes an odd number of negative coordinates.
-    wrong = 1 - folded.odd
-    half_norm = rows[0].square().sum() / 2
-    scores = products.sum(1) - 2 * wrong * cheapest - half_norm + _shift_scores(x)
-    score, best = scores.flatten(0, 1).max(0)
-    row, shift = best >> 1, best & 1
-    flip = _of_shift(wrong, shift) << coordinate.flatten(0, 1).gather(0, best.unsqueeze(0)).squeeze(0)
-    return score, _join(FULL_ROWS + row, shift, _of_shift(folded.signs, shift) ^ flip)
-
-
-def _of_shift(values: Tensor, shift: Tensor) -> Tensor:
-    """The values [..., 2, n] of shift [n], 0 or 1: [..., n]."""
-    return torch.where(shift.bool(), values[..., 1, :], values[..., 0, :])
-
-
-def _join(row: Tensor, shift: Tensor, signs: Tensor) -> Tensor:
-    return row << 8 | shift << 7 | signs & 127
-
-
 @cached_table
 def _rows() -> Tensor:
     """[256, 8] float32; the docstring of the module has the order."""
@@ -274,53 +157,16 @@ def _rows() -> Tensor:
 
 
 @cached_table
+def _digits() -> Tensor:
+    """[256, 8] int64: the rows, with 0, 1, 2 for 1/2, 3/2, 5/2."""
+    return _rows(torch.device("cpu"), torch.int64)  # Rounded down.
+
+
+@cached_table
 def _row_of_key() -> Tensor:
     """[65536] int64: row of each key, -1 where there is none. A key has `_digits` in two bits per coordinate."""
-    digits = _rows(torch.device("cpu"), torch.int64)  # 1/2, 3/2, 5/2 round down to 0, 1, 2.
-    keys = (digits << 2 * torch.arange(8)).sum(1)
+    keys = (_digits(torch.device("cpu"), torch.int64) << 2 * torch.arange(8)).sum(1)
     return torch.full((2**16,), -1).scatter_(0, keys, torch.arange(256))
-
-
-@cached_table
-def _digits() -> Tensor:
-    """[8, kinds] int64: the kinds, descending, with 2 for 5/2, 1 for 3/2 and 0 for 1/2."""
-    return torch.tensor([[2] * fives + [1] * threes + [0] * (8 - fives - threes) for threes, fives in KINDS]).T
-
-
-@cached_table
-def _kind_is_odd() -> Tensor:
-    """[kinds] int64: whether the sum of a row is odd; it is 4 + threes + 2 fives."""
-    return torch.tensor([threes % 2 for threes, _ in KINDS])
-
-
-@cached_table
-def _profiles() -> Tensor:
-    """[kinds, 8] float32: the kinds, descending, the last value negated for odd kinds.
-
-    The last magnitude is negated for odd inputs, so it comes in with a minus exactly where the parities differ.
-    """
-    cpu = torch.device("cpu")
-    profiles = 0.5 + _digits(cpu, torch.float32).T
-    profiles[:, 7] *= 1 - 2 * _kind_is_odd(cpu, torch.int64)
-    return profiles
-
-
-@cached_table
-def _parity() -> Tensor:
-    """[256] int64: number of set bits, modulo 2."""
-    return torch.tensor([bin(byte).count("1") % 2 for byte in range(256)])
-
-
-@cached_table
-def _bit_values() -> Tensor:
-    """[8] float32: 1, 2, 4, ... 128."""
-    return torch.tensor([float(1 << bit) for bit in range(8)], dtype=torch.float32)
-
-
-@cached_table
-def _coordinates() -> Tensor:
-    """[8, 1, 1] int64."""
-    return torch.arange(8).view(8, 1, 1)
 
 
 @cached_table

@@ -91,7 +91,11 @@ def _representable(scales: Tensor) -> Tensor:
 
 def _divide(values: Tensor, scales: Tensor) -> Tensor:
     """values / scales, and values as they are where the scale is zero."""
-    return values / torch.where(scales > 0, scales, 1.0)
+    return values / _divisors(scales)
+
+
+def _divisors(scales: Tensor) -> Tensor:
+    return torch.where(scales > 0, scales, 1.0)
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,9 @@ class LDLQ(Quantizer):
         return scales, *_guarded_sweep(W @ H - weighted, H, self._grid(scales, W), codes, rounded)
 
     def _grid(self, scales: Tensor, W: Tensor) -> "_Grid":
-        return _Grid(self.book, expand_scales(scales, self.group_size, W.shape[1]).expand(-1, W.shape[1]))
+        n = W.shape[1]
+        each = [expand_scales(part, self.group_size, n).expand(-1, n) for part in (scales, _divisors(scales))]
+        return _Grid(self.book, *each)
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,12 +176,12 @@ class _Grid:
 
     book: Codebook
     scales: Tensor  # [out, padded in]
+    divisors: Tensor  # [out, padded in]; 1 where the scale is zero
 
     def round(self, target: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
         """Codes [out, width / dim] and values [out, width] nearest to target [out, width]."""
-        scale = self.scales[:, columns]
-        codes = self.book.encode(_divide(target, scale).unflatten(1, (-1, self.book.dim)))
-        return codes, self.book.decode(codes, target.dtype).flatten(-2) * scale
+        codes = self.book.encode((target / self.divisors[:, columns]).unflatten(1, (-1, self.book.dim)))
+        return codes, self.book.decode(codes, target.dtype).flatten(-2) * self.scales[:, columns]
 
     def values(self, codes: Tensor) -> Tensor:
         """Values [out, padded in] of all codes."""
@@ -215,19 +221,22 @@ def upper_cholesky(H: Tensor) -> Tensor:
 def _feedback_pass(W: Tensor, U: Tensor, grid: _Grid) -> tuple[Tensor, Tensor]:
     """LDLQ proper: codes [out, in / dim] and values [out, in]."""
     dim, n = grid.book.dim, W.shape[1]
-    target = W.clone()  # W plus the feedback of all finished columns
+    target = W.clone()  # W plus the feedback of all finished panels
     rounded = torch.empty_like(W)
     codes = torch.empty(W.shape[0], n // dim, dtype=torch.long, device=W.device)
     for start in range(0, n, PANEL):
         stop = min(start + PANEL, n)
+        error = W.new_empty(W.shape[0], stop - start)
         for k in range(start, stop, dim):
-            block = slice(k, k + dim)
+            block, done = slice(k, k + dim), k - start
             here = target[:, block]
-            if k > start:
-                here = here + (W[:, start:k] - rounded[:, start:k]) @ U[start:k, block]
-            new_codes, rounded[:, block] = grid.round(here, block)
+            if done:
+                here = here + error[:, :done] @ U[start:k, block]
+            new_codes, values = grid.round(here, block)
             codes[:, k // dim : k // dim + 1] = new_codes
-        target[:, stop:] += (W[:, start:stop] - rounded[:, start:stop]) @ U[start:stop, stop:]
+            rounded[:, block] = values
+            torch.sub(W[:, block], values, out=error[:, done : done + dim])
+        target[:, stop:].addmm_(error, U[start:stop, stop:])
     return codes, rounded
 
 
@@ -247,21 +256,20 @@ def _guarded_sweep(slope: Tensor, H: Tensor, grid: _Grid, codes: Tensor, rounded
     inverse = torch.linalg.inv(torch.stack([H[k : k + dim, k : k + dim] for k in starts]))
     for start in range(0, n, PANEL):
         stop = min(start + PANEL, n)
-        before = rounded[:, start:stop].clone()
-        local = slope[:, start:stop].clone()
+        moves = torch.empty_like(rounded[:, start:stop])
         for k in range(start, stop, dim):
             block, inside = slice(k, k + dim), slice(k - start, k - start + dim)
-            here, g = rounded[:, block], local[:, inside]
+            here, g = rounded[:, block], slope[:, block]
             new_codes, values = grid.round(here + g @ inverse[k // dim], block)
             move = values - here
             change = (move * (move @ H[block, block] - 2 * g)).sum(1, keepdim=True)
             change = grid.book.pool_rows(change)
             better = change < 0
-            move = torch.where(better, move, 0.0)
+            moves[:, inside] = move = torch.where(better, move, 0.0)
             codes[:, k // dim : k // dim + 1] = torch.where(better, new_codes, codes[:, k // dim : k // dim + 1])
             rounded[:, block] = torch.where(better, values, here)
-            local -= move @ H[block, start:stop]
-        slope -= (rounded[:, start:stop] - before) @ H[start:stop]
+            slope[:, k + dim : stop].addmm_(move, H[block, k + dim : stop], alpha=-1)
+        slope[:, stop:].addmm_(moves, H[start:stop, stop:], alpha=-1)
     return codes, rounded
 
 

@@ -9,7 +9,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from hf_lrq.codebooks import viterbi
+from hf_lrq.codebooks import nearest, viterbi
 from hf_lrq.errors import BackendError
 from hf_lrq.kernels.operands import Operands
 
@@ -17,8 +17,8 @@ from hf_lrq.kernels.operands import Operands
 class Backend(Protocol):
     """Fast paths for one type of device: a module with these functions, or an object of a class derived from this one.
 
-    The reference in `kernels.reference` and `codebooks.viterbi` says what they compute. Methods with a body here need
-    not be overridden.
+    The references, in `kernels.reference`, `codebooks.viterbi` and `codebooks.nearest`, say what they compute. Methods
+    with a body here need not be overridden.
     """
 
     def unavailable(self) -> str | None:
@@ -50,6 +50,14 @@ class Backend(Protocol):
     def bit_viterbi(self, points: Tensor, half_norms: Tensor, x: Tensor, bits: int, window: int, /) -> Tensor:
         """`codebooks.viterbi.bit_path`."""
         return viterbi.bit_viterbi(points, half_norms, x, bits, window)
+
+    def nearest_e8p(self, rows: Tensor, row_of_key: Tensor, x: Tensor, /) -> Tensor:
+        """`codebooks.nearest.e8p_codes`."""
+        return nearest.nearest_e8p(rows, row_of_key, x)
+
+    def nearest_point(self, points: Tensor, x: Tensor, /) -> Tensor:
+        """`codebooks.nearest.point_codes`."""
+        return nearest.nearest_point(points, x)
 
 
 @dataclass(frozen=True)

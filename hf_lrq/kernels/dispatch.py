@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hf_lrq.codebooks import decoding, viterbi
+from hf_lrq.codebooks import decoding, nearest, viterbi
 from hf_lrq.errors import BackendError
 from hf_lrq.kernels import reference
 from hf_lrq.kernels.backend import REGISTERED, Backend, add_backend, known_backends
@@ -147,6 +147,16 @@ def _bit_path(points: Tensor, half_norms: Tensor, x: Tensor, bits: int, window: 
     return (viterbi if found is None else found).bit_viterbi(points, half_norms, x, bits, window)
 
 
+def _nearest_e8p(rows: Tensor, row_of_key: Tensor, x: Tensor) -> Tensor:
+    found = chosen(x.device)
+    return (nearest if found is None else found).nearest_e8p(rows, row_of_key, x)
+
+
+def _nearest_point(points: Tensor, x: Tensor) -> Tensor:
+    found = chosen(x.device)
+    return (nearest if found is None else found).nearest_point(points, x)
+
+
 def _decode(packed: Tensor, codebook: str, in_features: int, start: int, stop: int, dtype: torch.dtype) -> Tensor:
     found = chosen(packed.device)
     rows = None if found is None else found.decode_rows(packed, codebook, in_features, start, stop, dtype)
@@ -162,6 +172,8 @@ def _meet_operators(device_type: str) -> None:
         _met.add(device_type)
         torch.library.register_kernel("hf_lrq::viterbi", device_type, _byte_path)
         torch.library.register_kernel("hf_lrq::bit_viterbi", device_type, _bit_path)
+        torch.library.register_kernel("hf_lrq::nearest_e8p", device_type, _nearest_e8p)
+        torch.library.register_kernel("hf_lrq::nearest_point", device_type, _nearest_point)
         torch.library.register_kernel("hf_lrq::decode", device_type, _decode)
 
 

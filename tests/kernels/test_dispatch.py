@@ -156,7 +156,7 @@ def test_auto_takes_it_where_none_of_ours_runs(layer, use, fresh):
 
 
 def test_what_it_does_not_provide_the_reference_does(use, fresh):
-    """Decoding, and the search for the paths of a trellis."""
+    """Decoding, and the searches for the paths of a trellis and for the points of lattices."""
     x = torch.randn(128, 16, generator=torch.Generator().manual_seed(0))
     book = get_codebook("bt2")
     codes = book.encode(x.unsqueeze(-2))
@@ -164,6 +164,8 @@ def test_what_it_does_not_provide_the_reference_does(use, fresh):
     register_backend("mine", "cpu", Fake())
     assert torch.equal(book.encode(x.unsqueeze(-2)), codes)
     assert torch.equal(decode_rows(book.pack(codes), "bt2", 16, 0, 128), book.decode(codes).flatten(-2))
+    points = get_codebook("e8p3").decode(torch.tensor([5, 70]))
+    assert get_codebook("e8p3").encode(points).shape == (2,)
 
 
 @pytest.mark.parametrize("name", ["auto", "cpu", "torch", "mine"])

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hf_lrq.kernels.cpu import build, cache, linear, paths, selfcheck, tiers
+from hf_lrq.kernels.cpu import build, cache, lattices, linear, paths, selfcheck, tiers
 from hf_lrq.kernels.cpu.library import Library, Loader
 from hf_lrq.kernels.operands import Operands
 
@@ -80,3 +80,13 @@ def viterbi(points: Tensor, half_norms: Tensor, x: Tensor, window: int) -> Tenso
 def bit_viterbi(points: Tensor, half_norms: Tensor, x: Tensor, bits: int, window: int) -> Tensor:
     """`codebooks.viterbi.bit_path`."""
     return paths.bit_viterbi(_library(), points, half_norms, x, bits, window)
+
+
+def nearest_e8p(rows: Tensor, row_of_key: Tensor, x: Tensor) -> Tensor:
+    """`codebooks.nearest.e8p_codes`."""
+    return lattices.nearest_e8p(_library(), rows, row_of_key, x)
+
+
+def nearest_point(points: Tensor, x: Tensor) -> Tensor:
+    """`codebooks.nearest.point_codes`."""
+    return lattices.nearest_point(_library(), points, x)

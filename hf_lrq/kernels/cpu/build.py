@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent / "csrc"
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-fno-math-errno", "-w")
-# The vectors of lowrank are spelled out: -O3 takes twice as long to compile, and gives nothing.
-FLAGS_OF = {"lowrank": ("-O2",)}
+# -O3 takes several times as long to compile them, and gives nothing.
+FLAGS_OF = {"lowrank": ("-O2",), "nearest": ("-O2", "-ftree-vectorize")}
 # Those that take longest are started first, or one of them would be the last and alone.
 SLOWEST = ("uniform_avx512", "bt_avx512", "tcq", "uniform_amx", "uniform", "lowrank", "bit_viterbi", "bt_avx2")
 VERSION_SECONDS = 20

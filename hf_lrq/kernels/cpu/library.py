@@ -30,6 +30,14 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "hf_lrq_linear": (ctypes.c_int32, (ctypes.c_char_p, ctypes.c_int64)),
     "hf_lrq_decode": (None, (*[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 8, ctypes.c_double)),
     "hf_lrq_decode_uniform": (None, (*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 8, ctypes.c_double)),
+    "hf_lrq_nearest_e8p": (
+        None,
+        (*[ctypes.c_void_p] * 3, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32),
+    ),
+    "hf_lrq_nearest_point": (
+        None,
+        (*[ctypes.c_void_p] * 2, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32),
+    ),
     "hf_lrq_viterbi_table_words": (ctypes.c_int64, (ctypes.c_int32,)),
     "hf_lrq_viterbi_table": (None, (*[ctypes.c_void_p] * 2, ctypes.c_int32, ctypes.c_void_p)),
     "hf_lrq_viterbi": (
@@ -53,6 +61,8 @@ class Library:
     linear: Callable[..., int]
     decode: Callable[..., None]
     decode_uniform: Callable[..., None]
+    nearest_e8p: Callable[..., None]
+    nearest_point: Callable[..., None]
     viterbi_table_words: Callable[[int], int]
     viterbi_table: Callable[..., None]
     viterbi: Callable[..., int]

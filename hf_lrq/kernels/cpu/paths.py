@@ -11,8 +11,8 @@ def viterbi(library: Library, points: Tensor, half_norms: Tensor, x: Tensor, win
     n, steps, width = x.shape
     if width not in (2, 4):
         raise ValueError(f"a step of a byte trellis has 2 or 4 weights, got {width}.")
-    _expect(points, torch.int16, 256, 256, width)
-    _expect(half_norms, torch.int32, 256, 256)
+    expect(points, torch.int16, 256, 256, width)
+    expect(half_norms, torch.int32, 256, 256)
     _expect_window(window, steps)
     points, half_norms, x = points.contiguous(), half_norms.contiguous(), x.to(torch.int16).contiguous()
     # Rebuilt each time: a thousandth of the search for one matrix, and never stale.
@@ -29,8 +29,8 @@ def bit_viterbi(library: Library, points: Tensor, half_norms: Tensor, x: Tensor,
     n, steps = x.shape
     if bits not in (2, 3, 4):
         raise ValueError(f"a bit trellis has 2, 3 or 4 bits a step, got {bits}.")
-    _expect(points, torch.int16, 65536)
-    _expect(half_norms, torch.int32, 65536)
+    expect(points, torch.int16, 65536)
+    expect(half_norms, torch.int32, 65536)
     _expect_window(window, steps)
     points, half_norms, x = points.contiguous(), half_norms.contiguous(), x.to(torch.int16).contiguous()
     path = torch.empty(n, steps, dtype=torch.uint8)
@@ -39,7 +39,8 @@ def bit_viterbi(library: Library, points: Tensor, half_norms: Tensor, x: Tensor,
     return path
 
 
-def _expect(tensor: Tensor, dtype: torch.dtype, *shape: int) -> None:
+def expect(tensor: Tensor, dtype: torch.dtype, *shape: int) -> None:
+    """Raise ValueError unless a tensor has a dtype and shape."""
     if tensor.dtype != dtype or tensor.shape != shape:
         raise ValueError(f"expected {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}.")
 

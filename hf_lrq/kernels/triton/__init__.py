@@ -6,12 +6,16 @@ from importlib.util import find_spec
 
 import torch
 
+from hf_lrq.codebooks.nearest import nearest_e8p, nearest_point
+
 __all__ = [
     "bit_viterbi",
     "declines",
     "decode_rows",
     "lrq_linear",
     "lrq_linear_group",
+    "nearest_e8p",
+    "nearest_point",
     "status",
     "unavailable",
     "viterbi",
