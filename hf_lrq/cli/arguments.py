@@ -104,7 +104,8 @@ class Saving(Measuring):
 class QuantizeOptions(Saving):
     """Compress a model and save it with a report and a model card."""
 
-    model: Annotated[str, Argument(help="Folder or id on the Hub of the model to compress.")]
+    model: Annotated[str, Argument(help="Folder or id on the Hub of the model to compress, or a GGUF file.")]
+    gguf_file: Annotated[str | None, Option(help="GGUF file in that folder or repository.")] = None
     dataset: Annotated[
         str | None,
         Option(help="Calibration text: bundled, a text file, a data set's name, or none. Default: none (data-free)."),

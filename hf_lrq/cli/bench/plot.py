@@ -1,5 +1,6 @@
 """The rows of `hf-lrq bench quality` as a picture: bytes of whole files against divergence, with the Pareto front."""
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from itertools import product
@@ -11,11 +12,13 @@ from hf_lrq.cli.bench.records import Record, Row
 from hf_lrq.errors import LRQError
 
 OURS = "hf_lrq"
+_LEGEND = {"gguf": "llama.cpp (+: blocks across rows)", "nf4": "bitsandbytes NF4", "hqq": "HQQ"}
 # Okabe and Ito's colours, which people who see fewer of them can tell apart; ours is the strongest.
 _STYLES = {
     OURS: ("#D55E00", "o"),
     **dict(zip(FAMILIES, (("#0072B2", "s"), ("#009E73", "^"), ("#CC79A7", "D")), strict=True)),
 }
+WIDEST = 26  # Letters in a line of a label.
 _NEAR, _STEP, _RINGS = 7.0, 9.0, 5  # Points from a mark to its label: the least, and the distance of further tries.
 
 
@@ -80,7 +83,7 @@ def _panel(axes: Any, record: Record, text: str) -> None:
         points = [_point(row, text) for row in rows]
         errors = [row.texts[text].mean("kl").standard_error or 0.0 for row in rows]
         size = 8 if family == OURS else 6
-        label = "hf_lrq" if family == OURS else _family(family)
+        label = _LEGEND.get(family, family)
         axes.errorbar(
             *zip(*points, strict=True), yerr=errors, fmt=mark, color=colour, ms=size, lw=1, label=label, zorder=3
         )
@@ -149,7 +152,7 @@ def _offset(
         covered = sum(_overlap(box, other) for other in taken) + 2 * (width * height * scale**2 - _overlap(box, inside))
         if best is None or covered < best[0]:
             best = covered, (x, y)
-        if covered == 0:
+        if covered < 1:  # Square pixels.
             break
     assert best is not None, "there are rings"
     return best[1]
@@ -167,12 +170,9 @@ def _overlap(one: Any, other: Any) -> float:
     return max(width, 0) * max(height, 0)
 
 
-def _family(name: str) -> str:
-    return {"gguf": "llama.cpp", "nf4": "bitsandbytes NF4", "hqq": "HQQ"}.get(name, name)
-
-
 def _short(row: Row) -> str:
     """What tells it from others of its family."""
     if row.is_ours:
-        return row.name
-    return row.name.partition(":")[2].upper().replace("+ACROSS", " across")
+        return textwrap.fill(row.name.replace(",", ", "), WIDEST)
+    family, _, variant = row.name.partition(":")
+    return variant.upper().replace("+ACROSS", "+") if family == "gguf" else f"{family.upper()} {variant}"
