@@ -20,7 +20,9 @@ from hf_lrq.evaluation.windows import (
 )
 
 WindowProgress = Callable[[int, int], None]  # Gets (windows done, windows in all).
-CHUNK = 1 << 24  # How many logits are turned to float32 at a time: 64 MiB per temporary, whatever the vocabulary.
+# How many logits are turned to float32 at a time: 8 MiB per temporary, whatever the vocabulary. Larger ones are mapped
+# anew for each step by the usual allocators, which takes longer than the step.
+CHUNK = 1 << 21
 TOP = 5
 
 
