@@ -23,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-bench = typer.Typer(help="Measure how fast compressed layers and models are here.", no_args_is_help=True)
+bench = typer.Typer(help="Measure how fast compressed layers and models are here, and how good.", no_args_is_help=True)
 
 # What a user can do something about, of classes that are no OSError.
 _FOREIGN = {
@@ -186,3 +186,4 @@ _add_command(app, "autoload", arguments.AutoloadOptions, "autoload", with_models
 app.add_typer(bench, name="bench")
 _add_command(bench, "kernels", arguments.KernelOptions, "bench.kernels")
 _add_command(bench, "generate", arguments.GenerateOptions, "bench.generate")
+_add_command(bench, "quality", arguments.QualityOptions, "bench.quality")

@@ -25,6 +25,14 @@ class DType(str, Enum):
     float16 = "float16"
 
 
+class Stored(str, Enum):
+    """Names of the types that files of uncompressed models have."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
 class Switch(str, Enum):
     """What is done to something that is on or off."""
 
@@ -138,7 +146,8 @@ def prefixed(prefix: str, owner: type, names: Sequence[str]) -> dict[str, Any]:
 class QuantizeOptions(Saving):
     """Compress a model and save it with a report and a model card."""
 
-    model: Annotated[str, Argument(help="Folder or id on the Hub of the model to compress.")]
+    model: Annotated[str, Argument(help="Folder or id on the Hub of the model to compress, or a GGUF file.")]
+    gguf_file: Annotated[str | None, Option(help="GGUF file in that folder or repository.")] = None
     dataset: Annotated[
         str | None,
         Option(help="Calibration text: bundled, a text file, a data set's name, or none. Default: none (data-free)."),
@@ -251,3 +260,46 @@ class GenerateOptions(BenchOptions):
     static_cache: Annotated[bool, Option("--static-cache", help="Use a static key-value cache.")] = False
     compiled: Annotated[bool, Option("--compile", help="Run the model through torch.compile.")] = False
     with_peers: Annotated[bool, Option("--peers", help="Also run bitsandbytes NF4.")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class QualityOptions(Computing, AsJson):
+    """Compress a model by recipes and by other libraries; compare size and predictions with the original's.
+
+    All are calibrated on the same tokens and measured on the same windows. `gguf`, `nf4` and `hqq` are peers, each with
+    variants, such as gguf:q4_k; they need their libraries.
+    """
+
+    model: Annotated[str, Argument(help="Folder or id on the Hub of the original.")]
+    calibration: Annotated[Path | None, Option(help="Text file to calibrate on.")] = None
+    texts: Annotated[
+        list[str], Option("--text", help="NAME=FILE of a text to measure on, held out; may be repeated.")
+    ] = field(default_factory=list)
+    recipes: Annotated[
+        list[str],
+        Option(
+            "--recipe", help='Options of LRQConfig, such as "bits=2,rank=8", after "NAME:" if you like; repeatable.'
+        ),
+    ] = field(default_factory=list)
+    peers: Annotated[list[str], Option("--peer", help="Peer, or one of its variants; may be repeated.")] = field(
+        default_factory=list
+    )
+    window: Annotated[int, Option(min=2, help="Tokens seen at a time in evaluation.")] = 512
+    windows: Annotated[int, Option(min=1, help="Windows of each text, from its beginning.")] = 24
+    nsamples: Annotated[int, Option(min=1, help="Calibration sequences.")] = 128
+    seqlen: Annotated[int, Option(min=1, help="Tokens in each calibration sequence.")] = 512
+    seed: Annotated[int, Option(help="Seed of every random choice.")] = 0
+    stored: Annotated[
+        Stored, Option(help="Type of what a file holds uncompressed, the original's too; computed is in float32.")
+    ] = Stored.bfloat16
+    ggml: Annotated[
+        Path | None,
+        Option(envvar="HF_LRQ_GGML", help="Library libggml-base of llama.cpp or a folder with it, for gguf."),
+    ] = None
+    out: Annotated[
+        Path | None, Option("--out", "-o", help="JSON file, written anew after each row. Default: that of --add.")
+    ] = None
+    add: Annotated[Path | None, Option(help="JSON file of an earlier run, whose rows are kept.")] = None
+    plot: Annotated[Path | None, Option(help="Picture to draw, .png or .svg; needs matplotlib.")] = None
+    markdown: Annotated[bool, Option("--markdown", help="Print the table in Markdown.")] = False
+    quiet: Annotated[bool, Option("--quiet", "-q", help="Print the result and warnings only, no progress.")] = False

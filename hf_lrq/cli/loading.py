@@ -35,7 +35,7 @@ def chosen_device(device: str | None) -> torch.device:
         chosen = torch.device(device)
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise SpecError(f"There is no device {device!r} here: {_first_line(error)} Use --device cpu.") from None
+        raise SpecError(f"There is no device {device!r} here: {first_line(error)} Use --device cpu.") from None
     return chosen
 
 
@@ -66,7 +66,7 @@ def load_model(model: str, dtype: str, device: torch.device) -> Any:
     config = load_config(model)
     if Path(model).is_dir():
         read_headers(weight_files(Path(model)))  # Says which file is truncated; the loader below only that one is.
-    kind = _model_class(config)
+    kind = model_class(config)
     try:
         loaded = kind.from_pretrained(
             model,
@@ -93,7 +93,7 @@ def load_tokenizer(*names: str) -> Any:
             return read_tokenizer(name)
         except (OSError, ValueError, KeyError, ImportError) as error:
             failure = failure or error
-    reason = _first_line(failure).rstrip(". ")
+    reason = first_line(failure).rstrip(". ")
     raise LRQError(
         f"{names[0]} has no tokenizer that can be loaded, so text cannot be turned into tokens"
         # A line that ends so is the heading of a list.
@@ -145,17 +145,17 @@ def check_folder(model: str) -> None:
 def unavailable(model: str, error: Exception) -> LRQError:
     """What to tell a user whose model could not be loaded."""
     if Path(model).is_dir():
-        return LRQError(f"The model in {model} cannot be loaded: {_first_line(error)}")
+        return LRQError(f"The model in {model} cannot be loaded: {first_line(error)}")
     if _is_forbidden(error):
         return LRQError(
             f"{model} is gated or private. Ask for access on its page on the Hub, then log in: hf auth login"
         )
     if "trust_remote_code" in str(error):
-        return LRQError(f"{model} needs code of its own to run, which hf-lrq does not execute. {_first_line(error)}")
+        return LRQError(f"{model} needs code of its own to run, which hf-lrq does not execute. {first_line(error)}")
     return LRQError(
         f"Cannot load {model}: it is no folder here, and the Hub did not give it. Its name may be misspelt, there may "
         f"be no network (HF_HUB_OFFLINE is one reason), or it is gated: then log in with hf auth login. "
-        f"({_first_line(error)})"
+        f"({first_line(error)})"
     )
 
 
@@ -172,7 +172,7 @@ def _is_forbidden(error: BaseException | None) -> bool:
     return False
 
 
-def _model_class(config: Any) -> Any:
+def model_class(config: Any) -> Any:
     """The class that was saved; by its name, which must be that of a model of transformers."""
     kind = class_named_in(config)
     if kind is not None:
@@ -181,6 +181,7 @@ def _model_class(config: Any) -> Any:
     return AutoModelForCausalLM if causal else AutoModel
 
 
-def _first_line(error: Exception | None) -> str:
+def first_line(error: Exception | None) -> str:
+    """What an error says first, or what it is."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -14,21 +14,18 @@ from hf_lrq.calibration.progress import TqdmProgress
 from hf_lrq.checkpoint import check_free
 from hf_lrq.cli.arguments import QuantizeOptions
 from hf_lrq.cli.loading import (
-    check_folder,
     chosen_device,
-    load_config,
-    load_model,
-    load_tokenizer,
     read_text,
     set_threads,
 )
 from hf_lrq.cli.measuring import EvalText, eval_text, measure, size_on_disk
 from hf_lrq.cli.output import bits, console, hush, if_interrupted, measurement_rows, print_table, progress_stream, say
 from hf_lrq.cli.recovering import check_batches, recovered, recovery_of, recovery_rows
+from hf_lrq.cli.sources import Source, source_of
 from hf_lrq.errors import CheckpointError, LRQError, SpecError
 from hf_lrq.evaluation import Evaluation, Part, position_limit, size
 from hf_lrq.integrations.carrying_out import budget_of
-from hf_lrq.integrations.companions import Companions, companions_of
+from hf_lrq.integrations.companions import Companions
 from hf_lrq.integrations.compression import compress
 from hf_lrq.integrations.config import LRQConfig
 from hf_lrq.integrations.planning import plan_for
@@ -64,30 +61,32 @@ def compressed(options: QuantizeOptions, text: EvalText | None) -> tuple[Any, Co
     recovery = recovery_of(options, config)
     check_out(options.out, options.overwrite, options.model)
     check_inputs(options, config)
-    check_folder(options.model)
+    source = source_of(options.model, options.gguf_file)
+    source.check()
     if options.dataset is None and (config.method is None or config.method.data != "unused"):
         say("Compressing without data, as there is no --dataset. --dataset bundled gives much better models.", "yellow")
     set_threads(options.threads)
     device = chosen_device(options.device)
-    model_config = load_config(options.model)
+    model_config = source.config()
     if getattr(model_config, "quantization_config", None) is not None:
         raise SpecError(f"{options.model} is quantized already. Give the original model.")
-    tokenizer = _tokenizer(options, config)
+    tokenizer = _tokenizer(source, options, config)
     batches = _batches(config, tokenizer, model_config)
     check_batches(batches, recovery)
 
     say(f"Loading {options.model}")
-    model = load_model(options.model, options.dtype, device)
+    model = source.model(options.dtype, device)
     plan = plan_for(model, config)
     check_room(options.out, _announce(model, plan, config))
     report = compress(model, batches, config, plan=plan, progress=TqdmProgress(options.jsonl, progress_stream()))
-    beside = _beside(options.model, tokenizer)
+    model.hf_quantizer.provenance.base_file = source.file()
+    beside = _beside(source, tokenizer)
     try:
         if recovery is not None and batches is not None:
             seen = None if text is None or tokenizer is None else text
-            recovered(model, batches, recovery, options, seen, seen and seen.tokens(tokenizer))
+            recovered(model, source, batches, recovery, options, seen, seen and seen.tokens(tokenizer))
     finally:  # Whatever ended the recovery, what was compressed is worth keeping.
-        save(model, options.out, beside, options.overwrite, base_model=options.model)
+        save(model, options.out, beside, options.overwrite, base_model=source.name)
         say(f"Saved to {options.out}", "green")
     return model, report, tokenizer
 
@@ -167,10 +166,10 @@ def check_inputs(options: QuantizeOptions, config: LRQConfig) -> None:
         raise LRQError(f"--stride must be less than --window, got {options.stride} and {options.window}.")
 
 
-def _tokenizer(options: QuantizeOptions, config: LRQConfig) -> Any:
+def _tokenizer(source: Source, options: QuantizeOptions, config: LRQConfig) -> Any:
     """The model's tokenizer; None if there is none and the options can do without."""
     try:
-        return load_tokenizer(options.model)
+        return source.tokenizer()
     except LRQError as error:
         if config.calibrated or options.eval_text is not None:
             raise
@@ -179,14 +178,16 @@ def _tokenizer(options: QuantizeOptions, config: LRQConfig) -> Any:
         return None
 
 
-def _beside(source: str, tokenizer: Any) -> Companions:
+def _beside(source: Source, tokenizer: Any) -> Companions | Any:
     """What is saved beside the weights, once said."""
-    found = companions_of(source, tokenizer)
+    found = source.companions(tokenizer)
+    if found is None:
+        return tokenizer
     loaded = [type(part).__name__ for part in (tokenizer, found.processor) if part is not None]
     if found.obstacle is not None:
-        say(f"The processor of {source} cannot be loaded here; its files are copied. ({found.obstacle})", "yellow")
+        say(f"The processor of {source.name} cannot be loaded here; its files are copied. ({found.obstacle})", "yellow")
     if code := found.code():
-        say(f"Code is not copied: {listed(code, 3)} of {source}. Copy what you trust.", "yellow")
+        say(f"Code is not copied: {listed(code, 3)} of {source.name}. Copy what you trust.", "yellow")
     if beside := [*loaded, *found.copied()]:
         say(f"Beside the weights: {', '.join(beside)}")
     return found
@@ -250,7 +251,7 @@ def _evaluated(model: Any, options: QuantizeOptions, text: EvalText, tokens: Ten
     """Measure the model, and say so in its report and card."""
     try:
         # The original is loaded again rather than kept: two models were in memory during compression otherwise.
-        reference = load_model(options.model, options.dtype, model.device)
+        reference = source_of(options.model, options.gguf_file).model(options.dtype, model.device)
         measured = measure(model, reference, tokens, text.name, options.window, options.stride)
         measured = replace(measured, size=size_on_disk(options.out))
     except Exception:

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from hf_lrq.cli.arguments import QuantizeOptions, RecoverOptions
 from hf_lrq.cli.exits import INTERRUPTED
-from hf_lrq.cli.loading import load_model
 from hf_lrq.cli.measuring import EvalText, measure
 from hf_lrq.cli.output import progress_stream, say
+from hf_lrq.cli.sources import Source
 from hf_lrq.errors import SpecError
 from hf_lrq.integrations.config import LRQConfig
 from hf_lrq.integrations.provenance import Provenance
@@ -50,12 +50,19 @@ def check_batches(batches: list[Any] | None, recovery: RecoveryOptions | None) -
 
 
 def recovered(
-    model: Any, batches: list[Any], recovery: RecoveryOptions, options: QuantizeOptions, text: EvalText | None, ids: Any
+    model: Any,
+    source: Source,
+    batches: list[Any],
+    recovery: RecoveryOptions,
+    options: QuantizeOptions,
+    text: EvalText | None,
+    ids: Any,
 ) -> None:
     """Train the compressed model on what the original says, and note that for its report.
 
     Args:
         model: compressed, in memory; after an interruption it is the best there was.
+        source: of the original.
         batches: to train and decide on.
         recovery: how.
         options: of the command.
@@ -69,7 +76,7 @@ def recovered(
     say(f"Recovering on {tokens:,} tokens of {options.dataset}, {recovery.held_out:.0%} of them held out")
     bar = TqdmRecoveryProgress(progress_stream())
     try:
-        teacher = load_model(options.model, options.dtype, model.device)
+        teacher = source.model(options.dtype, model.device)
         if text is not None:
             before = measure(model, teacher, ids, text.name, options.window, options.stride).to_dict()
             origin.before_recovery = {name: value for name, value in before.items() if name != "size"}

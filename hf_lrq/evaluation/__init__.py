@@ -1,7 +1,15 @@
 """Measurements of a compressed model: perplexity, divergence from the original, distance of outputs, exact size."""
 
 from hf_lrq.evaluation.files import compressed_layers, size_of_headers
-from hf_lrq.evaluation.likelihood import Comparison, Estimate, Perplexity, compare, perplexity
+from hf_lrq.evaluation.likelihood import (
+    Comparison,
+    Estimate,
+    Perplexity,
+    WindowSums,
+    compare,
+    compare_windows,
+    perplexity,
+)
 from hf_lrq.evaluation.outputs import OutputDistance, output_error
 from hf_lrq.evaluation.sizes import Part, Size, size
 from hf_lrq.evaluation.summary import Evaluation, evaluate, evaluate_outputs
@@ -15,7 +23,9 @@ __all__ = [
     "Part",
     "Perplexity",
     "Size",
+    "WindowSums",
     "compare",
+    "compare_windows",
     "compressed_layers",
     "evaluate",
     "evaluate_outputs",

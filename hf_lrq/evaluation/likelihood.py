@@ -20,7 +20,9 @@ from hf_lrq.evaluation.windows import (
 )
 
 WindowProgress = Callable[[int, int], None]  # Gets (windows done, windows in all).
-CHUNK = 1 << 24  # How many logits are turned to float32 at a time: 64 MiB per temporary, whatever the vocabulary.
+# How many logits are turned to float32 at a time: 8 MiB per temporary, whatever the vocabulary. Larger ones are mapped
+# anew for each step by the usual allocators, which takes longer than the step.
+CHUNK = 1 << 21
 TOP = 5
 
 
@@ -112,6 +114,37 @@ class Comparison:
         return {name: getattr(self, name).to_dict() for name in self.__dataclass_fields__}
 
 
+@dataclass(frozen=True)
+class WindowSums:
+    """What `compare` adds up: sums over the scored tokens of each window, so that models can be compared pairwise.
+
+    Attributes:
+        plan: the windows.
+        original, compressed: nats of the text.
+        kl, reverse_kl, top1_agreement, top5_agreement: see `Comparison`.
+    """
+
+    plan: Plan
+    original: list[float]
+    compressed: list[float]
+    kl: list[float]
+    reverse_kl: list[float]
+    top1_agreement: list[float]
+    top5_agreement: list[float]
+
+    def comparison(self) -> Comparison:
+        """The means."""
+        counts = self.plan.counts
+        rise = [ours - theirs for ours, theirs in zip(self.compressed, self.original, strict=True)]
+        means = ("kl", "reverse_kl", "top1_agreement", "top5_agreement")
+        return Comparison(
+            compressed=_perplexity(self.compressed, self.plan),
+            original=_perplexity(self.original, self.plan),
+            nats_rise=Estimate.from_windows(rise, counts),
+            **{name: Estimate.from_windows(getattr(self, name), counts) for name in means},
+        )
+
+
 def perplexity(
     model: nn.Module,
     tokens: Tensor,
@@ -172,6 +205,18 @@ def compare(
     Raises:
         EvaluationError: where `perplexity` raises it, or if the vocabularies differ.
     """
+    return compare_windows(model, reference, tokens, window, stride, progress).comparison()
+
+
+def compare_windows(
+    model: nn.Module,
+    reference: nn.Module,
+    tokens: Tensor,
+    window: int | None = None,
+    stride: int | None = None,
+    progress: WindowProgress | None = None,
+) -> WindowSums:
+    """`compare`, window by window; arguments and errors are the same."""
     tokens = as_tokens(tokens)
     plan = plan_windows((model, reference), tokens, window, stride)
     for each in (model, reference):
@@ -197,18 +242,7 @@ def compare(
             rows.append(sums)
             if progress is not None:
                 progress(done, len(plan.windows))
-    original, compressed, kl, reverse, top1, top5 = (list(column) for column in zip(*rows, strict=True))
-    counts = plan.counts
-    rise = [ours - theirs for ours, theirs in zip(compressed, original, strict=True)]
-    return Comparison(
-        compressed=_perplexity(compressed, plan),
-        original=_perplexity(original, plan),
-        nats_rise=Estimate.from_windows(rise, counts),
-        kl=Estimate.from_windows(kl, counts),
-        reverse_kl=Estimate.from_windows(reverse, counts),
-        top1_agreement=Estimate.from_windows(top1, counts),
-        top5_agreement=Estimate.from_windows(top5, counts),
-    )
+    return WindowSums(plan, *map(list, zip(*rows, strict=True)))
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -51,10 +51,14 @@ def read_tokenizer(name: str | Path) -> Any:
         OSError, ValueError, KeyError, ImportError: if there is none that can be loaded.
     """
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    # Where a model has no tokenizer, early releases of transformers 5 make one up.
-    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
+    if not knows_words(tokenizer):
         raise ValueError(f"{name} has a tokenizer that knows special tokens only")
     return tokenizer
+
+
+def knows_words(tokenizer: Any) -> bool:
+    """False for special tokens only: where a model has no tokenizer, early releases of transformers 5 make one up."""
+    return len(tokenizer) > len(set(tokenizer.all_special_tokens))
 
 
 def _load_tokenizer(name: str | Path) -> Any:

@@ -15,6 +15,7 @@ class Provenance:
     Attributes:
         report: what happened to each matrix; None for a model that was loaded compressed.
         base_model: name or path of the model that was compressed here.
+        base_file: which of its files was read, in words, where it was one.
         recipe: the options it was compressed with.
         evaluation: of the compressed model.
         recovery: what came of training it on what the original says, as JSON values, if that was done.
@@ -24,6 +25,7 @@ class Provenance:
 
     report: CompressionReport | None = None
     base_model: str | None = None
+    base_file: str | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
     evaluation: Any = None
     recovery: dict[str, Any] | None = None

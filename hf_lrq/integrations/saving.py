@@ -97,6 +97,7 @@ def write_report_and_card(model: Any, directory: Path, ask_hub: bool = False) ->
         evaluation=origin.evaluation,
         size=_size_of(directory),
         base_model=origin.base_model,
+        base_file=origin.base_file,
         base_card=_card_of(origin.base_model, ask_hub),
         architecture=type(model).__name__,
         method=origin.method,

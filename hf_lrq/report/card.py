@@ -49,6 +49,7 @@ def model_card(report: Mapping[str, Any]) -> ModelCard:
         template_str=template,
         title=plain(_title(report)),
         base_name=plain(base["name"]) if base else None,
+        base_file=plain(base["file"]) if "file" in base else None,
         base_id=base.get("hub_id"),
         license_known=bool(base.get("license")),
         auto_class=auto_class,

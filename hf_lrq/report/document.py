@@ -2,9 +2,9 @@
 
 It holds everything about a compression that loading does not need; `calibration.records` has what it is made from.
 
-Fields of version 1: `report_version`, `base_model` {name, hub_id, and what its card says about licence and language},
-`architecture`, `recipe`, `seed`, `versions`, `bits` {compressed_layers, whole_file, caldera}, `size`
-(`evaluation.Size`), `evaluation` (`evaluation.Evaluation` without its size), `compression`
+Fields of version 1: `report_version`, `base_model` {name, hub_id, file where only one of its files was read, and
+what its card says about licence and language}, `architecture`, `recipe`, `seed`, `versions`, `bits` {compressed_layers,
+whole_file, caldera}, `size` (`evaluation.Size`), `evaluation` (`evaluation.Evaluation` without its size), `compression`
 (`calibration.CompressionReport`). Where a preset was named, `preset` {name, what, paper, deviations, and `changed`, the
 options of it that have other values}. After `hf-lrq recover`, or `quantize --recover`, `recovery`
 (`recovery.RecoveryReport`); after the latter, `evaluation_before_recovery` (as `evaluation`). A figure that was not
@@ -41,6 +41,7 @@ def build_report(
     evaluation: Evaluation | Mapping[str, Any] | None = None,
     size: Size | Mapping[str, Any] | None = None,
     base_model: str | None = None,
+    base_file: str | None = None,
     base_card: Mapping[str, Any] | None = None,
     architecture: str | None = None,
     versions: Mapping[str, str] | None = None,
@@ -57,6 +58,7 @@ def build_report(
         evaluation: what was measured.
         size: size of the saved files; None takes that of the evaluation.
         base_model: id on the Hub, or local path, of the original; only the last component of a path is kept.
+        base_file: which of its files was read, in words, where it was one.
         base_card: metadata of the original's card, see `base_card`.
         architecture: class of the model, for example "LlamaForCausalLM".
         versions: library -> version; None asks the installed packages.
@@ -69,7 +71,7 @@ def build_report(
     sizes = _as_dict(size) or size_of_evaluation
     report = {
         "report_version": REPORT_VERSION,
-        "base_model": _base_model(base_model, base_card or {}),
+        "base_model": _base_model(base_model, base_file, base_card or {}),
         "architecture": architecture,
         "recipe": without_paths(dict(recipe)),
         "seed": seed,
@@ -108,6 +110,8 @@ def base_card(base_model: str) -> dict[str, Any]:
     A card is a courtesy: where there is none, or none that can be read, the result is empty.
     """
     folder = Path(base_model)
+    if folder.is_file():  # Of weights, with no card in it.
+        return {}
     if folder.is_dir() and not (folder / "README.md").is_file():
         return {}
     try:
@@ -142,7 +146,7 @@ def _as_dict(value: Evaluation | Size | Mapping[str, Any] | None) -> dict[str, A
     return dict(value) if isinstance(value, Mapping) else value.to_dict()
 
 
-def _base_model(base_model: str | None, card: Mapping[str, Any]) -> dict[str, Any] | None:
+def _base_model(base_model: str | None, file: str | None, card: Mapping[str, Any]) -> dict[str, Any] | None:
     if base_model is None:
         return None
     name, hub_id = public_name(base_model)
@@ -153,7 +157,7 @@ def _base_model(base_model: str | None, card: Mapping[str, Any]) -> dict[str, An
             del inherited["license_link"]
         else:
             inherited["license_link"] = f"https://huggingface.co/{hub_id}/blob/main/{link.lstrip('./')}"
-    return {"name": name, "hub_id": hub_id, **inherited}
+    return {"name": name, "hub_id": hub_id, **({} if file is None else {"file": file}), **inherited}
 
 
 def _is_text(value: Any) -> bool:

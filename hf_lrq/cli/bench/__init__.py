@@ -1,1 +1,1 @@
-"""`hf-lrq bench`: how fast compressed layers and models are here, each figure a ratio inside one run."""
+"""`hf-lrq bench`: how fast compressed layers and models are here, and what compression costs in predictions."""
