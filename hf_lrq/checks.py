@@ -41,6 +41,12 @@ def check_fraction(name: str, value: Any) -> None:
         raise SpecError(f"{name} must be a number in (0, 1], got {shown(value)}. A common value is 0.01.")
 
 
+def check_share(name: str, value: Any) -> None:
+    """Raise SpecError unless `value` is a number in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise SpecError(f"{name} must be a number in [0, 1], got {shown(value)}.")
+
+
 def check_number(name: str, value: Any, above: float, most: float) -> None:
     """Raise SpecError unless `value` is a number in (above, most]."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not above < value <= most:

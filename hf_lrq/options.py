@@ -74,6 +74,11 @@ class LayerOptions:
         "Guarded re-rounding passes after each LDLQ pass, at least 0. In schedule alternating one more pass comes "
         "last, unless rank, refinements and sweeps are all 0.",
     )
+    correction: float = _option(
+        0.0,
+        "Share, 0 to 1, of the errors of the blocks before that the weight makes up for (QEP, 2025); needs sequential "
+        "calibration.",
+    )
     damp_percent: float = _option(0.01, "Ridge on the Gram matrix, as a fraction of its mean diagonal.")
     marginal_damping: float = _option(
         0.2, "Ridge on the marginalised Gram matrix of the rounding step, as a fraction of its mean diagonal."

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from hf_lrq.checks import check_choice, check_fraction, check_integer
+from hf_lrq.checks import check_choice, check_fraction, check_integer, check_share
 from hf_lrq.codebooks import BITS, codebook_name, get_codebook, known_families
 from hf_lrq.errors import SpecError, did_you_mean
 from hf_lrq.layout import LayerLayout
@@ -53,6 +53,7 @@ class LayerSpec(LayerOptions):
         if not isinstance(self.schedule, str):
             raise SpecError(f"schedule must be a name, such as 'alternating', got {self.schedule!r}.")
         check_choice("rotation", self.rotation, ROTATIONS)
+        check_share("correction", self.correction)
         check_fraction("damp_percent", self.damp_percent)
         check_fraction("marginal_damping", self.marginal_damping)
         _ = self.layout  # Raises here, where the user can see which argument is at fault.

@@ -9,7 +9,7 @@ from hf_lrq.calibration.blocks import find_stacks, is_stateful
 from hf_lrq.calibration.calls import Call, Outputs
 from hf_lrq.calibration.capture import InputRecorder, ModelRunner, StopPass
 from hf_lrq.calibration.gradients import Sensitivity, sensitivity
-from hf_lrq.calibration.grams import GramStore, Rows
+from hf_lrq.calibration.grams import GramStore, Rows, of_all_tokens
 from hf_lrq.calibration.probe import Probe, Section
 from hf_lrq.calibration.recorder import StackRecorder, free
 from hf_lrq.decomposition import InputGram, OutputGram
@@ -60,6 +60,7 @@ class Calibration:
         sequential: whether each block sees the outputs of the compressed ones before it.
         two_sided: whether errors at the outputs are weighed, too.
         sensitivity: what is known of the outputs already; None looks for it where it is needed.
+        correct: whether Grams also tell what the inputs are in the original model, see `decomposition.correction`.
 
     Attributes:
         sensitivity: what the outputs of the layers mean for those of the model, once `run` has begun.
@@ -72,6 +73,7 @@ class Calibration:
         sequential: bool,
         two_sided: bool = False,
         sensitivity: Sensitivity | None = None,
+        correct: bool = False,
     ):
         if not len(runner):
             raise CalibrationError(
@@ -80,6 +82,7 @@ class Calibration:
         self._work, self._runner, self._sequential, self._two_sided = work, runner, sequential, two_sided
         self.sensitivity = Sensitivity() if sensitivity is None else sensitivity
         self._look = two_sided and sensitivity is None
+        self._correct = correct and sequential
         self._model, self._workers, self._report = work.model, work.workers, work.report
         self._one_by_one = is_stateful(work.model)
         self._short: dict[str, tuple[int, int]] = {}  # Matrix -> tokens seen, tokens needed.
@@ -147,28 +150,50 @@ class Calibration:
         """Block by block: inputs, Grams, compression, and the inputs of the next."""
         reached = [index for index, calls in enumerate(recorded) if calls]
         states: dict[int, Outputs] = {index: {} for index in reached}
+        originals = states  # The same as long as nothing is compressed.
         names = list(blocks)
         for position, (name, block) in enumerate(blocks.items()):
             calls = {index: free(recorded[index], position) for index in reached}
-
-            def advance(index: int, block: nn.Module = block, calls: dict[int, Call] = calls) -> Outputs:
-                with self._runner.failures(index):
-                    return calls[index].run(block, states[index])
-
+            advance = self._stepper(block, calls, states)
+            before = None if originals is states else self._stepper(block, calls, originals)
             sites, following = section.sites[name], names[position + 1 :]
-            wanted = set(reached) if following and not self._sequential else set()
+            wanted = set(reached) if following and (self._correct or not self._sequential) else set()
             after: dict[int, Outputs] = {}
             if sites:
-                grams, after = self._grams(sites, reached, advance, keep=wanted)
+                grams, after = self._grams(sites, reached, advance, keep=wanted, original=before)
                 self._work.compress(name, sites, grams, self.sensitivity.grams)
             if not following:
                 return
-            missing = [index for index in reached if index not in after]
-            after |= dict(zip(missing, self._workers.map(advance, missing, self._one_by_one), strict=True))
-            for index in reached:
-                upcoming = recorded[index][position + 1]
-                assert upcoming is not None, "calls are freed in order"
-                states[index] = upcoming.needed(after[index])
+
+            upcoming = {index: recorded[index][position + 1] for index in reached}
+            if self._correct and (sites or before is not None):
+                originals = self._moved(after, before or advance, upcoming)
+                states = self._moved({}, advance, upcoming)
+            else:
+                originals = states = self._moved(after, advance, upcoming)
+
+    def _moved(
+        self, known: Mapping[int, Outputs], step: Callable[[int], Outputs], upcoming: Mapping[int, Call | None]
+    ) -> dict[int, Outputs]:
+        """What the next block takes of the outputs of this one; those that are not known are computed."""
+        missing = [index for index in upcoming if index not in known]
+        outputs = {**known, **dict(zip(missing, self._workers.map(step, missing, self._one_by_one), strict=True))}
+        found = {}
+        for index, call in upcoming.items():
+            assert call is not None, "calls are freed in order"
+            found[index] = call.needed(outputs[index])
+        return found
+
+    def _stepper(
+        self, block: nn.Module, calls: Mapping[int, Call], states: Mapping[int, Outputs]
+    ) -> Callable[[int], Outputs]:
+        """What runs a block on one batch, from the outputs of the block before."""
+
+        def step(index: int) -> Outputs:
+            with self._runner.failures(index):
+                return calls[index].run(block, states[index])
+
+        return step
 
     def _together(self, sites: Sequence[Site], probe: Probe, stop_early: bool, block: str = "") -> None:
         """Sites calibrated on whole passes of the model as it is now; of a block, passes that end behind it."""
@@ -201,22 +226,31 @@ class Calibration:
         run: Callable[[int], Outputs],
         keep: set[int] | frozenset[int] = frozenset(),
         stop_early: bool = False,
+        original: Callable[[int], Outputs] | None = None,
     ) -> tuple[dict[str, InputGram], dict[int, Outputs]]:
-        """Grams of the matrices of some sites over passes that `run` makes, and the outputs of those in `keep`."""
+        """Grams of the matrices of some sites over passes that `run` makes, and the outputs of those in `keep`.
+
+        Where `original` makes the same passes in the original model, the outputs are those of it.
+        """
         store = GramStore([name for site in sites for name in site.matrices])
         outputs: dict[int, Outputs] = {}
         with InputRecorder(self._model, sites, stop_early) as recorder:
 
-            def watch(index: int) -> tuple[Outputs, Rows]:
-                weights = self.sensitivity.weights_of(index)
-                return recorder.watch(lambda: run(index), self._runner.masks(index), weights)
+            def watch(index: int) -> tuple[Outputs, Rows, Rows]:
+                weights, masks = self.sensitivity.weights_of(index), self._runner.masks(index)
+                out, rows = recorder.watch(lambda: run(index), masks, weights)
+                if original is None:
+                    return out, rows, {}
+                out, others = recorder.watch(lambda: original(index), masks, weights)
+                return out, rows, of_all_tokens(rows, others)
 
             # As many batches at a time as there are threads: their inputs are all in memory.
             for start in range(0, len(indices), self._workers.count):
                 window = indices[start : start + self._workers.count]
                 watched = self._workers.map(watch, window, self._one_by_one)
-                outputs |= {index: out for index, (out, _) in zip(window, watched, strict=True) if index in keep}
-                store.add([rows for _, rows in watched], window, self._workers)
+                outputs |= {index: out for index, (out, *_) in zip(window, watched, strict=True) if index in keep}
+                others = None if original is None else [each for *_, each in watched]
+                store.add([rows for _, rows, _ in watched], window, self._workers, others)
         grams, without = store.finish()
         self._warn_of_missing(without)
         needed = {name: site.in_features for site in sites for name in site.matrices}

@@ -86,7 +86,8 @@ def compress_model(
             else:
                 runner = ModelRunner(model, list(batches))
                 progress.calibrate(runner.sequences, two_sided and sensitivity is None)
-                Calibration(work, runner, sequential, two_sided, sensitivity).run()
+                correct = any(spec.correction for spec in plan.specs.values())
+                Calibration(work, runner, sequential, two_sided, sensitivity, correct).run()
             later.release()
         except LRQError as error:
             if not sink.installed:

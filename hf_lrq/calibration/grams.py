@@ -46,13 +46,21 @@ class GramStore:
         """The names that share one sum, for each sum."""
         return [tuple(group.members) for group in self._groups if group.accumulator is not None]
 
-    def add(self, passes: Sequence[Rows], batches: Sequence[int], workers: Executor) -> None:
+    def add(
+        self,
+        passes: Sequence[Rows],
+        batches: Sequence[int],
+        workers: Executor,
+        originals: Sequence[Rows] | None = None,
+    ) -> None:
         """Add some passes of the model, in their order.
 
         Args:
             passes: the inputs of each.
             batches: which batch each was over, for errors.
             workers: to spread the work over.
+            originals: the inputs of the same matrices in the original model, row for row, see `of_all_tokens`; None
+                where those are the same.
 
         Raises:
             CalibrationError: if an input holds NaN or Inf; names its matrices and the batch.
@@ -65,7 +73,11 @@ class GramStore:
                 continue
             if group.accumulator is None:
                 group.accumulator = GramAccumulator(seen[0].shape[-1], seen[0].device)
+                if originals is not None:
+                    group.accumulator.cross = torch.zeros_like(group.accumulator.total)
             group.accumulator.n_tokens += sum(len(rows) for rows in seen)
+            if not all(group.members[0] in each for each in originals or ()):
+                group.accumulator.cross = None
             strips += [(group, start) for start in range(0, seen[0].shape[-1], STRIP)]
 
         def add_strip(strip: tuple[_SharedGram, int]) -> None:
@@ -84,6 +96,8 @@ class GramStore:
                         )
 
         workers.map(add_strip, strips)
+        pairs = [*zip(passes, originals or [{}] * len(passes), strict=True)]
+        workers.map(lambda strip: _add_cross(*strip, pairs), strips)
 
     def finish(self) -> tuple[dict[str, InputGram], dict[str, str]]:
         """The mean of each matrix's inputs, and name -> reason for those that have none. Frees the sums."""
@@ -124,6 +138,31 @@ def _add_rows(sums: GramAccumulator, rows: Tensor, start: int) -> bool:
         sums.total[start:stop, start:] += product
         sums.magnitudes[start:stop] += piece[:, start:stop].abs().sum(0)
     return True
+
+
+def of_all_tokens(rows: Rows, others: Rows) -> Rows:
+    """Those of `others`, inputs in the original model in the same pass, that are of the same tokens as `rows`.
+
+    Routers send other tokens to an expert as soon as something is compressed; what is sent all of them sees the same.
+    """
+    most = max((len(one) for calls in (rows, others) for each in calls.values() for one in each), default=0)
+    return {
+        name: calls
+        for name, calls in others.items()
+        if len(calls) == len(rows.get(name, ())) and all(len(one) == most for one in (*calls, *rows[name]))
+    }
+
+
+def _add_cross(group: _SharedGram, start: int, passes: Sequence[tuple[Rows, Rows]]) -> None:
+    """Add a strip of original^T rows, where that is kept."""
+    total, name = None if group.accumulator is None else group.accumulator.cross, group.members[0]
+    if total is None:
+        return
+    with full_precision(total.device):
+        for each, original in passes:
+            for rows, others in zip(each.get(name, ()), original.get(name, ()), strict=True):
+                for x, z in zip(rows.split(FOLD_TOKENS), others.split(FOLD_TOKENS), strict=True):
+                    total[start : start + STRIP] += z[:, start : start + STRIP].float().T @ x.float()
 
 
 def _mirror(total: Tensor) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from hf_lrq.decomposition.correction import corrected
 from hf_lrq.decomposition.gram import InputGram
 from hf_lrq.decomposition.incoherence import RandomHadamard
 from hf_lrq.decomposition.lowrank import LPLR, LowRankSolver, WhitenedSVD
@@ -147,6 +148,7 @@ def _compress(
 ) -> CompressedMatrix:
     """See `compress_matrix`; W is float32 and finite."""
     gram = InputGram.identity(W.shape[1], W.device) if gram is None else gram
+    W = corrected(W, gram, spec.correction)
     rotated = rotate(W, gram, spec, generator, rotate_in, output)
     rank = min(_rank(spec), *W.shape)
     at = Setting(W, gram.H.to(W.device), rotated, rank, generator)

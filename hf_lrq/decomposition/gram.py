@@ -27,12 +27,14 @@ class GramAccumulator:
     Attributes:
         total: sum of x x^T.
         magnitudes: sum of |x|, [n] float64.
+        cross: sum of z x^T, z the inputs in the original model, where these are other ones.
         n_tokens: how many were added.
     """
 
     def __init__(self, in_features: int, device: torch.device | str | None = None):
         self.total = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
         self.magnitudes = torch.zeros(in_features, dtype=torch.float64, device=device)
+        self.cross: Tensor | None = None
         self.n_tokens = 0
 
     def update(self, x: Tensor) -> None:
@@ -74,7 +76,8 @@ class GramAccumulator:
         if self.n_tokens == 0:
             raise CalibrationError("no calibration tokens reached this layer. Route some through it, or use gram=None.")
         gram = InputGram.from_matrix((self.total / self.n_tokens).float(), self.n_tokens)
-        return replace(gram, magnitudes=(self.magnitudes / self.n_tokens).float())
+        cross = None if self.cross is None else (self.cross / self.n_tokens).float()
+        return replace(gram, magnitudes=(self.magnitudes / self.n_tokens).float(), cross=cross)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,11 +88,13 @@ class InputGram:
         H: [in, in] float32, symmetric.
         n_tokens: tokens averaged; 0 means data-free (H = I).
         magnitudes: [in] float32, E|x_i| of each input; None where a matrix is all that was given.
+        cross: [in, in] float32, E[z x^T], z the inputs in the original model; None where x are these.
     """
 
     H: Tensor
     n_tokens: int
     magnitudes: Tensor | None = None
+    cross: Tensor | None = None
 
     @classmethod
     def from_matrix(cls, H: Tensor, n_tokens: int) -> "InputGram":
