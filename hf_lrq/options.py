@@ -33,7 +33,7 @@ class LayerOptions:
     factor_bits: int = _option(8, "Bits per entry of L and R: 16, 8 or 4.")
     codebook: str = _option(
         "auto",
-        "Family of the codebook of Q: bt (2, 4 bits), tcq (2, 3, 4), e8p (2, 3, 4), int (2, 3, 4, 8), "
+        "Family of the codebook of Q: bt (2, 4 bits), tcq (2, 3, 4), e8p (2, 3, 4), int (2, 3, 4, 6, 8), "
         "lloyd (2, 3, 4), nf (4), or auto.",
     )
     group_size: int = _option(128, "Columns that share one scale, for codebook int.")
