@@ -39,7 +39,11 @@ class LayerOptions:
     group_size: int = _option(128, "Columns that share one scale, for codebook int.")
     rotation: str = _option("hadamard", "hadamard (incoherence processing; QuIP#, 2024, section 3) or none.")
     rotation_block: int = _option(256, "Largest Hadamard block, a power of two.")
-    rounding: str = _option("ldlq", "ldlq (adaptive rounding with feedback) or nearest.")
+    rounding: str = _option(
+        "ldlq",
+        "ldlq (adaptive rounding with feedback), nearest, or fitted (nearest, with the scale of least squared error of "
+        "each group of columns; for codebook int).",
+    )
     init: str = _option(
         "svd",
         "What L R is before the first rounding: zero, svd of the weight, outlier (svd over the channels of largest "

@@ -14,7 +14,7 @@ from hf_lrq.options import LayerOptions, documented
 from hf_lrq.patterns import check_pattern, matches
 
 INITS = ("auto", "outlier", "svd", "zero")
-ROUNDINGS = ("ldlq", "nearest")
+ROUNDINGS = ("ldlq", "nearest", "fitted")
 ROTATIONS = ("hadamard", "none")
 # What "auto" takes, the best first that does not take too long. tcq has less error than both bt and e8p, and kernels,
 # but its paths take 50 times as long to find as points of e8p (194 s against 3.7 s for 256 x 576 at 3 bits, one core of
@@ -51,7 +51,10 @@ class LayerSpec(LayerOptions):
         check_choice("rotation", self.rotation, ROTATIONS)
         check_fraction("damp_percent", self.damp_percent)
         check_fraction("marginal_damping", self.marginal_damping)
-        _ = self.layout  # Raises here, where the user can see which argument is at fault.
+        # Raises here, where the user can see which argument is at fault.
+        book = get_codebook(self.layout.codebook)
+        if self.rounding == "fitted" and not book.grouped:
+            raise SpecError(f"rounding='fitted' is for codebooks with group scales; {book.name!r} has none. Use 'int'.")
 
     @property
     def resolved_codebook(self) -> str:

@@ -10,7 +10,8 @@ from hf_lrq.codebooks import get_codebook
 from hf_lrq.codebooks.scalar import LloydMax, NormalFloat, ScalarCodebook, Uniform
 
 SCALAR = [*map(Uniform, (2, 3, 4, 6, 8)), *map(LloydMax, (2, 3, 4)), NormalFloat(4)]
-TABULATED = {  # Squared error on N(0, 1): J. Max (1960), Tables I and II, and numerical integration for int6, int8 and nf4.
+# Squared error on N(0, 1): J. Max (1960), Tables I and II, and numerical integration for int6, int8 and nf4.
+TABULATED = {
     "lloyd2": 0.1175,
     "lloyd3": 0.03454,
     "lloyd4": 0.009497,
