@@ -85,14 +85,22 @@ class DataOptions:
     sequential: bool = _option(True, "Calibrate each block on the outputs of the compressed blocks before it.")
 
 
+EMBEDDING_BITS = (16, 8, 6, 4)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModuleOptions:
     """Which modules are compressed, and how they differ from each other; `patterns` says what a pattern matches."""
 
     modules_to_not_convert: Sequence[str] | None = _option(
         None,
-        "Patterns of modules to leave alone, in addition to the output head, tied weights, routers and the modules "
-        "that a model reads in its own way.",
+        "Patterns of modules to leave alone, in addition to tied weights, routers and the modules that a model reads "
+        "in its own way.",
+    )
+    embedding_bits: int = _option(
+        16,
+        "Bits per weight of the embeddings of tokens and of the output head, in models of transformers: 16 leaves them "
+        "as they are, 8, 6 or 4 stores codes. bits and group_size of patterns and layers hold for them as well.",
     )
     bits_pattern: Mapping[str, int] | None = _option(None, "Pattern -> bits; short for patterns.")
     rank_pattern: Mapping[str, int] | None = _option(None, "Pattern -> rank; short for patterns.")

@@ -26,6 +26,8 @@ AUTO_FAMILIES = ("bt", "e8p", "int")
 # of AVX2, 64 tokens 0.6, 5.2 or 1.1 ms; errors on Gaussian weights are as 0.074, 0.091 and 0.119. From 512 rows on,
 # padding is never more than a quarter.
 LARGEST_PADDING = 1 / 2
+# How tables of embeddings are compressed: see `examples/benchmarks/RESULTS.md` for groups of other sizes.
+TABLE: dict[str, Any] = {"codebook": "int", "rank": 0, "rotation": "none", "rounding": "fitted", "group_size": 32}
 FACTOR_BUDGET = 0.3  # Bits per weight for factors of an automatic rank.
 # Multiples of 8, so that the scales of several layers can lie side by side for one kernel (`kernels.stacks`); below 8
 # any number, as the first ranks repair most and narrow matrices can afford no more. Above 64 nothing was measured.
@@ -179,6 +181,20 @@ class CompressionSpec:
             if matches(pattern, name):
                 changes |= more
         return _changed(self.default, changes, f"for {name}") if changes else self.default
+
+    def for_table(self, name: str, bits: int) -> LayerSpec:
+        """The spec of an embedding or an output head: codes of single rows, of so many bits where nothing names it.
+
+        Of what patterns and `layers` say of the module, bits and group_size count.
+
+        Raises:
+            SpecError: if there are no such codes.
+        """
+        named = {} if name not in self.layers else self.layers[name].to_dict()
+        matching = [changes for pattern, changes in self.patterns.items() if matches(pattern, name)]
+        wanted = {key: value for changes in (*matching, named) for key, value in changes.items()}
+        own = {key: value for key, value in wanted.items() if key in ("bits", "group_size")}
+        return _changed(LayerSpec(bits=bits, **TABLE, iters=1, refinements=0, sweeps=0), own, f"for {name}")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able fields."""

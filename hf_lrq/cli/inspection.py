@@ -57,11 +57,12 @@ class Inspection:
     @property
     def caldera_bits(self) -> float | None:
         """Bits per weight as the CALDERA paper counts: codes and factors, without scales, rotations and padding."""
-        weights = sum(layer.weights for layer in self.layers)
+        layers = [layer for layer in self.layers if not layer.of_tables]
+        weights = sum(layer.weights for layer in layers)
         total = sum(
             layer.code_bits * layer.weights
             + layer.experts * layer.factor_bits * layer.rank * (layer.out_features + layer.in_features)
-            for layer in self.layers
+            for layer in layers
         )
         return total / weights if weights else None
 

@@ -14,7 +14,7 @@ from hf_lrq.codebooks import get_codebook
 from hf_lrq.errors import CheckpointError, SpecError
 from hf_lrq.integrations.aliases import by_own_names
 from hf_lrq.kernels import ACTIVATIONS, known_backends
-from hf_lrq.options import DataOptions, LayerOptions, ModuleOptions, RunOptions, documented, options_of
+from hf_lrq.options import EMBEDDING_BITS, DataOptions, LayerOptions, ModuleOptions, RunOptions, documented, options_of
 from hf_lrq.patterns import check_pattern, check_patterns, in_one
 from hf_lrq.spec import CompressionSpec, LayerSpec
 
@@ -71,6 +71,8 @@ class LRQConfig(QuantizationConfigMixin):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise SpecError(f"{name} must be an integer of at least 1, got {value!r}.")
+        if isinstance(self.embedding_bits, bool) or self.embedding_bits not in EMBEDDING_BITS:
+            raise SpecError(f"embedding_bits must be 16, 8, 6 or 4, got {self.embedding_bits!r}.")
         for name in ("dequantize", "sequential", "two_sided", "fuse", "verify"):
             if not isinstance(getattr(self, name), bool):
                 raise SpecError(f"{name} must be True or False, got {getattr(self, name)!r}.")

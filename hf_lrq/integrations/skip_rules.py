@@ -35,9 +35,9 @@ def skip_reasons(model: Any, patterns: Sequence[str] = ()) -> dict[str, str]:
     """
     modules = dict(model.named_modules())
     places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
-    kept_in_fp32 = [*_listed(model, "_keep_in_fp32_modules"), *_listed(model, "_keep_in_fp32_modules_strict")]
-    tied = _tied_modules(model)
-    head = _output_embeddings(model)
+    kept_in_fp32 = kept_in_float32(model)
+    tied = tied_modules(model)
+    head = output_embeddings(model)
     found = {}
     for name, module in modules.items():
         labels = [site.label for site in sites_of(name, module)]
@@ -74,12 +74,19 @@ def _listed(model: Any, attribute: str) -> list[str]:
     return list(getattr(model, attribute, None) or ())
 
 
-def _tied_modules(model: Any) -> set[str]:
+def kept_in_float32(model: Any) -> list[str]:
+    """Patterns of the modules that a model wants in float32 whatever its dtype is."""
+    return [*_listed(model, "_keep_in_fp32_modules"), *_listed(model, "_keep_in_fp32_modules_strict")]
+
+
+def tied_modules(model: Any) -> set[str]:
+    """Names of the modules that transformers ties to others, and of those others."""
     keys = dict(getattr(model, "all_tied_weights_keys", None) or {})
     return {key.rpartition(".")[0] for key in (*keys, *keys.values())}
 
 
-def _output_embeddings(model: Any) -> nn.Module | None:
+def output_embeddings(model: Any) -> nn.Module | None:
+    """The output head, if there is one."""
     try:
         head: nn.Module | None = model.get_output_embeddings()
     except (AttributeError, NotImplementedError):  # Composite models need not have the method.

@@ -4,6 +4,7 @@ A tied pair is one table: the codes and scales of the embedding are those of the
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -20,6 +21,26 @@ from hf_lrq.nn.stored import StoredFactors, check_same_layout
 SHARED = ("weight", "scales")  # The tensors of a table.
 
 
+@dataclass(frozen=True)
+class Lookup:
+    """What an embedding does to the rows of its table.
+
+    Attributes:
+        factor: they are multiplied by it.
+        rounded: whether it is rounded to their dtype first.
+    """
+
+    factor: float = 1.0
+    rounded: bool = False
+
+    def of(self, rows: Tensor) -> Tensor:
+        """Rows of the table, as they come out."""
+        if self.factor == 1.0:
+            return rows
+        factor = torch.tensor(self.factor, device="cpu").to(rows.dtype).item() if self.rounded else self.factor
+        return rows * factor
+
+
 class LRQEmbedding(nn.Embedding):
     """An embedding stored as codes with group scales; a lookup decodes the rows that it is asked for and no others.
 
@@ -29,8 +50,7 @@ class LRQEmbedding(nn.Embedding):
         num_embeddings, embedding_dim: V and D of the uncompressed table [V, D].
         layout: of the stored tensors; rows that are coded one by one, without rotation and factors.
         padding_idx: kept for those who ask for it; that row gets no gradient, as none does.
-        factor: rows are multiplied by it, as in models that scale their embeddings.
-        rounded: whether the factor is rounded to the dtype of the rows first.
+        lookup: what is done to the rows.
         device: where to make the tensors.
         dtype: of the rows that are looked up; follows the module through `to`, `half` and the like.
 
@@ -54,8 +74,7 @@ class LRQEmbedding(nn.Embedding):
         layout: LayerLayout,
         *,
         padding_idx: int | None = None,
-        factor: float = 1.0,
-        rounded: bool = False,
+        lookup: Lookup = Lookup(),
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -64,7 +83,7 @@ class LRQEmbedding(nn.Embedding):
         self.training = False
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
-        self.layout, self.factor, self.rounded = layout, factor, rounded
+        self.layout, self.lookup = layout, lookup
         self.dtype = dtype or torch.get_default_dtype()
         stored = layout.tensors(num_embeddings, embedding_dim)
         for name in TENSOR_NAMES:
@@ -105,13 +124,7 @@ class LRQEmbedding(nn.Embedding):
         """
         at = input.reshape(-1)
         found = self.table(self.weight.index_select(0, at), self.scales.index_select(0, at)).dequantize(self.dtype)
-        rows = found.reshape(*input.shape, self.embedding_dim)
-        return rows if self.factor == 1.0 else rows * self.multiplier
-
-    @property
-    def multiplier(self) -> float:
-        """What rows are multiplied by."""
-        return torch.tensor(self.factor, device="cpu").to(self.dtype).item() if self.rounded else self.factor
+        return self.lookup.of(found.reshape(*input.shape, self.embedding_dim))
 
     def table(self, weight: Tensor, scales: Tensor) -> QuantizedMatrix:
         """Some rows of this table."""

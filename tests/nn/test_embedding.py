@@ -10,6 +10,7 @@ from hf_lrq.decomposition import compress_matrix
 from hf_lrq.errors import SpecError
 from hf_lrq.layout import LayerLayout
 from hf_lrq.nn import LRQEmbedding, LRQHead
+from hf_lrq.nn.embedding import Lookup
 from hf_lrq.spec import LayerSpec
 
 ROWS, COLUMNS = 11, 20
@@ -91,7 +92,7 @@ def test_rows_follow_the_dtype_that_the_module_is_cast_to():
 @pytest.mark.parametrize("rounded", [False, True])
 def test_a_factor_is_that_of_a_scaled_embedding(rounded):
     factor = 48**0.5
-    layer = embedding(dtype=torch.bfloat16, factor=factor, rounded=rounded)
+    layer = embedding(dtype=torch.bfloat16, lookup=Lookup(factor, rounded))
     rows = layer.dense(torch.bfloat16)[IDS]
     assert torch.equal(layer(IDS), rows * (torch.tensor(factor).bfloat16() if rounded else factor))
 
