@@ -124,6 +124,6 @@ def _reason(
             return f"{name} has another shape"
         if first_match(kept_in_float32(model), name) is not None:
             return f"kept in float32 by {type(model).__name__}"
-        if reads_weight(type(modules[parent]), child):  # type: ignore[arg-type]
+        if reads_weight(type(modules[parent]), child, to_initialise=False):  # type: ignore[arg-type]
             return f"{type(modules[parent]).__name__} reads its weight directly"
     return None

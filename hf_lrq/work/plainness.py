@@ -12,7 +12,7 @@ from hf_lrq.nn import LRQEmbedding
 from hf_lrq.nn.embedding import Lookup
 
 _PROBE = (5, 7)  # [out, in] of the small weight that is put in.
-_FACTOR = "embed_scale"  # Where embeddings that are scaled keep the factor; a buffer, or a number.
+FACTOR = "embed_scale"  # Where embeddings that are scaled keep the factor; a buffer, or a number.
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -46,18 +46,23 @@ def lookup_of(module: nn.Module) -> Lookup | None:
         return Lookup()
     weight = module._parameters.get("weight")
     state = {name for name, one in (*module._parameters.items(), *module._buffers.items()) if one is not None}
-    if weight is None or not state <= {"weight", _FACTOR} or module._modules:
+    if weight is None or not state <= {"weight", FACTOR} or module._modules:
         return None
     return next((lookup for lookup in _lookups(module) if _computes_lookup(module, lookup)), None)
 
 
 def _lookups(module: nn.Module) -> Iterator[Lookup]:
     yield Lookup()
-    # The value of a buffer is nowhere while a model is loaded.
-    factor = getattr(module, f"scalar_{_FACTOR}", getattr(module, _FACTOR, None))
-    if isinstance(factor, int | float):
-        yield Lookup(float(factor), rounded=False)
-        yield Lookup(float(factor), rounded=True)
+    factor = _factor_of(module)
+    if factor is not None:
+        yield Lookup(factor, rounded=False)
+        yield Lookup(factor, rounded=True)
+
+
+def _factor_of(module: nn.Module) -> float | None:
+    # The value of a buffer is nowhere while a model is loaded; those who have one keep the number as well.
+    factor = getattr(module, f"scalar_{FACTOR}", getattr(module, FACTOR, None))
+    return float(factor) if isinstance(factor, int | float) else None
 
 
 def _computes_lookup(module: nn.Embedding, lookup: Lookup) -> bool:
@@ -65,8 +70,8 @@ def _computes_lookup(module: nn.Embedding, lookup: Lookup) -> bool:
     probe.num_embeddings, probe.embedding_dim = _PROBE
     rows = probe.num_embeddings
     probe.padding_idx = None if module.padding_idx is None else module.padding_idx % rows
-    if _FACTOR in probe._buffers:
-        probe._buffers[_FACTOR] = torch.tensor(lookup.factor, device="cpu")
+    if FACTOR in probe._buffers:
+        probe._buffers[FACTOR] = torch.tensor(_factor_of(module), device="cpu")
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(_PROBE, generator=generator, device="cpu")
     ids = torch.randint(rows, (4, 3), generator=generator, device="cpu")

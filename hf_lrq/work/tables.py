@@ -14,7 +14,7 @@ from hf_lrq.decomposition import CompressedMatrix
 from hf_lrq.layout import LayerLayout
 from hf_lrq.nn import LRQEmbedding, LRQHead, LRQLinear
 from hf_lrq.nn.embedding import Lookup
-from hf_lrq.work.plainness import bare, lookup_of
+from hf_lrq.work.plainness import FACTOR, bare, lookup_of
 from hf_lrq.work.sites import LinearSite, Site, joined
 
 
@@ -114,9 +114,7 @@ class EmbeddingSite(Site):
     def uncompressed(self, module: nn.Module, dtype: torch.dtype) -> nn.Module:
         """See `Site`."""
         assert isinstance(module, LRQEmbedding), "that is what `compressed` makes"
-        plain = bare(self.template)
-        plain.weight = nn.Parameter(module.dense(dtype))
-        return plain.train(module.training)
+        return _plain(self.template, nn.Parameter(module.dense(dtype))).train(module.training)
 
     def unfollow(self, model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
         """See `Site`."""
@@ -124,12 +122,21 @@ class EmbeddingSite(Site):
         for name, template in self.followers.items():
             old = model.get_submodule(name)
             if isinstance(old, LRQEmbedding | LRQHead):
-                plain = bare(template)
-                plain.weight = weight
+                plain = _plain(template, weight)
                 if isinstance(old, LRQHead):
                     plain.register_parameter("bias", old._parameters["bias"])
                 model.set_submodule(name, plain.requires_grad_(True).train(old.training))
                 yield old, plain
+
+
+def _plain(template: nn.Module, weight: nn.Parameter) -> nn.Module:
+    """An uncompressed module around a table."""
+    plain = bare(template)
+    plain.weight = weight
+    lookup = lookup_of(plain)
+    if FACTOR in plain._buffers and lookup is not None:  # Not persistent: loaded from nowhere.
+        plain._buffers[FACTOR] = torch.tensor(lookup.factor, dtype=weight.dtype, device=weight.device)
+    return plain
 
 
 @dataclass(frozen=True)
