@@ -3,7 +3,8 @@
 It holds everything about a compression that loading does not need; `calibration.records` has what it is made from.
 
 Fields of version 1: `report_version`, `base_model` {name, hub_id, and what its card says about licence and language},
-`architecture`, `recipe`, `seed`, `versions`, `bits` {compressed_layers, whole_file, caldera}, `size`
+`architecture`, `recipe`, `seed`, `versions`, `bits` {compressed_layers, embeddings (and heads, where they are codes),
+whole_file, caldera}, `size`
 (`evaluation.Size`), `evaluation` (`evaluation.Evaluation` without its size), `compression`
 (`calibration.CompressionReport`), and after `hf-lrq recover` also `recovery` (`recovery.RecoveryReport`). A figure that
 was not measured is null.
@@ -68,6 +69,7 @@ def build_report(
         "versions": dict(installed_versions() if versions is None else versions),
         "bits": {
             "compressed_layers": compression.bits_per_weight,
+            "embeddings": compression.embedding_bits,
             "whole_file": sizes["bits_per_parameter"] if sizes else None,
             "caldera": compression.caldera_bits,
         },
