@@ -289,6 +289,6 @@ def stored_header(config: LRQConfig) -> QuantizationHeader:
     if config.header is None:
         raise CheckpointError(
             "quantization_config in config.json has no format_version, so it is not that of a compressed checkpoint. "
-            f"This library writes format_version {FORMAT_VERSION}. Download or copy the checkpoint again."
+            f"This library writes format_version 1 or {FORMAT_VERSION}. Download or copy the checkpoint again."
         )
     return config.header

@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import nn
 
-from hf_lrq import LRQConfig, compress
+from hf_lrq import LRQAdapterConfig, LRQConfig, compress
 from hf_lrq.checkpoint import header_of, read_config, read_headers
 from hf_lrq.errors import CheckpointError, CompressionError, SpecError
 from hf_lrq.evaluation import size, size_of_headers
@@ -302,6 +302,21 @@ def test_adapters_train_on_top_of_a_pair():
     trained = [name for name, p in model.named_parameters() if p.grad is not None]
     assert trained
     assert all("q_proj.lora" in name for name in trained)
+
+
+def test_own_adapters_leave_the_head_out():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(compressed("llama tied"), LRQAdapterConfig(mode="append:2"))
+    adapted = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert adapted
+    assert not any("lm_head" in name for name in adapted)
+
+
+def test_nothing_is_merged_into_a_head_that_is_tied():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(compressed("llama tied"), peft.LoraConfig(target_modules=["lm_head"], r=2))
+    with pytest.raises(SpecError, match="64 rows shares its table with the embedding"):
+        model.merge_and_unload()
 
 
 def test_calibrated_layers_see_the_original_embeddings():
