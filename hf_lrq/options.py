@@ -44,13 +44,17 @@ class LayerOptions:
     factor_bits: int = _option(8, "Bits per entry of L and R: 16, 8 or 4.")
     codebook: str = _option(
         "auto",
-        "Family of the codebook of Q: bt (2, 4 bits), tcq (2, 3, 4), e8p (2, 3, 4), int (2, 3, 4, 8), "
+        "Family of the codebook of Q: bt (2, 4 bits), tcq (2, 3, 4), e8p (2, 3, 4), int (2, 3, 4, 6, 8), "
         "lloyd (2, 3, 4), nf (4), or auto.",
     )
     group_size: int = _option(128, "Columns that share one scale, for codebook int.")
     rotation: str = _option("hadamard", "hadamard (incoherence processing; QuIP#, 2024, section 3) or none.")
     rotation_block: int = _option(256, "Largest Hadamard block, a power of two.")
-    rounding: str = _option("ldlq", "ldlq (adaptive rounding with feedback) or nearest.")
+    rounding: str = _option(
+        "ldlq",
+        "ldlq (adaptive rounding with feedback), nearest, or fitted (nearest, with the scale of least squared error of "
+        "each group of columns; for codebook int).",
+    )
     init: str = _option(
         "svd",
         "What L R is before the first rounding: zero, svd of the weight, outlier (the channels of largest energy; "
@@ -108,14 +112,22 @@ class DataOptions:
     sequential: bool = _option(True, "Calibrate each block on the outputs of the compressed blocks before it.")
 
 
+EMBEDDING_BITS = (16, 8, 6, 4)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModuleOptions:
     """Which modules are compressed, and how they differ from each other; `patterns` says what a pattern matches."""
 
     modules_to_not_convert: Sequence[str] | None = _option(
         None,
-        "Patterns of modules to leave alone, in addition to the output head, tied weights, routers and the modules "
-        "that a model reads in its own way.",
+        "Patterns of modules to leave alone, in addition to tied weights, routers and the modules that a model reads "
+        "in its own way.",
+    )
+    embedding_bits: int = _option(
+        16,
+        "Bits per weight of the embeddings of tokens and of the output head, in models of transformers: 16 leaves them "
+        "as they are, 8, 6 or 4 stores codes. bits and group_size of patterns and layers hold for them as well.",
     )
     bits_pattern: Mapping[str, int] | None = _option(None, "Pattern -> bits; short for patterns.")
     rank_pattern: Mapping[str, int] | None = _option(None, "Pattern -> rank; short for patterns.")

@@ -15,7 +15,7 @@ from hf_lrq.patterns import check_pattern, matches
 
 INITS = ("auto", "inputs", "outlier", "split", "svd", "zero")
 METRICS = ("diagonal", "gram", "identity", "magnitudes", "squared")
-ROUNDINGS = ("ldlq", "nearest")
+ROUNDINGS = ("ldlq", "nearest", "fitted")
 ROTATIONS = ("hadamard", "none")
 # What "auto" takes, the best first that does not take too long. tcq has less error than both bt and e8p, and kernels,
 # but its paths take 50 times as long to find as points of e8p (194 s against 3.7 s for 256 x 576 at 3 bits, one core of
@@ -27,6 +27,8 @@ AUTO_FAMILIES = ("bt", "e8p", "int")
 # of AVX2, 64 tokens 0.6, 5.2 or 1.1 ms; errors on Gaussian weights are as 0.074, 0.091 and 0.119. From 512 rows on,
 # padding is never more than a quarter.
 LARGEST_PADDING = 1 / 2
+# How tables of embeddings are compressed: see `examples/benchmarks/RESULTS.md` for groups of other sizes.
+TABLE: dict[str, Any] = {"codebook": "int", "rank": 0, "rotation": "none", "rounding": "fitted", "group_size": 32}
 FACTOR_BUDGET = 0.3  # Bits per weight for factors of an automatic rank.
 # Multiples of 8, so that the scales of several layers can lie side by side for one kernel (`kernels.stacks`); below 8
 # any number, as the first ranks repair most and narrow matrices can afford no more. Above 64 nothing was measured.
@@ -56,7 +58,10 @@ class LayerSpec(LayerOptions):
         check_share("correction", self.correction)
         check_fraction("damp_percent", self.damp_percent)
         check_fraction("marginal_damping", self.marginal_damping)
-        _ = self.layout  # Raises here, where the user can see which argument is at fault.
+        # Raises here, where the user can see which argument is at fault.
+        book = get_codebook(self.layout.codebook)
+        if self.rounding == "fitted" and not book.grouped:
+            raise SpecError(f"rounding='fitted' is for codebooks with group scales; {book.name!r} has none. Use 'int'.")
 
     @property
     def resolved_codebook(self) -> str:
@@ -176,17 +181,26 @@ class CompressionSpec:
         """
         if name in self.layers:
             return self.layers[name]
-        changes: dict[str, Any] = {}
-        for pattern, more in self.patterns.items():
-            if matches(pattern, name):
-                changes |= more
+        changes = self.named(name)
         return _changed(self.default, changes, f"for {name}") if changes else self.default
 
-    def named(self, name: str) -> frozenset[str]:
-        """The fields that a pattern or `layers` sets for the module called `name`."""
+    def named(self, name: str) -> dict[str, Any]:
+        """The fields that patterns and `layers` set for the module called `name`, with their values."""
         if name in self.layers:
-            return frozenset(self.layers[name].to_dict())
-        return frozenset(key for pattern, more in self.patterns.items() if matches(pattern, name) for key in more)
+            return self.layers[name].to_dict()
+        matching = [changes for pattern, changes in self.patterns.items() if matches(pattern, name)]
+        return {key: value for changes in matching for key, value in changes.items()}
+
+    def for_table(self, name: str, bits: int) -> LayerSpec:
+        """The spec of an embedding or an output head: codes of single rows, of so many bits where nothing names it.
+
+        Of what patterns and `layers` say of the module, bits and group_size count.
+
+        Raises:
+            SpecError: if there are no such codes.
+        """
+        own = {key: value for key, value in self.named(name).items() if key in ("bits", "group_size")}
+        return _changed(LayerSpec(bits=bits, **TABLE, iters=1, refinements=0, sweeps=0), own, f"for {name}")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able fields."""

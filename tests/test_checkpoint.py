@@ -68,15 +68,24 @@ def test_header_has_the_documented_keys_and_values() -> None:
 
 def test_newer_format_names_both_versions_and_the_way_out() -> None:
     # A newer version may have other keys as well; they must not hide the reason.
-    with pytest.raises(CheckpointError, match=rf"format_version {FORMAT_VERSION + 1}.*up to version 1.*pip install -U"):
+    with pytest.raises(CheckpointError, match=rf"format_version {FORMAT_VERSION + 1}.*up to version 2.*pip install -U"):
         parse_header(stored(format_version=FORMAT_VERSION + 1, trellis=True))
+
+
+def test_a_header_is_written_in_the_lowest_version_that_can_say_it() -> None:
+    layout = LayerLayout(codebook="int8", rank=0, rotation="none", group_size=32)
+    for embeddings, version in (((), 1), (("a", "b"), 2)):
+        header = QuantizationHeader.of(layout, {"a": layout, "b": layout}, [], embeddings)
+        written = header.to_dict()
+        assert (written["format_version"], written.get("embeddings", [])) == (version, list(embeddings))
+        assert parse_header(written) == header
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"quant_method": "gptq"}, "quant_method must be 'hf_lrq', got 'gptq'"),
-        ({"format_version": None}, "format_version must be an integer from 1 to 1, got None"),
+        ({"format_version": None}, "format_version must be an integer from 1 to 2, got None"),
         ({"format_version": "1"}, "got '1'"),
         ({"format_version": 0}, "got 0"),
         ({"format_version": True}, "got True"),
@@ -103,6 +112,10 @@ def test_newer_format_names_both_versions_and_the_way_out() -> None:
         ({"modules": {"a": {"rnak": 1}}}, r"modules\['a'\] has the unknown key 'rnak'. Did you mean 'rank'?"),
         ({"modules": {"a": {"bits": 4}}}, r"modules\['a'\]: bits is 4, but codebook 'e8p2' has 2"),
         ({"modules": {"a": {"rank": 1.5}}}, r"modules\['a'\]: rank must be an integer"),
+        ({"embeddings": ["a"]}, "unknown key 'embeddings'"),
+        ({"format_version": 2}, "lacks embeddings"),
+        ({"format_version": 2, "embeddings": []}, "embeddings is empty, as in no checkpoint of format_version 2"),
+        ({"format_version": 2, "embeddings": "a"}, "embeddings must be a list of module names, got 'a'"),
     ],
 )
 def test_a_damaged_header_is_refused(changes: dict[str, Any], message: str) -> None:

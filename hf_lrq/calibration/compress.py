@@ -81,13 +81,14 @@ def compress_model(
         inventory = plan.inventory
         progress.start(len(plan.matrices), inventory.compressed_parameters, next(model.parameters()).device)
         try:
-            if batches is None:
+            if batches is None or not work.sites:
                 work.without_data()
             else:
                 runner = ModelRunner(model, list(batches))
                 progress.calibrate(runner.sequences, two_sided and sensitivity is None)
                 correct = any(spec.correction for spec in plan.specs.values())
                 Calibration(work, runner, sequential, two_sided, sensitivity, correct).run()
+            work.tables()
             later.release()
         except LRQError as error:
             if not sink.installed:
@@ -129,7 +130,8 @@ class _ModelWork:
     """A plan for a model in memory, carried out some sites at a time."""
 
     def __init__(self, model: nn.Module, plan: Plan, sink: Sink, workers: Threads, progress: Progress):
-        self.model, self.workers, self.sites = model, workers, list(plan.specs)
+        self.model, self.workers = model, workers
+        self.sites = [site for site in plan.specs if not site.of_tables]
         self.report = plan.inventory.report()
         self._plan, self._sink, self._progress = plan, sink, progress
         self._source = ModelSource(model)
@@ -174,6 +176,10 @@ class _ModelWork:
         for block, sites in homes.items():
             self.compress(block or "outside the blocks", sites, {})
         self.report.calibration = dict(DATA_FREE)
+
+    def tables(self) -> None:
+        """Compress embeddings and output heads, without data; last, as what is calibrated sees the original ones."""
+        self.compress("embeddings", [site for site in self._plan.specs if site.of_tables], {})
 
 
 def checked(plan: Plan, model: nn.Module, workers: Threads) -> Plan:

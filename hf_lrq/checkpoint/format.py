@@ -1,4 +1,4 @@
-"""The checkpoint format, version 1: this docstring is its specification, this module reads, checks and makes headers.
+"""The checkpoint format, versions 1 and 2: specified by this docstring; this module reads, checks and makes headers.
 
 A checkpoint is what `save_pretrained` of transformers writes: `config.json`, and safetensors files with an index where
 there are several. Nothing in it is executed on loading, and no other file is read by it: `quantization_report.json` and
@@ -36,13 +36,19 @@ in] or transposed [E, in, out] called `<module>.gate_up_proj`, `<module>.up_proj
 `<module>.weight`, is stored as `<module>.qstack_gate_up_proj.*` and so on: the tensors of [out, in] with a leading axis
 [E]. All else, biases of experts included, is as in the uncompressed model.
 
+An embedding [V, D] is stored like a linear layer with out = V and in = D, without rotation and factors, in codes of
+single rows: a lookup decodes the rows that it is asked for. What it does to them, such as a factor, is as in the
+uncompressed model. Modules that the model ties to it, embeddings and output heads, share its tensors and have none of
+their own in the files; an output head that is not tied is a linear layer like any other.
+
 `weight` has three axes (four in a stack) so that it can never be taken for an uncompressed weight: a program that does
 not know the format stops with a size mismatch instead of loading random numbers.
 
-`config.json` holds `quantization_config`, with exactly these keys:
+`config.json` holds `quantization_config`, with exactly these keys, the last one in version 2 alone:
 
     quant_method            "hf_lrq"
-    format_version          1; readers refuse what is newer than they know
+    format_version          1, or 2 where embeddings or output heads are compressed; readers refuse what is newer than
+                            they know
     codebook                name, for example "bt2": family and bits
     bits                    1 to 8, bits per weight of Q; those of the codebook
     rank                    0 to 65536, before clamping to the matrix
@@ -53,6 +59,9 @@ not know the format stops with a size mismatch instead of loading random numbers
     modules_to_not_convert  names of the linear layers and expert modules that are not compressed; all others are
     modules                 {name: {key: value}}: what differs from the above for one module; keys: codebook, bits,
                             rank, factor_bits, group_size, rotation, rotation_block, and ft_rank (0 to 65536; absent: 0)
+    embeddings              names of the embeddings, and of the output heads that are not tied to one, that are
+                            compressed; other embeddings are not. A version of its own, as readers of version 1 know no
+                            compressed embeddings: they are to say so, instead of what the shapes of tensors tell them
 
 The name of a module is that of its tensors in the files without the last component. (Releases of transformers differ in
 what they call a module in memory, not in what they call it in files.) Loading is strict: an unknown key, a value out of
@@ -77,17 +86,19 @@ from hf_lrq.errors import CheckpointError, SpecError, did_you_mean
 from hf_lrq.layout import LayerLayout, TensorLayout
 from hf_lrq.safetensors_headers import Headers, dtype_name
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # The newest that is read; what version 1 can say is written as version 1.
 QUANT_METHOD = "hf_lrq"
 MAX_MODULES = 1_000_000
 MAX_NAME = 1024
 SHOWN_OFFENDERS = 10
+_DAMAGED = "The config.json of this checkpoint is damaged."
 
 # What was merged into one module says nothing about the others: ft_rank has no default for all of them.
 LAYOUT_KEYS = tuple(item.name for item in fields(LayerLayout) if item.name != "ft_rank")
 _LAYER_KEYS = (*LAYOUT_KEYS, "bits")
 _MODULE_KEYS = (*_LAYER_KEYS, "ft_rank")
 _KEYS = ("quant_method", "format_version", *_LAYER_KEYS, "modules_to_not_convert", "modules")
+_EMBEDDINGS = "embeddings"  # Since version 2.
 
 
 @dataclass(frozen=True)
@@ -98,19 +109,30 @@ class QuantizationHeader:
         default: layout of the modules without an entry of their own.
         overrides: module name -> layout.
         modules_to_not_convert: names of the modules that are not compressed.
+        embeddings: names of the embeddings and heads that are.
     """
 
     default: LayerLayout
     overrides: Mapping[str, LayerLayout] = field(default_factory=dict)
     modules_to_not_convert: tuple[str, ...] = ()
+    embeddings: tuple[str, ...] = ()
 
     @classmethod
     def of(
-        cls, default: LayerLayout, layouts: Mapping[str, LayerLayout], modules_to_not_convert: Iterable[str]
+        cls,
+        default: LayerLayout,
+        layouts: Mapping[str, LayerLayout],
+        modules_to_not_convert: Iterable[str],
+        embeddings: Iterable[str] = (),
     ) -> "QuantizationHeader":
         """The header of a model with these compressed modules; only layouts other than the default get an entry."""
         overrides = {name: layout for name, layout in layouts.items() if layout != default}
-        return cls(default, overrides, tuple(modules_to_not_convert))
+        return cls(default, overrides, tuple(modules_to_not_convert), tuple(embeddings))
+
+    @property
+    def format_version(self) -> int:
+        """The lowest that can say this."""
+        return 2 if self.embeddings else 1
 
     def layout_for(self, name: str) -> LayerLayout:
         """The layout of the compressed module called `name`."""
@@ -129,10 +151,11 @@ class QuantizationHeader:
         }
         return {
             "quant_method": QUANT_METHOD,
-            "format_version": FORMAT_VERSION,
+            "format_version": self.format_version,
             **default,
             "modules_to_not_convert": list(self.modules_to_not_convert),
             "modules": modules,
+            **({_EMBEDDINGS: list(self.embeddings)} if self.embeddings else {}),
         }
 
 
@@ -147,22 +170,29 @@ def parse_header(data: Mapping[str, Any]) -> QuantizationHeader:
         CheckpointError: on a missing or unknown key, a wrong type or value, or a newer format.
     """
     _check_version(data)
-    _check_keys("quantization_config", data, known=_KEYS, required=_KEYS)
+    keys = _KEYS if data["format_version"] == 1 else (*_KEYS, _EMBEDDINGS)
+    _check_keys("quantization_config", data, known=keys, required=keys)
     default = _parse_layout("quantization_config", {key: data[key] for key in _LAYER_KEYS})
-    skipped = data["modules_to_not_convert"]
-    if not isinstance(skipped, list) or not all(isinstance(name, str) for name in skipped):
-        raise CheckpointError(f"modules_to_not_convert must be a list of module names, got {shown(skipped)}.")
+    skipped, embeddings = (_names(key, data.get(key, [])) for key in ("modules_to_not_convert", _EMBEDDINGS))
+    if data["format_version"] > 1 and not embeddings:
+        raise CheckpointError(f"{_EMBEDDINGS} is empty, as in no checkpoint of format_version 2. {_DAMAGED}")
     modules = data["modules"]
     if not isinstance(modules, Mapping):
         raise CheckpointError(f"modules must be an object of module names, got {shown(modules)}.")
-    for count, kind in ((len(skipped), "modules_to_not_convert"), (len(modules), "modules")):
-        if count > MAX_MODULES:
-            raise CheckpointError(f"{kind} has {count} entries; at most {MAX_MODULES} are allowed.")
-    for name in (*skipped, *modules):
+    for kind, listed in (("modules_to_not_convert", skipped), ("modules", modules), (_EMBEDDINGS, embeddings)):
+        if len(listed) > MAX_MODULES:
+            raise CheckpointError(f"{kind} has {len(listed)} entries; at most {MAX_MODULES} are allowed.")
+    for name in (*skipped, *modules, *embeddings):
         if not 0 < len(name) <= MAX_NAME:
             raise CheckpointError(f"a module name has {len(name)} characters; 1 to {MAX_NAME} are allowed.")
     overrides = {name: _parse_override(name, changes, default) for name, changes in modules.items()}
-    return QuantizationHeader(default, overrides, tuple(skipped))
+    return QuantizationHeader(default, overrides, tuple(skipped), tuple(embeddings))
+
+
+def _names(key: str, found: Any) -> list[str]:
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise CheckpointError(f"{key} must be a list of module names, got {shown(found)}.")
+    return found
 
 
 def _check_version(data: Mapping[str, Any]) -> None:
@@ -191,7 +221,7 @@ def _check_keys(where: str, data: Mapping[str, Any], known: Iterable[str], requi
             )
     missing = [key for key in required if key not in data]
     if missing:
-        raise CheckpointError(f"{where} lacks {', '.join(missing)}. The config.json of this checkpoint is damaged.")
+        raise CheckpointError(f"{where} lacks {', '.join(missing)}. {_DAMAGED}")
 
 
 def _parse_override(name: str, changes: Any, default: LayerLayout) -> LayerLayout:

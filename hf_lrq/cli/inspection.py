@@ -57,13 +57,20 @@ class Inspection:
     @property
     def caldera_bits(self) -> float | None:
         """Bits per weight as the CALDERA paper counts: codes and factors, without scales, rotations and padding."""
-        weights = sum(layer.weights for layer in self.layers)
+        layers = [layer for layer in self.layers if not layer.of_tables]
+        weights = sum(layer.weights for layer in layers)
         total = sum(
             layer.code_bits * layer.weights
             + layer.experts * layer.factor_bits * layer.rank * (layer.out_features + layer.in_features)
-            for layer in self.layers
+            for layer in layers
         )
         return total / weights if weights else None
+
+    @property
+    def embedding_bits(self) -> float | None:
+        """Bits per weight of embeddings and heads that are codes, everything stored; None if there is none."""
+        tables = [layer for layer in self.layers if layer.of_tables]
+        return 8 * sum(t.bytes for t in tables) / sum(t.weights for t in tables) if tables else None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -75,6 +82,7 @@ class Inspection:
             "files": self.files,
             "bits": {
                 "compressed_layers": self.size.bits_per_weight,
+                "embeddings": self.embedding_bits,
                 "whole_file": self.size.bits_per_parameter,
                 "caldera": self.caldera_bits,
             },
@@ -170,6 +178,8 @@ def run(options: InspectOptions) -> None:
     print_size(found.size)
     if found.header is not None:
         out.print(f"Bits per weight of the compressed layers, everything stored: {bits(found.size.bits_per_weight)}")
+        if found.embedding_bits is not None:
+            out.print(f"Bits per weight of compressed embeddings and heads: {bits(found.embedding_bits)}")
         out.print(f"Bits per parameter of the whole file: {bits(found.size.bits_per_parameter)}")
         out.print(f"Bits per weight as the CALDERA paper counts, codes and factors only: {bits(found.caldera_bits)}")
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_lrq.decomposition.correction import corrected
+from hf_lrq.decomposition.fitted import FittedNearest
 from hf_lrq.decomposition.gram import InputGram
 from hf_lrq.decomposition.incoherence import RandomHadamard
 from hf_lrq.decomposition.lowrank import LPLR, LowRankSolver, WhitenedSVD
@@ -210,8 +211,9 @@ def _checked(W: Tensor) -> Tensor:
 
 
 def _quantizer(spec: LayerSpec) -> Quantizer:
-    if spec.rounding == "nearest":
-        return RoundToNearest(spec.resolved_codebook, spec.group_size)
+    nearest = {"nearest": RoundToNearest, "fitted": FittedNearest}.get(spec.rounding)
+    if nearest is not None:
+        return nearest(spec.resolved_codebook, spec.group_size)
     return LDLQ(spec.resolved_codebook, spec.group_size, sweeps=spec.sweeps)
 
 

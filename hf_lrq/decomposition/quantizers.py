@@ -48,12 +48,12 @@ class Quantizer(ABC):
     def scales(self, W: Tensor) -> Tensor:
         """Root mean square of each row [out], or of each group [out, groups], in float32 values float16 can hold."""
         if not self.book.grouped:
-            return _representable(W.square().mean(1).sqrt())
+            return representable(W.square().mean(1).sqrt())
         padding = -W.shape[1] % self.group_size
         squares = torch.nn.functional.pad(W.square(), (0, padding)).unflatten(1, (-1, self.group_size)).sum(-1)
         counts = torch.full((squares.shape[1],), float(self.group_size), device=W.device)
         counts[-1] -= padding
-        return _representable((squares / counts).sqrt())
+        return representable((squares / counts).sqrt())
 
     def finish(self, codes: Tensor, scales: Tensor, in_features: int) -> QuantizedMatrix:
         """Pack [padded out, padded in / dim] codes; scales are those of the rows without padding."""
@@ -73,7 +73,7 @@ class Quantizer(ABC):
         return padded
 
 
-def _representable(scales: Tensor) -> Tensor:
+def representable(scales: Tensor) -> Tensor:
     """What float16 storage makes of the scales. A zero row keeps scale 0: no codebook need have a point at zero.
 
     Raises:
@@ -288,5 +288,5 @@ def refit_scales(W: Tensor, rounded: Tensor, weighted: Tensor, scales: Tensor) -
     # A row whose codes all point the wrong way would want a negative scale; it keeps the old one.
     usable = (numerator > 0) & (denominator > 0)
     factor = torch.where(usable, numerator / denominator.clamp(min=1e-30), torch.ones_like(numerator))
-    refitted = _representable(scales * factor)
+    refitted = representable(scales * factor)
     return refitted, _divide(refitted, scales).unsqueeze(1)

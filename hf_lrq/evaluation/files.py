@@ -21,6 +21,7 @@ class StoredLayer:
         experts: matrices in the stack, 1 where there is none.
         out_features, in_features: of each; without rotation and factors, in_features is only known up to padding.
         bytes: of all its tensors, bias excluded.
+        of_tables: whether it is an embedding or an output head.
     """
 
     name: str
@@ -29,6 +30,7 @@ class StoredLayer:
     out_features: int
     in_features: int
     bytes: int
+    of_tables: bool = False
 
     @property
     def weights(self) -> int:
@@ -66,7 +68,14 @@ class StoredLayer:
 
 
 class Layouts(Protocol):
-    """What config.json says of compressed modules; `checkpoint.QuantizationHeader` is one."""
+    """What config.json says of compressed modules; `checkpoint.QuantizationHeader` is one.
+
+    Attributes:
+        embeddings: names of compressed embeddings and heads.
+    """
+
+    @property
+    def embeddings(self) -> tuple[str, ...]: ...
 
     def layout_for(self, name: str) -> LayerLayout:
         """The layout of a compressed module, by the name it has in the files."""
@@ -83,11 +92,12 @@ def compressed_layers(headers: Headers, layouts: Layouts) -> dict[str, StoredLay
     for name, (dtype, shape) in headers.items():
         prefix, _, last = name.rpartition(".")
         if last == "weight" and dtype == "U8" and len(shape) in (3, 4) and f"{prefix}.scales" in headers:
-            found[prefix] = _layer_from_headers(prefix, headers, layouts.layout_for(prefix))
+            found[prefix] = _layer_from_headers(prefix, headers, layouts)
     return found
 
 
-def _layer_from_headers(prefix: str, headers: Headers, layout: LayerLayout) -> StoredLayer:
+def _layer_from_headers(prefix: str, headers: Headers, layouts: Layouts) -> StoredLayer:
+    layout = layouts.layout_for(prefix)
     own = {name: headers[full] for name in TENSOR_NAMES if (full := f"{prefix}.{name}") in headers}
     *stack, _, tiles, _ = own["weight"][1]
     out_features = own["scales"][1][len(stack)]
@@ -96,7 +106,8 @@ def _layer_from_headers(prefix: str, headers: Headers, layout: LayerLayout) -> S
         if name in own:
             in_features = own[name][1][-1]
     stored = sum(tensor_bytes(dtype, shape) for dtype, shape in own.values())
-    return StoredLayer(prefix, layout, stack[0] if stack else 1, out_features, in_features, stored)
+    experts = stack[0] if stack else 1
+    return StoredLayer(prefix, layout, experts, out_features, in_features, stored, prefix in layouts.embeddings)
 
 
 def size_of_headers(headers: Headers, file_bytes: int | None = None, layouts: Layouts | None = None) -> Size:
@@ -115,7 +126,8 @@ def _from_headers(headers: Headers, layers: Mapping[str, StoredLayer]) -> Iterat
     for name, (dtype, shape) in headers.items():
         prefix, _, last = name.rpartition(".")
         if prefix in layers and last in TENSOR_NAMES:
-            kind, weights = "compressed", layers[prefix].weights if last == "weight" else 0
+            kind = "embeddings" if layers[prefix].of_tables else "compressed"
+            weights = layers[prefix].weights if last == "weight" else 0
         else:
             kind, weights = _kind_by_name(name, shape), math.prod(shape)
         yield StoredTensor(name, dtype, shape, kind, weights)

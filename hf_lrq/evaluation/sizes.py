@@ -9,7 +9,7 @@ from torch import nn
 
 from hf_lrq.digests import expected_record
 from hf_lrq.layout import TENSOR_NAMES, LayerLayout
-from hf_lrq.nn import LRQExpertStack, LRQLinear
+from hf_lrq.nn import COMPRESSED, LRQEmbedding, LRQExpertStack, LRQHead
 from hf_lrq.safetensors_headers import dtype_name, header_bytes, tensor_bytes
 from hf_lrq.work import Site
 
@@ -68,9 +68,11 @@ class Size:
     """Where the bytes of a model are.
 
     Attributes:
-        compressed: codes with padding, scales, rotations and factors of the compressed layers; not their biases.
+        compressed: codes with padding, scales, rotations and factors of the compressed layers; not their biases, and
+            not what is compressed of embeddings and heads.
         linears: uncompressed matrices other than embeddings.
-        embeddings: a head tied to them included, as it is stored once.
+        embeddings: as numbers or as codes, with scales; a head tied to them included, as it is stored once, and other
+            heads where they are codes.
         norms: weights of normalisation layers.
         other: biases, buffers, and what else there is.
         header_bytes: of safetensors.
@@ -93,7 +95,8 @@ class Size:
         for tensor in tensors:
             parts[tensor.kind] += Part(tensor.weights, tensor.bytes)
         headers = {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
-        record = expected_record(headers).to_metadata() if parts["compressed"].bytes else {}
+        codes = any(tensor.dtype == "U8" for tensor in tensors)
+        record = expected_record(headers).to_metadata() if codes else {}
         return cls(
             **parts,
             header_bytes=header_bytes(headers, record),
@@ -183,7 +186,11 @@ def stored_tensors(model: nn.Module, planned: Mapping[Site, LayerLayout] | None 
 def _planned_tensors(site: Site, layout: LayerLayout) -> list[StoredTensor]:
     return [
         StoredTensor(
-            name, dtype_name(tensor.dtype), tensor.shape, "compressed", site.weights if name.endswith(".weight") else 0
+            name,
+            dtype_name(tensor.dtype),
+            tensor.shape,
+            "embeddings" if site.of_tables else "compressed",
+            site.weights if name.endswith(".weight") else 0,
         )
         for name, tensor in site.tensors(layout).items()
     ]
@@ -191,11 +198,12 @@ def _planned_tensors(site: Site, layout: LayerLayout) -> list[StoredTensor]:
 
 def _kind_and_weights(module: nn.Module, name: str, tensor: torch.Tensor) -> tuple[str, int]:
     weights = tensor.numel() if name in module._parameters else 0
-    if isinstance(module, LRQLinear | LRQExpertStack):
+    if isinstance(module, COMPRESSED):
         if name not in TENSOR_NAMES:
             return "other", weights
         matrices = module.experts if isinstance(module, LRQExpertStack) else 1
-        return "compressed", matrices * module.out_features * module.in_features if name == "weight" else 0
+        kind = "embeddings" if isinstance(module, LRQEmbedding | LRQHead) else "compressed"
+        return kind, matrices * module.out_features * module.in_features if name == "weight" else 0
     if isinstance(module, nn.Embedding):
         return "embeddings", weights
     if "norm" in type(module).__name__.lower():

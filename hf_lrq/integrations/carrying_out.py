@@ -62,12 +62,14 @@ def budget_of(model: nn.Module, plan: Plan, config: LRQConfig) -> Budget:
         SpecError: if the rest of the model takes more than the whole file may.
     """
     if config.avg_bits is not None:
-        weights = sum(site.weights for site in plan.specs)
+        weights = sum(site.weights for site in plan.specs if not site.of_tables)
         return Budget(int(config.avg_bits * weights / 8), config.spec, {"avg_bits": config.avg_bits})
     whole = bytes_of(config.target_size)
     # With factors everywhere, as their names make the header longest.
-    layouts = {site: replace(spec.layout, rank=max(spec.layout.rank, 1)) for site, spec in plan.specs.items()}
-    rest = size(model, layouts).predicted_bytes - sum(site.bytes(layout) for site, layout in layouts.items())
+    layouts = dict(plan.inventory.layouts)
+    matrices = [site for site in layouts if not site.of_tables]
+    layouts |= {site: replace(layouts[site], rank=max(layouts[site].rank, 1)) for site in matrices}
+    rest = size(model, layouts).predicted_bytes - sum(site.bytes(layouts[site]) for site in matrices)
     if rest >= whole:
         raise SpecError(
             f"target_size={config.target_size!r} is {whole:,} bytes, and what is not compressed takes {rest:,}: "

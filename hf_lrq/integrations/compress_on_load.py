@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,9 +10,23 @@ from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 
 from hf_lrq.calibration.compress import DATA_FREE
+from hf_lrq.decomposition import CompressedMatrix
 from hf_lrq.errors import CompressionError
+from hf_lrq.integrations.decompression import with_hook_of
 from hf_lrq.integrations.loading import put_empty
-from hf_lrq.work import CompressionReport, Held, Inline, Inventory, LayerRecord, Plan, Site, compress_sites
+from hf_lrq.integrations.tables import tables_of
+from hf_lrq.work import (
+    CompressionReport,
+    EmbeddingSite,
+    Held,
+    Inline,
+    Inventory,
+    LayerRecord,
+    ModelSource,
+    Plan,
+    Site,
+    compress_sites,
+)
 from hf_lrq.work.plan import nothing_left
 from hf_lrq.work.sites import joined
 
@@ -27,8 +42,10 @@ class LoadingCompression:
     """
 
     def __init__(self, model: Any, plan: Plan):
+        # What is tied to an embedding is known when everything is loaded: they are compressed then.
+        self._embeddings = [site for site in plan.specs if isinstance(site, EmbeddingSite)]
         self._plan = plan
-        self._awaited = {site.parameter: site for site in plan.specs}
+        self._awaited = {site.parameter: site for site in plan.specs if site not in self._embeddings}
         self._records: dict[Site, list[LayerRecord]] = {}
         self._siblings = Counter(site.name for site in plan.specs)
         self._uncompressed: dict[Site, Tensor] = {}  # As long as another stack of the module can be left alone.
@@ -36,7 +53,8 @@ class LoadingCompression:
         self._missing: set[str] | None = None
         self._failure: Exception | None = None
         self._started = time.monotonic()
-        put_empty(model, plan.inventory.layouts, keep_parameters=True)
+        streamed = {site: plan.specs[site].layout for site in self._awaited.values()}
+        put_empty(model, streamed, keep_parameters=True)
 
     def awaits(self, name: str) -> bool:
         """Whether this parameter is compressed as it is loaded."""
@@ -86,10 +104,12 @@ class LoadingCompression:
         for name, site in self._awaited.items():
             if site not in self._records and site.label not in self._problems:
                 self._finish_site(model, name, site)
+        for site in self._embeddings:
+            self._compress_embedding(model, site)
         plan = self._plan.without(self._problems)
         if not plan.specs:
             raise CompressionError(nothing_left(type(model).__name__, plan.left_alone))
-        for site in self._plan.specs.keys() - plan.specs.keys():
+        for site in self._plan.specs.keys() - plan.specs.keys() - set(self._embeddings):
             self._restore(model, site)
         self._zero_missing_biases(model, plan)
         inventory = plan.inventory
@@ -114,6 +134,16 @@ class LoadingCompression:
             raise CompressionError(f"the checkpoint has no {name}. Load it without compression to see what it has.")
         # A head that this class adds to the model that was saved; transformers has initialised it.
         self._problems[site.label] = "not in the checkpoint, newly initialised"
+
+    def _compress_embedding(self, model: Any, site: Site) -> None:
+        """Compress a table that was loaded as it is, for all modules that are tied to it now."""
+        tied = tables_of(model)[0]
+        parameter = model.get_parameter(site.parameter)
+        if next((other.modules for other in tied if other == site), ()) != site.modules:
+            self._problems[site.label] = "not tied to what its model ties it to, as the checkpoint holds both"
+        elif not self._left_alone(site, parameter):
+            done = self._records.setdefault(site, []).append
+            compress_sites(self._plan, [site], ModelSource(model), _Installing(model), Inline(), done=done)
 
     def _zero_missing_biases(self, model: Any, plan: Plan) -> None:
         """Initialise those that the checkpoint has not, as every model of transformers does."""
@@ -166,6 +196,21 @@ class LoadingCompression:
             for other in siblings:
                 del self._uncompressed[other]
         return held.values
+
+
+class _Installing:
+    """A sink that puts a compressed table into the model, with the hooks of what it replaces."""
+
+    def __init__(self, model: Any):
+        self._model = model
+
+    def put(self, site: Site, matrices: Sequence[CompressedMatrix]) -> None:
+        """See `Sink`."""
+        old = self._model.get_submodule(site.name)
+        new = site.compressed(old, matrices)
+        self._model.set_submodule(site.name, with_hook_of(old, new.train(old.training)))
+        for old, new in site.follow(self._model):
+            with_hook_of(old, new.train(old.training))
 
 
 class CompressOnLoad(ConversionOps):

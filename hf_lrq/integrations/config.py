@@ -16,7 +16,16 @@ from hf_lrq.decomposition import check_schedule
 from hf_lrq.errors import CalibrationError, CheckpointError, SpecError
 from hf_lrq.integrations.aliases import by_own_names
 from hf_lrq.kernels import ACTIVATIONS, known_backends
-from hf_lrq.options import DataOptions, LayerOptions, MethodOptions, ModuleOptions, RunOptions, documented, options_of
+from hf_lrq.options import (
+    EMBEDDING_BITS,
+    DataOptions,
+    LayerOptions,
+    MethodOptions,
+    ModuleOptions,
+    RunOptions,
+    documented,
+    options_of,
+)
 from hf_lrq.patterns import check_pattern, check_patterns, in_one
 from hf_lrq.presets import Preset, get_preset, presets_without_data
 from hf_lrq.spec import CompressionSpec, LayerSpec
@@ -76,6 +85,8 @@ class LRQConfig(QuantizationConfigMixin):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise SpecError(f"{name} must be an integer of at least 1, got {value!r}.")
+        if isinstance(self.embedding_bits, bool) or self.embedding_bits not in EMBEDDING_BITS:
+            raise SpecError(f"embedding_bits must be 16, 8, 6 or 4, got {self.embedding_bits!r}.")
         for name in ("dequantize", "sequential", "two_sided", "fuse", "verify"):
             if not isinstance(getattr(self, name), bool):
                 raise SpecError(f"{name} must be True or False, got {getattr(self, name)!r}.")
@@ -335,6 +346,6 @@ def stored_header(config: LRQConfig) -> QuantizationHeader:
     if config.header is None:
         raise CheckpointError(
             "quantization_config in config.json has no format_version, so it is not that of a compressed checkpoint. "
-            f"This library writes format_version {FORMAT_VERSION}. Download or copy the checkpoint again."
+            f"This library writes format_version 1 or {FORMAT_VERSION}. Download or copy the checkpoint again."
         )
     return config.header

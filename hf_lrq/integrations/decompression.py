@@ -8,7 +8,7 @@ from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from torch import nn
 
 from hf_lrq.errors import SpecError
-from hf_lrq.nn import LRQExpertStack, LRQLinear, unfuse_layers
+from hf_lrq.nn import COMPRESSED, LRQEmbedding, LRQLinear, unfuse_layers
 from hf_lrq.nn.fused_experts import owns_stacks
 from hf_lrq.nn.inference_path import let_go
 from hf_lrq.work import Site
@@ -31,19 +31,23 @@ def decompress(model: Any, sites: Iterable[Site], dtype: torch.dtype) -> Any:
     unfuse_layers(model)
     # All of them before the first is replaced: a model of both kinds must not come about.
     for name, module in model.named_modules():
-        if isinstance(module, LRQLinear | LRQExpertStack) and module.weight.device.type == "meta":
+        if isinstance(module, COMPRESSED) and module.weight.device.type == "meta":
             raise SpecError(f"{name} is offloaded, so its weight is not at hand. Load the model without offloading.")
     owned: dict[str, list[Site]] = {}
     for site in sites:
         owned.setdefault(site.name, []).append(site)
+    followers = {name for each in owned.values() for site in each for name in site.modules}
     for name, module in list(model.named_modules()):
         let_go(module)
-        if isinstance(module, LRQLinear) and name not in owned:  # Inside an adapter.
+        if isinstance(module, LRQLinear) and name not in owned and name not in followers:  # Inside an adapter.
             owned[name] = [LinearSite(name, module.out_features, module.in_features)]
-        for site in owned.get(name, ()) if isinstance(module, LRQLinear) or owns_stacks(module) else ():
+        compressed = isinstance(module, LRQLinear | LRQEmbedding) or owns_stacks(module)
+        for site in owned.get(name, ()) if compressed else ():
             plain = site.uncompressed(module, dtype)
             if plain is not module:
                 model.set_submodule(name, with_hook_of(module, plain))
+            for old, new in site.unfollow(model):
+                with_hook_of(old, new)
     return model
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_lrq.layout import TENSOR_NAMES
-from hf_lrq.nn import LRQExpertStack, LRQLinear
+from hf_lrq.nn import COMPRESSED
 
 # The property of transformers, also when this module is imported again.
 _property: Any = PreTrainedModel.dtype
@@ -23,7 +23,7 @@ _of_first_parameter = getattr(_of_first_parameter, "__wrapped__", _of_first_para
 def dtype_of_uncompressed(model: nn.Module) -> torch.dtype | None:
     """That of the first floating-point parameter that is no part of a compressed matrix; None if there is none."""
     for module in model.modules():
-        stored = TENSOR_NAMES if isinstance(module, LRQLinear | LRQExpertStack) else ()
+        stored = TENSOR_NAMES if isinstance(module, COMPRESSED) else ()
         for name, parameter in module._parameters.items():
             if parameter is not None and name not in stored and parameter.is_floating_point():
                 return parameter.dtype

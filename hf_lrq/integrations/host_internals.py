@@ -195,7 +195,13 @@ TRANSFORMERS = (
         "transformers.modeling_utils.PreTrainedModel.all_tied_weights_keys",
         "attribute",
         ("work", *_HOSTED),
-        "tied weights are left uncompressed and counted once",
+        "tied weights are left uncompressed or share their codes, and are counted once",
+    ),
+    HostName(
+        "transformers.modeling_utils.PreTrainedModel._tied_weights_keys",
+        "attribute",
+        _HOSTED,
+        "gets the scales of tied tables of codes, so that they are tied and saved once as the codes are",
     ),
     HostName(
         "transformers.modeling_utils.PreTrainedModel.dtype",

@@ -21,14 +21,16 @@ from hf_lrq.checkpoint import (
     verify_tensors,
 )
 from hf_lrq.codebooks import get_codebook
-from hf_lrq.errors import CheckpointError, did_you_mean
+from hf_lrq.errors import CheckpointError, SpecError, did_you_mean
 from hf_lrq.integrations.conversions import names_in_files, names_in_model
 from hf_lrq.integrations.saved_class import SavedModel
+from hf_lrq.integrations.tables import tables_of, tie_scales
 from hf_lrq.layout import LayerLayout, TensorLayout
-from hf_lrq.nn import LRQExpertStack, LRQLinear
+from hf_lrq.nn import COMPRESSED, LRQEmbedding, LRQExpertStack, LRQHead, LRQLinear
+from hf_lrq.nn.embedding import check_table
 from hf_lrq.nn.soundness import unsound_tensors
 from hf_lrq.spec import LayerSpec
-from hf_lrq.work import Inventory, Site, sites_of, take_census
+from hf_lrq.work import EmbeddingSite, Inventory, Site, sites_of, take_census
 from hf_lrq.work.sites import joined
 
 
@@ -46,10 +48,12 @@ def empty_layers(model: Any, header: QuantizationHeader, files: Sequence[str], v
     """
     own = _in_model_names(model, header)
     alone = set(own.modules_to_not_convert)
-    inventory = Inventory()
-    found: list[Site] = []
+    tables = _tables(model, own)
+    inventory = Inventory({site: own.layout_for(site.holder) for site in tables})
+    found: list[Site] = [*tables]
+    shared = {name for site in tables for name in site.modules}
     for name, module in model.named_modules():
-        sites = sites_of(name, module)
+        sites = sites_of(name, module) if name not in shared else []
         found += sites
         if sites and name in alone:
             inventory.left_alone[name] = "left alone when the checkpoint was made"
@@ -63,7 +67,33 @@ def empty_layers(model: Any, header: QuantizationHeader, files: Sequence[str], v
         if verify:
             verify_tensors(record, stored)
     put_empty(model, inventory.layouts, keep_parameters=False)
+    tie_scales(model, tables)
     return inventory
+
+
+def _tables(model: Any, header: QuantizationHeader) -> list[Site]:
+    """The embeddings and heads of a model that the checkpoint has compressed.
+
+    Raises:
+        CheckpointError: if one of them cannot be a table of codes in this model.
+    """
+    names = {name for name, _ in model.named_modules()}
+    wanted = [name for name in header.embeddings if name in names]  # Others are of the class that was saved.
+    sites, left = tables_of(model) if wanted else ([], {})
+    by_name = {site.name: site for site in sites}
+    for name in wanted:
+        if name not in by_name:
+            why = left.get(name, f"it is a {type(model.get_submodule(name)).__name__}")
+            raise CheckpointError(
+                f"config.json says that {name} is an embedding or head of codes, which it cannot be in this "
+                f"{type(model).__name__}: {why}. Load it with the class that was saved."
+            )
+        try:
+            if isinstance(by_name[name], EmbeddingSite):
+                check_table(header.layout_for(name))
+        except SpecError as error:
+            raise CheckpointError(f"modules[{name!r}] in config.json: {error}") from None
+    return [by_name[name] for name in wanted]
 
 
 def files_in_place(model: Any, files: Sequence[str]) -> tuple[FileHeader, ...]:
@@ -100,6 +130,8 @@ def put_empty(model: Any, layouts: Mapping[Site, LayerLayout], keep_parameters: 
         layer = site.empty(module, layout, keep_parameters)
         if layer is not module:
             model.set_submodule(site.name, layer)
+        for _ in site.follow(model):
+            pass
 
 
 def header_of_model(model: Any, default: LayerLayout) -> QuantizationHeader:
@@ -110,24 +142,30 @@ def header_of_model(model: Any, default: LayerLayout) -> QuantizationHeader:
         default: layout of the modules that need no entry of their own.
     """
     layouts: dict[str, LayerLayout] = {}
-    alone = []
+    alone, tables = [], []
     for name, module in model.named_modules():
-        if isinstance(module, LRQLinear | LRQExpertStack):
-            layouts[f"{name}.weight"] = module.layout
+        key = f"{name}.weight"
+        if isinstance(module, COMPRESSED):
+            if isinstance(module, LRQEmbedding | LRQHead) and module.shares:
+                continue
+            layouts[key] = module.layout
+            tables += [key] if isinstance(module, LRQEmbedding | LRQHead) else []
         elif sites_of(name, module):
-            alone.append(f"{name}.weight")
-    stored = names_in_files((*layouts, *alone), model)
+            alone.append(key)
+    stored = {key: name.removesuffix(".weight") for key, name in names_in_files((*layouts, *alone), model).items()}
     return QuantizationHeader.of(
         default,
-        {stored[key].removesuffix(".weight"): layout for key, layout in layouts.items()},
-        [stored[key].removesuffix(".weight") for key in alone],
+        {stored[key]: layout for key, layout in layouts.items()},
+        [stored[key] for key in alone],
+        [stored[key] for key in tables],
     )
 
 
 def default_layout(spec: LayerSpec, model: nn.Module) -> LayerLayout:
     """The layout that most modules have which were compressed as `spec` says."""
     automatic = [name for name, fits in (("codebook", spec.codebook == "auto"), ("rank", spec.rank is None)) if fits]
-    layouts = [module.layout for module in model.modules() if isinstance(module, LRQLinear | LRQExpertStack)]
+    layers = [module for module in model.modules() if isinstance(module, LRQLinear | LRQExpertStack)]
+    layouts = [layer.layout for layer in layers if not isinstance(layer, LRQHead)]
     alike = [layout for layout in layouts if get_codebook(layout.codebook).bits == spec.bits]
     # They fit each matrix; what most of those with these bits got need not be said of each.
     found: dict[str, Any] = {name: mode(getattr(layout, name) for layout in alike) for name in automatic if alike}
@@ -142,7 +180,9 @@ def _in_model_names(model: Any, header: QuantizationHeader) -> QuantizationHeade
         if (sites := sites_of(name, module))
         for holder in dict.fromkeys([name, *(site.holder for site in sites)])
     ]
-    keys = [f"{name}.weight" for name in (*header.modules_to_not_convert, *header.overrides)]
+    wanted += [joined(name, "weight") for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    named = (*header.modules_to_not_convert, *header.overrides, *header.embeddings)
+    keys = [f"{name}.weight" for name in named]
     name_of = {
         key.removesuffix(".weight"): name.removesuffix(".weight")
         for key, name in names_in_model(keys, model, wanted).items()
@@ -151,6 +191,7 @@ def _in_model_names(model: Any, header: QuantizationHeader) -> QuantizationHeade
         header.default,
         {name_of[name]: layout for name, layout in header.overrides.items()},
         tuple(name_of[name] for name in header.modules_to_not_convert),
+        tuple(name_of[name] for name in header.embeddings),
     )
 
 
@@ -176,6 +217,7 @@ def _check_names(header: QuantizationHeader, found: Headers, saved: SavedModel) 
     compressed = {key.removesuffix(".scales") for key in found if key.endswith(".scales")}
     owners = {name[:i] for name in found for i, letter in enumerate(name) if letter == "."}
     unknown = [("modules", name, compressed) for name in header.overrides if name not in compressed]
+    unknown += [("embeddings", name, compressed) for name in header.embeddings if name not in compressed]
     unknown += [
         ("modules_to_not_convert", name, owners)
         for name in header.modules_to_not_convert
@@ -183,7 +225,7 @@ def _check_names(header: QuantizationHeader, found: Headers, saved: SavedModel) 
     ]
     if unknown:
         kind, name, known = unknown[0]
-        what = "compressed module" if kind == "modules" else "module"
+        what = "module" if kind == "modules_to_not_convert" else "compressed module"
         raise CheckpointError(
             f"{kind} in config.json names {name!r}, but the saved model has no such {what}.{did_you_mean(name, known)} "
             f"{len(unknown)} names are unknown. Download or copy config.json again."

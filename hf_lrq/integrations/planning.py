@@ -1,14 +1,18 @@
 """The plan for a model: which of its matrices are compressed as a config says, and which are left alone."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from torch import nn
 from transformers import PreTrainedModel
 
 from hf_lrq.errors import CompressionError
 from hf_lrq.integrations.config import LRQConfig
 from hf_lrq.integrations.skip_rules import skip_reasons
+from hf_lrq.integrations.tables import tables_of
 from hf_lrq.integrations.trial import try_out
 from hf_lrq.patterns import check_names
-from hf_lrq.work import Plan, excluded, find_sites, make_plan
+from hf_lrq.work import Plan, Site, excluded, find_sites, make_plan
 from hf_lrq.work.plan import listed, nothing_left
 
 
@@ -23,13 +27,25 @@ def plan_for(model: nn.Module, config: LRQConfig) -> Plan:
         SpecError: if a pattern or a name matches nothing.
         CompressionError: if nothing is left to compress.
     """
-    labels = [site.label for site in find_sites(model)]
+    patterns, spec = tuple(config.modules_to_not_convert or ()), config.spec
+    tables, left = _tables(model, config, patterns)
+    labels = [site.label for site in (*find_sites(model), *tables)]
     config.check_patterns([*(name for name, _ in model.named_modules()), *labels])
     check_names("layers", config.layers or (), labels)
-    patterns = tuple(config.modules_to_not_convert or ())
     if not isinstance(model, PreTrainedModel):
-        return make_plan(model, config.spec, excluded(model, patterns))
-    return without_read(model, make_plan(model, config.spec, skip_reasons(model, patterns)))
+        return make_plan(model, spec, excluded(model, patterns))
+    alone = skip_reasons(model, patterns)
+    alone |= {name: reason for name, reason in left.items() if name in alone}
+    plan = make_plan(
+        model, spec, alone, tables={site: spec.for_table(site.label, config.embedding_bits) for site in tables}
+    )
+    return without_read(model, replace(plan, left_alone={**left, **plan.left_alone}))
+
+
+def _tables(model: nn.Module, config: LRQConfig, patterns: Sequence[str]) -> tuple[list[Site], dict[str, str]]:
+    """Embeddings and heads that are compressed, and why others are not; none of either where nobody asks for it."""
+    asked = isinstance(model, PreTrainedModel) and config.embedding_bits < 16
+    return tables_of(model, patterns) if asked else ([], {})
 
 
 def without_read(model: PreTrainedModel, plan: Plan, will_run: bool = False) -> Plan:
@@ -48,7 +64,12 @@ def without_read(model: PreTrainedModel, plan: Plan, will_run: bool = False) -> 
     trial = try_out(model, plan.specs)
     reads = trial.reads
     plan = plan.without(
-        {site.label: f"{reads[site.name]} reads its weight directly" for site in plan.specs if site.name in reads}
+        {
+            site.label: f"{reads[name]} reads its weight directly"
+            for site in plan.specs
+            for name in site.modules
+            if name in reads
+        }
     )
     if not plan.specs:
         raise CompressionError(nothing_left(type(model).__name__, plan.left_alone))

@@ -23,7 +23,7 @@ from hf_lrq.checkpoint import (
 from hf_lrq.errors import LRQError
 from hf_lrq.evaluation import Evaluation, Size, size_of_headers
 from hf_lrq.integrations.provenance import Provenance
-from hf_lrq.nn import LRQExpertStack, LRQLinear
+from hf_lrq.nn import COMPRESSED, LRQExpertStack
 from hf_lrq.report import REPORT_NAME, base_card, build_report, write_report
 from hf_lrq.safetensors_headers import sort_metadata
 
@@ -215,7 +215,7 @@ def _upload(
 
 def _not_stored(module: Any) -> int:
     """Weights that a compressed module stands for, less the numbers that it keeps for them."""
-    if not isinstance(module, LRQLinear | LRQExpertStack):
+    if not isinstance(module, COMPRESSED) or getattr(module, "shares", False):
         return 0
     experts = module.experts if isinstance(module, LRQExpertStack) else 1
     kept = (getattr(module, name) for name in module.layout.tensors(module.out_features, module.in_features))

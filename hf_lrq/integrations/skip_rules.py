@@ -35,9 +35,9 @@ def skip_reasons(model: Any, patterns: Sequence[str] = ()) -> dict[str, str]:
     """
     modules = dict(model.named_modules())
     places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
-    kept_in_fp32 = [*_listed(model, "_keep_in_fp32_modules"), *_listed(model, "_keep_in_fp32_modules_strict")]
-    tied = _tied_modules(model)
-    head = _output_embeddings(model)
+    kept_in_fp32 = kept_in_float32(model)
+    tied = tied_modules(model)
+    head = output_embeddings(model)
     found = {}
     for name, module in modules.items():
         labels = [site.label for site in sites_of(name, module)]
@@ -74,12 +74,19 @@ def _listed(model: Any, attribute: str) -> list[str]:
     return list(getattr(model, attribute, None) or ())
 
 
-def _tied_modules(model: Any) -> set[str]:
+def kept_in_float32(model: Any) -> list[str]:
+    """Patterns of the modules that a model wants in float32 whatever its dtype is."""
+    return [*_listed(model, "_keep_in_fp32_modules"), *_listed(model, "_keep_in_fp32_modules_strict")]
+
+
+def tied_modules(model: Any) -> set[str]:
+    """Names of the modules that transformers ties to others, and of those others."""
     keys = dict(getattr(model, "all_tied_weights_keys", None) or {})
     return {key.rpartition(".")[0] for key in (*keys, *keys.values())}
 
 
-def _output_embeddings(model: Any) -> nn.Module | None:
+def output_embeddings(model: Any) -> nn.Module | None:
+    """The output head, if there is one."""
     try:
         head: nn.Module | None = model.get_output_embeddings()
     except (AttributeError, NotImplementedError):  # Composite models need not have the method.
@@ -88,13 +95,20 @@ def _output_embeddings(model: Any) -> nn.Module | None:
 
 
 @functools.cache
-def reads_weight(owner: type, child: str) -> bool:
+def reads_weight(owner: type, child: str, to_initialise: bool = True) -> bool:
     """Whether code of class `owner` takes `self.<child>.weight` for anything but its device, and not in training alone.
 
     Some models multiply with the weight themselves, or cast activations to its dtype, which would be that of the codes.
     Looks at the attribute chains in the byte code of the methods; what is reached on other ways is left to `trial`.
+
+    Args:
+        owner: of the child.
+        child: name of a module.
+        to_initialise: whether initialising it counts, which is not done to a weight that is loaded.
     """
-    return (owner.__name__, child) not in HARMLESS_READS and _reads(owner, child) and not only_in_training(owner, child)
+    if (owner.__name__, child) in HARMLESS_READS or only_in_training(owner, child):
+        return False
+    return any(True for code in _codes(owner, to_initialise) for _ in _reads_of(code, child))
 
 
 @functools.cache
@@ -121,14 +135,11 @@ class _Place:
         return self.code is other.code and self.start < other.start and other.end <= self.end
 
 
-def _reads(owner: type, child: str) -> bool:
-    return any(True for code in _codes(owner) for _ in _reads_of(code, child))
-
-
-def _codes(owner: type) -> list[CodeType]:
+def _codes(owner: type, to_initialise: bool = True) -> list[CodeType]:
     """The code of all methods of a class but its constructor, with the functions inside."""
     bases = [base for base in owner.__mro__ if base is not object and not base.__module__.startswith("torch.")]
-    methods = (method for base in bases for name, method in vars(base).items() if name != "__init__")
+    passed = ("__init__",) if to_initialise else ("__init__", "_init_weights")
+    methods = (method for base in bases for name, method in vars(base).items() if name not in passed)
     found = [code for method in methods if (code := _code(method)) is not None]
     for code in found:  # It grows meanwhile.
         found += [inner for inner in code.co_consts if isinstance(inner, CodeType)]

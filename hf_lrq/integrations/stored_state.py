@@ -12,7 +12,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from hf_lrq.checkpoint import QuantizationHeader
 from hf_lrq.digests import Record, fingerprint, tensor_digest
 from hf_lrq.integrations.conversions import names_of_kept
-from hf_lrq.nn import LRQExpertStack, LRQLinear
+from hf_lrq.nn import COMPRESSED, LRQExpertStack, LRQLinear
 from hf_lrq.nn.soundness import ROTATION_NAMES, are_signs
 from hf_lrq.safetensors_headers import dtype_name, is_known
 
@@ -39,14 +39,15 @@ def state_and_metadata(
         header: what config.json will say of it.
         original_names: whether tensors get the names, and the arrangement, of the original checkpoint.
     """
-    changed = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, LRQLinear | LRQExpertStack):
+    changed: dict[str, Tensor] = {}
+    casts: dict[int, Tensor] = {}  # Tied tensors stay tied.
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, COMPRESSED):
             continue
         for key, layout in module.layout.tensors(module.out_features, module.in_features).items():
             tensor = getattr(module, key)
             if tensor.dtype != layout.dtype and tensor.device.type != "meta":
-                changed[f"{name}.{key}"] = tensor.to(layout.dtype)
+                changed[f"{name}.{key}"] = casts.setdefault(id(tensor), tensor.to(layout.dtype))
     state = {**model.state_dict(), **changed}
     # Files of adapters hold none of these tensors.
     own_files = not getattr(model, "_hf_peft_config_loaded", False)

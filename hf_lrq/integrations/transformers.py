@@ -26,11 +26,13 @@ from hf_lrq.integrations.dtypes import keep_dtypes_on_disk, report_uncompressed_
 from hf_lrq.integrations.loading import check_values, default_layout, empty_layers, header_of_model
 from hf_lrq.integrations.planning import plan_for, without_read
 from hf_lrq.integrations.provenance import Provenance
+from hf_lrq.integrations.resizing import bind_resizing, unbind_resizing
 from hf_lrq.integrations.saving import bind_saving, unbind_saving
 from hf_lrq.integrations.skip_rules import only_in_training
 from hf_lrq.integrations.stored_state import note_trained_rotations, state_and_metadata
+from hf_lrq.integrations.tables import tie_scales, untie_scales
 from hf_lrq.integrations.trial import check_reads, try_out
-from hf_lrq.nn import LRQExpertStack, LRQLinear, fuse_layers
+from hf_lrq.nn import LRQEmbedding, LRQExpertStack, LRQLinear, fuse_layers
 from hf_lrq.nn.fused_experts import owns_stacks, use_stacks
 from hf_lrq.nn.inference_path import keep_on_inference_path
 from hf_lrq.work import CompressionReport, Inventory, Plan
@@ -207,6 +209,8 @@ class LRQHfQuantizer(HfQuantizer):
         """Make it an ordinary model again."""
         super().remove_quantization_config(model)
         unbind_saving(model)
+        unbind_resizing(model)
+        untie_scales(model)
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         dtype = dtype or self._dtype or model.dtype
@@ -269,11 +273,13 @@ class LRQHfQuantizer(HfQuantizer):
         prepare_layers(model, config)
         self.pre_quantized = True
         if compressed_here:
+            tie_scales(model, self.inventory.layouts)
             self.provenance.recipe = {**config.options(), "dataset": described(config.dataset)}
         config.dataset = config.tokenizer = None  # Neither is needed again, and both can be large.
         self._describe(model)
         keep_arrangement(model, self._compressed_keys())
         bind_saving(model)
+        bind_resizing(model)
         logger.log(logging.WARNING if compressed_here else logging.INFO, "hf_lrq: %s", self.inventory.summary())
         for name, reason in self.inventory.left_alone.items():
             logger.info("hf_lrq: %s is not compressed: %s", name, reason)
@@ -302,6 +308,8 @@ def prepare_layers(model: Any, config: LRQConfig) -> None:
             use_stacks(module)
         elif isinstance(module, LRQLinear | LRQExpertStack):
             module.backend, module.activation = config.backend, config.activation
+            module.requires_grad_(False)
+        elif isinstance(module, LRQEmbedding):
             module.requires_grad_(False)
     if config.fuse and not config.dequantize:
         fused = fuse_layers(model)

@@ -22,7 +22,7 @@ from hf_lrq.calibration.capture import ModelRunner, as_for_inference
 from hf_lrq.errors import CompressionError
 from hf_lrq.integrations.dtypes import dtype_of_uncompressed
 from hf_lrq.integrations.skip_rules import HARMLESS_READS
-from hf_lrq.nn import LRQLinear
+from hf_lrq.nn import COMPRESSED
 from hf_lrq.nn.fused_experts import owns_stacks
 from hf_lrq.work import Site
 from hf_lrq.work.plan import listed
@@ -113,21 +113,30 @@ class _Undoing(TorchDispatchMode):
 class _WatchedLayer:
     """Mixed into the class of a layer: gives zeros, and hands out a weight that is watched."""
 
-    _hf_lrq_trial: tuple[str, int, torch.dtype, Trial]
+    _hf_lrq_trial: tuple[str, tuple[int, int], torch.dtype, Trial]  # Name, and (out, in) of the matrix.
 
     @property
     def weight(self) -> Tensor:
         """Zeros [out, in] that note their use."""
-        name, out_features, dtype, trial = self._hf_lrq_trial
+        name, whole, dtype, trial = self._hf_lrq_trial
         stored: Tensor = self._parameters["weight"]  # type: ignore[attr-defined]
-        shape = (out_features, self.in_features) if isinstance(self, LRQLinear) else stored.shape
+        shape = whole if isinstance(self, COMPRESSED) else stored.shape
         weight = torch.zeros(shape, dtype=dtype, device=stored.device).as_subclass(Watched)
         weight.trial, weight.read = trial, (name, caller())
         return weight
 
     def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
         """Zeros in the place of the product."""
-        return x.new_zeros(*x.shape[:-1], self._hf_lrq_trial[1])
+        return x.new_zeros(*x.shape[:-1], self._hf_lrq_trial[1][0])
+
+
+class _WatchedTable(_WatchedLayer):
+    """Mixed into the class of an embedding."""
+
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Zeros in the place of the rows."""
+        shape, dtype = self._hf_lrq_trial[1:3]
+        return torch.zeros(*x.shape, shape[1], dtype=dtype, device=x.device)
 
 
 def caller() -> str:
@@ -167,18 +176,19 @@ def try_out(model: Any, sites: Iterable[Site]) -> Trial:
         return trial
     skeleton = _skeleton(model)
     dtype = dtype_of_uncompressed(model) or torch.get_default_dtype()
-    for site in sites:
-        module = skeleton.get_submodule(site.name)
+    for site, name in ((each, name) for each in sites for name in each.modules):
+        module = skeleton.get_submodule(name)
         kind: Any = type(module)
         if site.routed or owns_stacks(module):
             module._hf_lrq_trial = site.out_features
             if not isinstance(module, _IdleExperts):
                 module.__class__ = mixed(_IdleExperts, kind)
-        else:
-            parent, _, child = site.name.rpartition(".")
+        elif not isinstance(module, _WatchedLayer):  # A module can have several names.
+            parent, _, child = name.rpartition(".")
             harmless = (type(skeleton.get_submodule(parent)).__name__, child) in HARMLESS_READS
-            module._hf_lrq_trial = (site.name, site.out_features, dtype, Trial() if harmless else trial)
-            module.__class__ = mixed(_WatchedLayer, kind)
+            shape = (site.out_features, site.in_features)
+            module._hf_lrq_trial = (name, shape, dtype, Trial() if harmless else trial)
+            module.__class__ = mixed(_WatchedTable if isinstance(module, nn.Embedding) else _WatchedLayer, kind)
     # Without values there is nothing to undo, and nothing tells one parameter from another.
     undoing = _Undoing({} if torch.device("meta") in devices else dict(model.named_parameters()))
     try:

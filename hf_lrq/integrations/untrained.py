@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from hf_lrq.errors import SpecError
-from hf_lrq.nn import LRQExpertStack, LRQLinear
+from hf_lrq.nn import LRQEmbedding, LRQExpertStack, LRQLinear
 
 
 def guard_trainer() -> None:
@@ -33,7 +33,8 @@ def check_choice(model: nn.Module) -> None:
         SpecError: saying how to train the factors, and how to train something else on purpose.
     """
     layers = [m for m in model.modules() if isinstance(m, LRQLinear | LRQExpertStack)]
-    compressed = {id(p): p for layer in layers for p in layer.parameters()}
+    tables = [m for m in model.modules() if isinstance(m, LRQEmbedding)]
+    compressed = {id(p): p for layer in (*layers, *tables) for p in layer.parameters()}
     others = [p for p in model.parameters() if id(p) not in compressed and p.is_floating_point()]
     if not layers or any(p.requires_grad for p in compressed.values()) or not all(p.requires_grad for p in others):
         return

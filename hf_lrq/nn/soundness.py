@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_lrq.layout import TENSOR_NAMES
+from hf_lrq.nn.embedding import LRQEmbedding
 from hf_lrq.nn.experts import LRQExpertStack
 from hf_lrq.nn.linear import LRQLinear
 
@@ -64,7 +65,7 @@ def are_signs(rotations: Iterable[Tensor | None]) -> bool:
 def _checked(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
     """Name, tensor, and whether it must be signs."""
     for prefix, module in model.named_modules():
-        if not isinstance(module, LRQLinear | LRQExpertStack):
+        if not isinstance(module, LRQLinear | LRQExpertStack | LRQEmbedding):
             continue
         for name in TENSOR_NAMES:
             tensor = getattr(module, name)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_lrq.errors import RecoveryError
-from hf_lrq.nn import LRQExpertStack, LRQLinear
+from hf_lrq.nn import LRQExpertStack, LRQHead, LRQLinear
 from hf_lrq.nn.stored import StoredFactors
 from hf_lrq.recovery.factors import Compressed, store_factors, with_float_factors
 
@@ -91,6 +91,8 @@ class Trainable:
         self.model.requires_grad_(False)
         try:
             for module in list(self.model.modules()):
+                if isinstance(module, LRQHead) and module.shares:
+                    continue  # Its scales are those of the embedding, too.
                 if isinstance(module, LRQLinear | LRQExpertStack):
                     self._open_compressed(module)
                 elif "norms" in self.kinds and is_norm(module):

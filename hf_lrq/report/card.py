@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from hf_lrq.report.text import code_cell, human_bytes, plain, with_error
 from hf_lrq.work.census import shares
+from hf_lrq.work.records import TABLES
 
 NOT_MEASURED = "not measured"
 WORST_LAYERS = 10
@@ -94,8 +95,10 @@ def _bits_tag(report: Mapping[str, Any]) -> str:
 
 def _bits(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     bits = report["bits"]
+    tables = bits.get("embeddings")  # Reports of earlier releases have none.
     return [
         ("compressed layers: codes with padding, scales, rotations, factors", f"{bits['compressed_layers']:.3f}"),
+        *([] if tables is None else [("compressed embeddings and heads: codes and scales", f"{tables:.3f}")]),
         ("whole file, embeddings and everything else included", _number(bits["whole_file"], "{:.3f}")),
         ("compressed layers as the CALDERA paper counts: codes and factors only", f"{bits['caldera']:.3f}"),
     ]
@@ -229,7 +232,7 @@ def _tokens(report: Mapping[str, Any]) -> int:
 
 
 def _errors(report: Mapping[str, Any]) -> str | None:
-    layers = report["compression"]["layers"]
+    layers = [layer for layer in report["compression"]["layers"] if layer["kind"] not in TABLES]
     errors = [layer["relative_error"] for layer in layers if layer["relative_error"] is not None]
     if not errors:
         return None

@@ -4,11 +4,11 @@ It holds everything about a compression that loading does not need; `calibration
 
 Fields of version 1: `report_version`, `base_model` {name, hub_id, file where only one of its files was read, and
 what its card says about licence and language}, `architecture`, `recipe`, `seed`, `versions`, `bits` {compressed_layers,
-whole_file, caldera}, `size` (`evaluation.Size`), `evaluation` (`evaluation.Evaluation` without its size), `compression`
-(`calibration.CompressionReport`). Where a preset was named, `preset` {name, what, paper, deviations, and `changed`, the
-options of it that have other values}. After `hf-lrq recover`, or `quantize --recover`, `recovery`
-(`recovery.RecoveryReport`); after the latter, `evaluation_before_recovery` (as `evaluation`). A figure that was not
-measured is null.
+embeddings (and heads, where they are codes), whole_file, caldera}, `size` (`evaluation.Size`), `evaluation`
+(`evaluation.Evaluation` without its size), `compression` (`calibration.CompressionReport`). Where a preset was named,
+`preset` {name, what, paper, deviations, and `changed`, the options of it that have other values}. After `hf-lrq
+recover`, or `quantize --recover`, `recovery` (`recovery.RecoveryReport`); after the latter,
+`evaluation_before_recovery` (as `evaluation`). A figure that was not measured is null.
 """
 
 import json
@@ -78,6 +78,7 @@ def build_report(
         "versions": dict(installed_versions() if versions is None else versions),
         "bits": {
             "compressed_layers": compression.bits_per_weight,
+            "embeddings": compression.embedding_bits,
             "whole_file": sizes["bits_per_parameter"] if sizes else None,
             "caldera": compression.caldera_bits,
         },

@@ -8,13 +8,16 @@ from hf_lrq.work.job import Job
 from hf_lrq.work.plan import Inventory, Plan, excluded, make_plan
 from hf_lrq.work.records import CompressionReport, LayerRecord
 from hf_lrq.work.sites import Site, find_sites, sites_of
+from hf_lrq.work.tables import EmbeddingSite, HeadSite
 
 __all__ = [
     "Budget",
     "Census",
     "CompressionReport",
     "Deferred",
+    "EmbeddingSite",
     "Executor",
+    "HeadSite",
     "Held",
     "Inline",
     "Inventory",

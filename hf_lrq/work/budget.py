@@ -1,6 +1,7 @@
-"""A budget of bytes for all matrices of a plan: which of them get how many bits, and which rank.
+"""A budget of bytes for the matrices of a plan: which of them get how many bits, and which rank.
 
-Matrices that are computed together get the same, see `fitting`.
+Embeddings and output heads have bits of their own, and are not part of it. Matrices that are computed together get the
+same, see `fitting`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -58,7 +59,7 @@ class Budget:
             plan: made for the model.
             blocks: see `LayerSpec.fitted`.
         """
-        wanted = {site: self.spec.for_layer(site.label) for site in plan.specs}
+        wanted = {site: self.spec.for_layer(site.label) for site in plan.specs if not site.of_tables}
         return [Menu(tuple(group), self._specs(group, wanted[group[0]], blocks)) for group in computed_together(wanted)]
 
     def _specs(self, group: Sequence[Site], wanted: LayerSpec, blocks: bool) -> tuple[LayerSpec, ...]:
@@ -103,14 +104,14 @@ class Budget:
             },
             self._uniform(menus, tables),
         )
-        return replace(plan, specs={site: specs[site] for site in plan.specs}), spent
+        return replace(plan, specs={site: specs.get(site, spec) for site, spec in plan.specs.items()}), spent
 
     def _check_range(self, plan: Plan, tables: Sequence[Sequence[Choice]]) -> None:
         least = sum(min(choice.bytes for choice in table) for table in tables)
         most = sum(max(choice.bytes for choice in table) for table in tables)
         if least <= self.bytes <= most:
             return
-        weights = sum(site.weights for site in plan.specs)
+        weights = sum(site.weights for site in plan.specs if not site.of_tables)
         asked = ", ".join(f"{name}={value!r}" for name, value in self.asked.items()) or f"{self.bytes} bytes"
         raise SpecError(
             f"{asked} leaves {self.bytes:,} bytes, {8 * self.bytes / weights:.3f} bits per weight, for {len(tables)} "

@@ -60,7 +60,7 @@ def take_census(model: nn.Module, sites: Iterable[Site]) -> Census:
         model: that is counted.
         sites: all homes of matrices in it.
     """
-    homes = {site.parameter: site for site in sites}
+    homes = {name: site for site in sites for name in (site.parameter, *site.aliases)}
     counts = {site.label: 0 for site in homes.values()}
     others: dict[str, int] = {}
     for name, parameter in _counted(model):

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor, nn
 
 from hf_lrq.decomposition import CompressedMatrix, InputGram, OutputGram
-from hf_lrq.nn import LRQLinear
+from hf_lrq.nn import LRQEmbedding, LRQLinear
 from hf_lrq.work.executor import Executor
 from hf_lrq.work.job import Job
 from hf_lrq.work.plan import Plan
@@ -133,11 +133,13 @@ class ModelSink:
         """See `Sink`."""
         module = self._model.get_submodule(site.name)
         layer = site.compressed(module, matrices)
-        if isinstance(layer, LRQLinear):
+        if isinstance(layer, LRQLinear | LRQEmbedding):
             layer.train(self._modes[module])
         # A module may hang in the model in more than one place.
         for parent, key in self._places.get(id(module), []):
             parent._modules[key] = layer
+        for old, new in site.follow(self._model):
+            new.train(self._modes[old])
         self.installed += 1
 
 

@@ -1,13 +1,18 @@
-"""Whether a module computes what nn.Linear computes, y = x W^T + b, judged by what it does."""
+"""Whether a module computes what nn.Linear or nn.Embedding computes, judged by what it does."""
 
 import copy
+from collections.abc import Iterator
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_lrq.nn import LRQEmbedding
+from hf_lrq.nn.embedding import Lookup
+
 _PROBE = (5, 7)  # [out, in] of the small weight that is put in.
+FACTOR = "embed_scale"  # Where embeddings that are scaled keep the factor; a buffer, or a number.
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -28,6 +33,65 @@ def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     if not state <= {"weight", "bias"} or any(child is not None for child in module._modules.values()):
         return False
     return _computes_linear(module)
+
+
+def lookup_of(module: nn.Module) -> Lookup | None:
+    """What an embedding does to the rows of its table; None for any other module, and one that does more than that.
+
+    Subclasses of nn.Embedding are tried out with small tables of their own, as `is_plain_linear` does.
+    """
+    if not isinstance(module, nn.Embedding) or module.max_norm is not None or isinstance(module, LRQEmbedding):
+        return None
+    if type(module) is nn.Embedding:
+        return Lookup()
+    weight = module._parameters.get("weight")
+    state = {name for name, one in (*module._parameters.items(), *module._buffers.items()) if one is not None}
+    if weight is None or not state <= {"weight", FACTOR} or module._modules:
+        return None
+    return next((lookup for lookup in _lookups(module) if _computes_lookup(module, lookup)), None)
+
+
+def _lookups(module: nn.Module) -> Iterator[Lookup]:
+    yield Lookup()
+    factor = _factor_of(module)
+    if factor is not None:
+        yield Lookup(factor, rounded=False)
+        yield Lookup(factor, rounded=True)
+
+
+def _factor_of(module: nn.Module) -> float | None:
+    # The value of a buffer is nowhere while a model is loaded; those who have one keep the number as well.
+    factor = getattr(module, f"scalar_{FACTOR}", getattr(module, FACTOR, None))
+    return float(factor) if isinstance(factor, int | float) else None
+
+
+def _computes_lookup(module: nn.Embedding, lookup: Lookup) -> bool:
+    probe: Any = bare(module)
+    probe.num_embeddings, probe.embedding_dim = _PROBE
+    rows = probe.num_embeddings
+    probe.padding_idx = None if module.padding_idx is None else module.padding_idx % rows
+    if FACTOR in probe._buffers:
+        probe._buffers[FACTOR] = torch.tensor(_factor_of(module), device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(_PROBE, generator=generator, device="cpu")
+    ids = torch.randint(rows, (4, 3), generator=generator, device="cpu")
+    try:
+        with torch.no_grad():
+            return all(
+                _looks_up(probe.train(training), W.to(dtype), at, lookup)
+                for training in (False, True)
+                for dtype in (torch.float32, torch.bfloat16)
+                for at in (ids, ids[0])
+            )
+    # Whatever its code raises, it is no lookup.
+    except Exception:
+        return False
+
+
+def _looks_up(probe: Any, W: Tensor, ids: Tensor, lookup: Lookup) -> bool:
+    probe._parameters = {"weight": nn.Parameter(W)}
+    rows, expected = probe(ids), lookup.of(F.embedding(ids, W))
+    return isinstance(rows, Tensor) and rows.dtype == expected.dtype and torch.equal(rows, expected)
 
 
 def bare(module: nn.Module) -> nn.Module:

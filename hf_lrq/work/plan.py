@@ -123,7 +123,11 @@ class Plan:
 
 
 def make_plan(
-    model: nn.Module, spec: CompressionSpec, alone: Mapping[str, str] | None = None, bytes_per_weight: int = 2
+    model: nn.Module,
+    spec: CompressionSpec,
+    alone: Mapping[str, str] | None = None,
+    bytes_per_weight: int = 2,
+    tables: Mapping[Site, LayerSpec] | None = None,
 ) -> Plan:
     """Decide about every linear layer, transposed linear layer and stack of fused experts.
 
@@ -132,13 +136,17 @@ def make_plan(
         spec: what to do to each.
         alone: exact name of a module to leave as it is -> reason.
         bytes_per_weight: of the uncompressed model; a matrix that would not shrink is left alone.
+        tables: sites of embeddings and heads that are compressed as well -> what to do to each.
 
     Raises:
         CompressionError: if nothing is left to compress.
     """
-    alone = alone or {}
+    alone, tables = alone or {}, dict(tables or {})
     elsewhere = _held_in_containers(model)
-    found = {site: module for name, module in model.named_modules() for site in sites_of(name, module)}
+    own = {name for site in tables for name in site.modules}
+    found = {
+        site: module for name, module in model.named_modules() if name not in own for site in sites_of(name, module)
+    }
     left = {
         site.label: reason
         for site, module in found.items()
@@ -148,7 +156,7 @@ def make_plan(
     fitted = fitted_specs([site for site in found if site.label not in left], spec, has_backend(device))
     left |= {
         site.label: _TOO_LARGE
-        for site, chosen in fitted.items()
+        for site, chosen in (fitted | tables).items()
         if site.bytes(chosen.layout) >= bytes_per_weight * site.weights
     }
     # A module computes with all of its stacks compressed or with none.
@@ -157,12 +165,19 @@ def make_plan(
         if site.name in partly:
             left.setdefault(site.label, "only one of its two stacks would gain")
     specs = {site: chosen for site, chosen in fitted.items() if site.label not in left}
-    left = {site.label: left[site.label] for site in found if site.label in left}
-    if not specs:
-        raise CompressionError(nothing_left(type(model).__name__, left))
     _warn_of_slow_codebooks(specs, fitted_specs(fitted, spec, blocks=True), device)
     _warn_of_large_factors(specs, spec)
-    return Plan(specs, left, take_census(model, list(found)), spec.seed)
+    specs |= {site: chosen for site, chosen in tables.items() if site.label not in left}
+    every = _in_order(model, [*found, *tables])
+    left = {site.label: left[site.label] for site in every if site.label in left}
+    if not specs:
+        raise CompressionError(nothing_left(type(model).__name__, left))
+    return Plan({site: specs[site] for site in every if site in specs}, left, take_census(model, every), spec.seed)
+
+
+def _in_order(model: nn.Module, sites: Iterable[Site]) -> list[Site]:
+    places = {name: place for place, (name, _) in enumerate(model.named_modules())}
+    return sorted(sites, key=lambda site: places[site.name])
 
 
 def excluded(model: nn.Module, patterns: Sequence[str]) -> dict[str, str]:

@@ -1,11 +1,13 @@
 """What happened to each matrix of a model, recorded while it is compressed; reports and progress lines show it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hf_lrq.decomposition import CompressedMatrix
+
+TABLES = ("embedding", "head")
 
 
 @dataclass(frozen=True)
@@ -14,7 +16,7 @@ class LayerRecord:
 
     Attributes:
         name: module, with expert matrix and index where there are several.
-        kind: "linear", "conv1d" or "experts".
+        kind: "linear", "conv1d", "experts", or of tables "embedding" or "head".
         shape: (out, in).
         codebook, bits, rank, factor_bits: as stored.
         relative_error: e = sqrt(relative proxy loss), under the damped Gram, or Grams.
@@ -45,6 +47,11 @@ class LayerRecord:
     n_tokens: int
     seconds: float
     output_shrinkage: float | None = None
+
+    @property
+    def of_tables(self) -> bool:
+        """Whether it is an embedding or an output head."""
+        return self.kind in TABLES
 
     @classmethod
     def of(cls, name: str, kind: str, bits: int, matrix: CompressedMatrix, seconds: float) -> "LayerRecord":
@@ -98,15 +105,20 @@ class CompressionReport:
 
     @property
     def bits_per_weight(self) -> float:
-        """True bits per weight over all compressed matrices."""
-        weights = sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
-        return 8 * sum(layer.bytes for layer in self.layers) / max(weights, 1)
+        """True bits per weight over all compressed matrices but tables."""
+        return _bits(layer for layer in self.layers if not layer.of_tables)
+
+    @property
+    def embedding_bits(self) -> float | None:
+        """True bits per weight over all compressed embeddings and output heads; None if there is none."""
+        tables = [layer for layer in self.layers if layer.of_tables]
+        return _bits(tables) if tables else None
 
     @property
     def caldera_bits(self) -> float:
         """Bits as the CALDERA paper counts them: codes and factors only, without scales, rotations and padding."""
         weights = bits = 0.0
-        for layer in self.layers:
+        for layer in (one for one in self.layers if not one.of_tables):
             out_features, in_features = layer.shape
             weights += out_features * in_features
             bits += layer.bits * out_features * in_features
@@ -118,6 +130,7 @@ class CompressionReport:
         return {
             **asdict(self),
             "bits_per_weight": self.bits_per_weight,
+            "embedding_bits": self.embedding_bits,
             "caldera_bits": self.caldera_bits,
         }
 
@@ -137,3 +150,9 @@ class CompressionReport:
             for layer in known.get("layers", [])
         ]
         return cls(**known)
+
+
+def _bits(layers: Iterable[LayerRecord]) -> float:
+    layers = list(layers)
+    weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
+    return 8 * sum(layer.bytes for layer in layers) / max(weights, 1)

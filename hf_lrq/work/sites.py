@@ -5,7 +5,7 @@ asks a site for the names and shapes of what is stored. A new kind of home is on
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -28,6 +28,8 @@ class Site(ABC):
         out_features, in_features: of each matrix.
         kind: word for reports.
         routed: whether a row of the module's input goes to some of the matrices only.
+        of_tables: whether it is a table of tokens, an embedding or an output head: compressed without data, and counted
+            apart from other layers.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Site(ABC):
 
     kind: ClassVar[str]
     routed: ClassVar[bool] = False
+    of_tables: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod
@@ -61,6 +64,16 @@ class Site(ABC):
     def parameter(self) -> str:
         """Full name of the uncompressed parameter."""
         return joined(self.name, "weight")
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        """Full names of parameters that are tied to the uncompressed one."""
+        return ()
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the modules that compute with the matrices."""
+        return (self.name,)
 
     @property
     def holder(self) -> str:
@@ -113,6 +126,14 @@ class Site(ABC):
             keep_parameter: leave an uncompressed parameter under its name, to be loaded and then compressed.
         """
 
+    def follow(self, model: nn.Module) -> Iterable[tuple[nn.Module, nn.Module]]:
+        """Put modules that share what is stored in the place of those that are tied to the parameter: (old, new)."""
+        return ()
+
+    def unfollow(self, model: nn.Module) -> Iterable[tuple[nn.Module, nn.Module]]:
+        """Undo `follow`, once the uncompressed module is back in the model: (old, new)."""
+        return ()
+
     @abstractmethod
     def untouched(self, module: nn.Module, parameter: Tensor) -> nn.Module:
         """Undo `empty`: the uncompressed module around its uncompressed parameter."""
@@ -128,11 +149,13 @@ class LinearSite(Site):
 
     Attributes:
         template: the module without its parameters, where its class is a subclass of nn.Linear that computes the same.
+        layer: class of the compressed layer.
     """
 
     template: nn.Module | None = field(default=None, compare=False, repr=False, kw_only=True)
 
     kind: ClassVar[str] = "linear"
+    layer: ClassVar[type[LRQLinear]] = LRQLinear  # What it becomes.
 
     @classmethod
     def of(cls, name: str, module: nn.Module) -> list[Site]:
@@ -149,12 +172,12 @@ class LinearSite(Site):
     def compressed(self, module: nn.Module, matrices: Sequence[CompressedMatrix]) -> nn.Module:
         """See `Site`."""
         bias: Tensor | None = getattr(module, "bias", None)
-        return LRQLinear.from_matrix(matrices[0], bias)
+        return self.layer.from_matrix(matrices[0], bias)
 
     def empty(self, module: nn.Module, layout: LayerLayout, keep_parameter: bool) -> nn.Module:
         """See `Site`."""
         weight, bias = module.get_parameter("weight"), module._parameters["bias"]
-        layer = LRQLinear(
+        layer = self.layer(
             self.in_features,
             self.out_features,
             bias is not None,

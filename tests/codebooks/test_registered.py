@@ -35,7 +35,7 @@ def test_families_are_those_of_the_format() -> None:
         "e8p": (2, 3, 4),
         "bt": (2, 4),
         "tcq": (2, 3, 4),
-        "int": (2, 3, 4, 8),
+        "int": (2, 3, 4, 6, 8),
         "lloyd": (2, 3, 4),
         "nf": (4,),
     }

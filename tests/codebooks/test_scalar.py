@@ -9,14 +9,16 @@ from torch import Tensor
 from hf_lrq.codebooks import get_codebook
 from hf_lrq.codebooks.scalar import LloydMax, NormalFloat, ScalarCodebook, Uniform
 
-SCALAR = [*map(Uniform, (2, 3, 4, 8)), *map(LloydMax, (2, 3, 4)), NormalFloat(4)]
-TABULATED = {  # Squared error on N(0, 1): J. Max (1960), Tables I and II, and numerical integration for the last two.
+SCALAR = [*map(Uniform, (2, 3, 4, 6, 8)), *map(LloydMax, (2, 3, 4)), NormalFloat(4)]
+# Squared error on N(0, 1): J. Max (1960), Tables I and II, and numerical integration for int6, int8 and nf4.
+TABULATED = {
     "lloyd2": 0.1175,
     "lloyd3": 0.03454,
     "lloyd4": 0.009497,
     "int2": 0.1188,
     "int3": 0.03744,
     "int4": 0.01154,
+    "int6": 1.0400e-3,
     "int8": 8.769e-5,
     "nf4": 0.009899,
 }
@@ -60,7 +62,7 @@ def test_lloyd_levels_are_the_means_of_their_cells(bits: int) -> None:
     assert torch.allclose(first / mass, levels, rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize(("bits", "digit"), [(2, 1e-4), (3, 1e-4), (4, 1e-4), (8, 1e-5)])
+@pytest.mark.parametrize(("bits", "digit"), [(2, 1e-4), (3, 1e-4), (4, 1e-4), (6, 1e-5), (8, 1e-5)])
 def test_uniform_step_has_the_least_squared_error(bits: int, digit: float) -> None:
     book = Uniform(bits)
     unit = levels_of(book) / book.step

@@ -33,9 +33,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(**SHAPE, num_key_value_heads=1, vocab_size=48))
     options = {"bits": 4, "codebook": "int", "group_size": 16, "rank": 2, "iters": 1, "rounding": "nearest"}
-    compress(model, None, LRQConfig(**options, rank_pattern={"q_proj": 1}))
+    compress(model, None, LRQConfig(**options, rank_pattern={"q_proj": 1}, embedding_bits=8))
     folder = tmp_path_factory.mktemp("saved")
-    model.save_pretrained(folder, max_shard_size="12KB")
+    model.save_pretrained(folder, max_shard_size="6KB")
     assert len(weight_files(folder)) == 2
     return folder
 

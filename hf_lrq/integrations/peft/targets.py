@@ -12,7 +12,7 @@ from hf_lrq.errors import CheckpointError, SpecError, did_you_mean
 from hf_lrq.integrations.peft.config import LRQAdapterConfig
 from hf_lrq.integrations.peft.merging import MergesIntoFactors
 from hf_lrq.integrations.peft.offloading import check_none_is_offloaded
-from hf_lrq.nn import LRQLinear
+from hf_lrq.nn import LRQHead, LRQLinear
 
 SHOWN = 3
 
@@ -79,7 +79,9 @@ def chosen_layers(config: LRQAdapterConfig, model: nn.Module) -> dict[str, LRQLi
     if config.base_layers is not None:
         chosen = {name: layers[name] for name in config.base_layers if name in layers}
     elif config.target_modules is None or config.target_modules == "all-linear":
-        chosen = _with_factors(config, _kept(config, layers, {name.rpartition(".")[2] for name in layers}), ranks)
+        # As PEFT does, output heads are left out unless they are named.
+        inner = {name: layer for name, layer in layers.items() if not isinstance(layer, LRQHead)}
+        chosen = _with_factors(config, _kept(config, inner, {name.rpartition(".")[2] for name in inner}), ranks)
     else:
         chosen = _matched(config, model, layers)
     check_none_is_offloaded(model, chosen, "added")
