@@ -333,7 +333,9 @@ def test_help_lists_the_commands(cli) -> None:
     result = cli("--help")
     assert result.exit_code == 0
     commands = [command.name for command in (*app.registered_commands, *app.registered_groups)]
-    assert commands == ["quantize", "inspect", "verify", "eval", "recover", "doctor", "run", "autoload", "bench"]
+    assert commands == [
+        *("quantize", "inspect", "verify", "eval", "recover", "presets", "doctor", "run", "autoload", "bench")
+    ]
     assert all(command in result.stdout for command in commands)
 
 

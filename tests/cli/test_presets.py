@@ -115,6 +115,17 @@ def test_equal_recoveries_give_equal_bytes_and_others_do_not(cli, original: Path
     assert not {"recovery", "evaluation_before_recovery"} & report_of(tmp_path / "out").keys()
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_preset_recovers_unless_that_is_declined(cli, original: Path, text: Path, tmp_path: Path, wanted) -> None:
+    given = ("--preset", "lrq_best", "--init", "zero", "--dataset", text, *QUICK, *FAST, "--nsamples", 4, "--no-eval")
+    more = ("--recover-epochs", 1) if wanted else ("--no-recover",)
+    result = cli("quantize", original, "-o", tmp_path / "out", *given, *more)
+    assert result.exit_code == 0, result.output
+    report = report_of(tmp_path / "out")
+    assert ("recovery" in report) == wanted
+    assert report["compression"]["calibration"]["two_sided"] == 14
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

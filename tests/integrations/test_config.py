@@ -106,7 +106,7 @@ def test_patterns_reach_the_spec() -> None:
     [
         ({"rnk": 4}, "LRQConfig has no option 'rnk'. Did you mean 'rank'?"),
         ({"nsample": 4}, "Did you mean 'nsamples'?"),
-        ({"preset": "lq_er"}, "Unknown preset 'lq_er'. Did you mean 'lqer'?"),
+        ({"preset": "caldra"}, "Unknown preset 'caldra'. Did you mean 'caldera'?"),
         ({"bits": 5}, "bits"),
         ({"rank": -1}, "rank must be between"),
         ({"rank_pattern": {"q_proj": -1}}, "for modules that match 'q_proj': rank must be between"),
