@@ -222,7 +222,11 @@ def proxy_loss(W: Tensor, W_hat: Tensor, H: Tensor, H_out: Tensor | None = None)
     >>> proxy_loss(W, torch.tensor([[1.0, 0.0], [0.0, 0.0]]), H)
     0.75
     """
-    error, energy = weighted_square(W - W_hat, H, H_out), weighted_square(W, H, H_out)
+    return relative_loss(weighted_square(W - W_hat, H, H_out), weighted_square(W, H, H_out))
+
+
+def relative_loss(error: float, energy: float) -> float:
+    """Their ratio; without energy 0 if there is no error, else infinity."""
     if energy == 0:
         return 0.0 if error == 0 else float("inf")
     return error / energy

@@ -6,11 +6,12 @@ tuple of stages; `qlr.decompose` runs it. Published methods are schedules too: s
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from hf_lrq.decomposition.gram import DampedGram, marginalise, proxy_loss
+from hf_lrq.decomposition.gram import DampedGram, marginalise, relative_loss, weighted_square
 from hf_lrq.decomposition.lowrank import LowRankSolver, whitened_factors
 from hf_lrq.decomposition.quantizers import Quantizer
 from hf_lrq.decomposition.row_feedback import quantize_rows, refine_rows
@@ -47,7 +48,14 @@ class Problem:
 
     def loss(self, W_hat: Tensor) -> float:
         """Relative proxy loss of an approximation [out, in]."""
-        return proxy_loss(self.W, W_hat, self.gram.H, None if self.output is None else self.output.H)
+        return relative_loss(self._weighted_square(self.W - W_hat), self._energy)
+
+    @cached_property
+    def _energy(self) -> float:
+        return self._weighted_square(self.W)
+
+    def _weighted_square(self, E: Tensor) -> float:
+        return weighted_square(E, self.gram.H, None if self.output is None else self.output.H)
 
 
 @dataclass(frozen=True, eq=False)
