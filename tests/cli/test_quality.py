@@ -144,6 +144,13 @@ def test_mean_squares_are_over_all_tokens(original: Path) -> None:
     assert set(found) == {name for name, each in given.original.named_modules() if isinstance(each, nn.Linear)}
 
 
+def test_what_is_shared_is_done_once_and_counted_for_each(original: Path) -> None:
+    given = material(original)
+    first, second = (peer.prepare(given) for peer in peers_named(["gguf:q4_0", "gguf:q2_k"]))
+    assert first == second == given.mean_squares.seconds > 0
+    assert peers_named(["nf4:64"])[0].prepare(given) == 0
+
+
 def test_recipes_are_options_in_words() -> None:
     named = Recipe.parse('two: {"bits": 2, "patterns": {"up_proj": {"bits": 4}}}', seed=3)
     assert (named.name, named.config.patterns, named.config.seed) == ("two", {"up_proj": {"bits": 4}}, 3)
