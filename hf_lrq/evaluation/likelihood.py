@@ -20,9 +20,7 @@ from hf_lrq.evaluation.windows import (
 )
 
 WindowProgress = Callable[[int, int], None]  # Gets (windows done, windows in all).
-# How many logits are turned to float32 at a time: 8 MiB per temporary, whatever the vocabulary. Larger ones are mapped
-# anew for each step by the usual allocators, which takes longer than the step.
-CHUNK = 1 << 21
+CHUNK = 1 << 21  # Logits turned to float32 at a time; allocators map larger temporaries anew, which takes longer.
 TOP = 5
 
 

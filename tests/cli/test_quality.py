@@ -144,6 +144,13 @@ def test_mean_squares_are_over_all_tokens(original: Path) -> None:
     assert set(found) == {name for name, each in given.original.named_modules() if isinstance(each, nn.Linear)}
 
 
+def test_what_is_shared_is_done_once_and_counted_for_each(original: Path) -> None:
+    given = material(original)
+    first, second = (peer.prepare(given) for peer in peers_named(["gguf:q4_0", "gguf:q2_k"]))
+    assert first == second == given.mean_squares.seconds > 0
+    assert peers_named(["nf4:64"])[0].prepare(given) == 0
+
+
 def test_recipes_are_options_in_words() -> None:
     named = Recipe.parse('two: {"bits": 2, "patterns": {"up_proj": {"bits": 4}}}', seed=3)
     assert (named.name, named.config.patterns, named.config.seed) == ("two", {"up_proj": {"bits": 4}}, 3)
@@ -191,13 +198,24 @@ def test_the_front_is_what_nothing_is_better_than() -> None:
     assert front(points) == [(1.0, 3.0), (2.0, 2.0), (3.0, 1.0)]
 
 
-def test_the_plot_names_every_row(quality: Any, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    path = tmp_path / "rows.svg"
-    quality("--peer", "floats", "--recipe", f"our own: bits=8,{INT}", "--plot", path)
-    drawn = path.read_text(encoding="utf-8")
-    assert "<!-- our own -->" in drawn
-    assert "<!-- FLOATS 8 -->" in drawn
+def test_the_plot_names_every_row(quality: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    drawn: list[Any] = []
+    write = figure.savefig
+    monkeypatch.setattr(
+        figure, "savefig", lambda self, *given, **more: (drawn.append(self), write(self, *given, **more))
+    )
+    path = tmp_path / "rows.png"
+    recipes = ("--recipe", f"one: bits=8,{INT}", "--recipe", f"same: bits=8,{INT}", "--recipe", f"bits=8,{INT}")
+    quality("--peer", "floats", *recipes, "--plot", path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    texts = [text for text in drawn[0].axes[0].texts if text.get_text()]
+    assert {
+        "FLOATS 8",
+        "one",
+        "same",
+        "bits=8, codebook=int,\nrank=0, rounding=nearest,\nrotation=none,\ndataset=none",
+    } == {text.get_text() for text in texts}
 
 
 def test_a_plot_needs_matplotlib(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,12 +88,10 @@ class Compressed:
 
     Attributes:
         size: of its file, exactly.
-        seconds_before: of work that was done before, for several candidates at once.
         details: for the record, JSON-able.
     """
 
     size: Size
-    seconds_before: float = 0.0
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -106,6 +104,10 @@ class Candidate(ABC):
     @abstractmethod
     def name(self) -> str:
         """What tells it from others, and what a user types to get it."""
+
+    def prepare(self, material: Material) -> float:
+        """Do what several candidates share, unless it is done; returns how many seconds it took."""
+        return 0.0
 
     @abstractmethod
     def compress(self, model: Any, material: Material) -> Compressed:

@@ -1,5 +1,6 @@
 """The rows of `hf-lrq bench quality` as a picture: bytes of whole files against divergence, with the Pareto front."""
 
+import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
@@ -103,6 +104,7 @@ def _panel(axes: Any, record: Record, text: str) -> None:
 
 def _label(axes: Any, rows: Sequence[Row], text: str) -> None:
     """Put the name of each row beside its mark where it covers least, with a line to it where that is further off."""
+    from matplotlib.patheffects import withStroke
     from matplotlib.transforms import Bbox
 
     renderer = axes.figure.canvas.get_renderer()
@@ -118,7 +120,10 @@ def _label(axes: Any, rows: Sequence[Row], text: str) -> None:
             textcoords="offset points",
             fontsize=8,
             color=_STYLES.get(row.by, ("#333333", "o"))[0],
+            ha="left",
+            va="bottom",
             zorder=4,
+            path_effects=[withStroke(linewidth=2.5, foreground="white")],
         )
         box = note.get_window_extent(renderer)
         width, height = box.width / scale, box.height / scale
@@ -165,6 +170,7 @@ def _box(mark: Any, offset: tuple[float, float], size: tuple[float, float], scal
 
 
 def _overlap(one: Any, other: Any) -> float:
+    """Area that two boxes share."""
     width = min(one.x1, other.x1) - max(one.x0, other.x0)
     height = min(one.y1, other.y1) - max(one.y0, other.y0)
     return max(width, 0) * max(height, 0)
@@ -173,6 +179,6 @@ def _overlap(one: Any, other: Any) -> float:
 def _short(row: Row) -> str:
     """What tells it from others of its family."""
     if row.is_ours:
-        return textwrap.fill(row.name.replace(",", ", "), WIDEST)
+        return textwrap.fill(re.sub(r",\s*", ", ", row.name), WIDEST)
     family, _, variant = row.name.partition(":")
     return variant.upper().replace("+ACROSS", "+") if family == "gguf" else f"{family.upper()} {variant}"

@@ -99,9 +99,10 @@ def measure(
     """
     model = copy.deepcopy(material.original)
     threads = torch.get_num_threads()
+    before = candidate.prepare(material)
     start = time.perf_counter()
     found = candidate.compress(model, material)
-    seconds = time.perf_counter() - start
+    seconds = before + time.perf_counter() - start
     torch.set_num_threads(threads)  # Some libraries set it.
     texts = {
         name: OnText.of(compare_windows(model, reference, ids, window, window - 1)) for name, ids in tokens.items()
@@ -119,7 +120,7 @@ def _row(candidate: Candidate, found: Compressed, seconds: float, threads: int, 
         bits_per_weight=size.bits_per_weight,
         bits_per_parameter=size.bits_per_parameter,
         bytes=size.total_bytes,
-        seconds=seconds + found.seconds_before,
+        seconds=seconds,
         threads=threads,
         size=size.to_dict(),
         details=dict(found.details),

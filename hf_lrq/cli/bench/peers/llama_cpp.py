@@ -80,13 +80,17 @@ class LlamaCpp(Peer):
         """What reads the types back."""
         return ("gguf",)
 
+    def prepare(self, material: Material) -> float:
+        """The importance matrix."""
+        return material.mean_squares.seconds
+
     @torch.no_grad()
     def compress(self, model: Any, material: Material) -> Compressed:
         """Round linear layers, embeddings and head."""
         assert material.ggml is not None, "missing() was asked"
         ggml = Ggml(material.ggml)
         wanted, across = self.variant.removesuffix(ACROSS).upper(), self.variant.endswith(ACROSS)
-        importance = material.mean_squares
+        importance = material.mean_squares.values
         written: dict[str, StoredTensor] = {}
         types: Counter[str] = Counter()
 
@@ -99,7 +103,9 @@ class LlamaCpp(Peer):
             written[f"{name}.weight"] = StoredTensor(f"{name}.weight", "U8", (packed.numel(),), kind, W.numel())
 
         for name, layer in linear_layers(model):
-            put(name, layer, "compressed", wanted, importance.values.get(name), across)
+            # Types of two bits cannot do without: where nothing was seen, all columns count the same.
+            weights = importance.get(name, torch.ones(layer.in_features))
+            put(name, layer, "compressed", wanted, weights, across)
         table_type = wanted if wanted == "Q8_0" else "Q5_K" if wanted in HEAD_IN_Q5_K else "Q6_K"
         for name, module, kind in _tables(model):
             put(name, module, kind, table_type, None, False)
@@ -107,7 +113,7 @@ class LlamaCpp(Peer):
         tensors = in_file(model, torch.float32, replaced)
         shapes = {name: tuple(model.get_parameter(name).shape) for name in written}
         size = replace(Size.of(tensors), header_bytes=_header_bytes(tensors, shapes))
-        return Compressed(size, importance.seconds, {"weights_by_type": dict(types)})
+        return Compressed(size, {"weights_by_type": dict(types)})
 
 
 class Ggml:
