@@ -179,7 +179,8 @@ class _ModelWork:
 
     def tables(self) -> None:
         """Compress embeddings and output heads, without data; last, as what is calibrated sees the original ones."""
-        self.compress("embeddings", [site for site in self._plan.specs if site.of_tables], {})
+        if sites := [site for site in self._plan.specs if site.of_tables]:
+            self.compress("embeddings", sites, {})
 
 
 def checked(plan: Plan, model: nn.Module, workers: Threads) -> Plan:

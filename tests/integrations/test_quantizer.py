@@ -435,7 +435,7 @@ def test_a_truncated_file_is_found(edited: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, "format_version 2; the installed hf_lrq reads up to version 1"),
+        ({"format_version": 3}, "format_version 3; the installed hf_lrq reads up to version 2"),
         ({"backend": "triton"}, "unknown key 'backend'"),
         ({"bits": 3}, "bits is 3, but codebook 'e8p4' has 4"),
     ],
