@@ -83,7 +83,7 @@ def main() -> None:
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     original = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
-    batches = make_batches(arguments.calibration, tokenizer, arguments.nsamples, arguments.seqlen)
+    batches = make_batches(arguments.calibration, tokenizer, nsamples=arguments.nsamples, seqlen=arguments.seqlen)
     config = LRQConfig(
         codebook=arguments.codebook,
         iters=arguments.iters,

@@ -113,8 +113,9 @@ class _Scoring:
         with fixed_numerics(W.device):
             rotate_in = input_rotation(self.seed, name, W.shape[1], spec)
             rotated = rotate(W, gram, spec, generator_for(self.seed, name), rotate_in, output)
-            model = NoiseModel(rotated, self._feedback)
-            relative = [model.loss(each.layout) / max(model.energy, 1e-30) for each in self._specs[site]]
+            layouts = [each.layout for each in self._specs[site]]
+            model = NoiseModel(rotated, self._feedback, max(layout.rank for layout in layouts))
+            relative = [model.loss(layout) / max(model.energy, 1e-30) for layout in layouts]
         # Half of the curvature; the Grams of the model have a mean diagonal of 1, so their traces are their widths.
         stake = None if output is None else output.energy * model.energy / (2 * W.numel())
         return _Score(relative, stake, gram.n_tokens)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hf_lrq.codebooks import get_codebook
 from hf_lrq.decomposition.gram import marginalise, weighted_square
+from hf_lrq.decomposition.lowrank import truncated_svd
 from hf_lrq.decomposition.quantizers import LDLQ, upper_cholesky
 from hf_lrq.decomposition.rotated import Rotated
 from hf_lrq.decomposition.row_feedback import row_blocks
@@ -31,16 +32,18 @@ class NoiseModel:
     Args:
         rotated: the matrix and its Grams in the coordinates in which it is rounded.
         feedback: whether errors of rows are fed into others, where there is a Gram of the outputs.
+        most: largest rank that will be asked for.
 
     Attributes:
         energy: tr(H_O W H_I W^T), the loss of nothing at all, with Grams of mean diagonal 1.
     """
 
-    def __init__(self, rotated: Rotated, feedback: bool):
+    def __init__(self, rotated: Rotated, feedback: bool, most: int):
         self._rotated, self._feedback = rotated, feedback
         W, gram, output = rotated.W, rotated.gram, rotated.output
         self.energy = weighted_square(W, gram.H, None if output is None else output.H)
-        self._directions = torch.linalg.eigh(gram.H).eigenvectors.flip(1)  # Descending.
+        # Of a symmetric matrix the singular vectors are the eigenvectors, and a few of them are found much faster.
+        self._directions = truncated_svd(gram.H, min(most, *W.shape), torch.Generator().manual_seed(0))[2]
         self._spread: dict[tuple[int, int], float] = {}
 
     def loss(self, layout: LayerLayout) -> float:
@@ -49,7 +52,7 @@ class NoiseModel:
         rank = layout.clamped_rank(*W.shape)
         if rank == min(W.shape):
             return 0.0
-        R = self._directions[:, :rank].T
+        R = self._directions[:rank]
         residual = W - (W @ R.T) @ R
         variance = residual.square().mean(1) * distortion(layout.codebook)
         columns = self._columns(R, get_codebook(layout.codebook).dim)

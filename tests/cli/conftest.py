@@ -1,11 +1,14 @@
 """A tiny model on disk, and the command line run in this process."""
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.logging import enable_progress_bar
 from typer.testing import CliRunner, Result
 
 from hf_lrq.cli import app
@@ -28,6 +31,16 @@ class CommandLine:
         last = result.stderr.strip().splitlines()[-1]
         assert last.startswith("Error: ")
         return last.removeprefix("Error: ")
+
+
+@pytest.fixture(autouse=True)
+def _loud_again() -> Iterator[None]:
+    """The command line hushes transformers and its own logger for its process."""
+    logger = logging.getLogger("hf_lrq.integrations.transformers")
+    level = logger.level
+    yield
+    logger.setLevel(level)
+    enable_progress_bar()
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError(f"loaded {arguments}")
 
     for name in ("load_model", "load_tokenizer", "load_config"):
-        monkeypatch.setattr(f"hf_lrq.cli.quantize.{name}", load)
+        monkeypatch.setattr(f"hf_lrq.cli.sources.{name}", load)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_a_disk_that_fills_up_is_an_error_of_the_user(
 def test_a_compressed_model_is_not_compressed_again(
     cli, compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_lrq.cli.quantize.load_model", lambda *arguments: 1 // 0)
+    monkeypatch.setattr("hf_lrq.cli.sources.load_model", lambda *arguments: 1 // 0)
     message = cli.fails("quantize", compressed, "-o", tmp_path / "out", *DATA_FREE)
     assert message == f"{compressed} is quantized already. Give the original model."
 

@@ -168,7 +168,7 @@ def test_a_recovery_that_fails_leaves_the_compressed_model(
     def fail(*_, **__):
         raise MemoryError("no room for the original")
 
-    monkeypatch.setattr(recovering, "load_model", fail)
+    monkeypatch.setattr(recovering, "measure", fail)
     result = cli("quantize", original, "-o", tmp_path / "out", "--dataset", text, *QUICK, *FAST, *RECOVER)
     assert result.exit_code == 2
     assert "no room for the original" in result.stderr

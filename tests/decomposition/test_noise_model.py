@@ -20,7 +20,7 @@ def gram(size: int, generator: torch.Generator) -> Tensor:
 
 def predicted(W: Tensor, H: Tensor, spec: LayerSpec, output: OutputGram | None = None) -> float:
     rotated = rotate(W, InputGram.from_matrix(H, 1), spec, generator_for(0, "W"), output=output)
-    model = NoiseModel(rotated, feedback=True)
+    model = NoiseModel(rotated, feedback=True, most=spec.layout.rank)
     return model.loss(spec.layout) / model.energy
 
 
