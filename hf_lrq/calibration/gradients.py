@@ -21,6 +21,7 @@ from hf_lrq.calibration.token_weights import TokenWeights, Weights
 from hf_lrq.decomposition import OutputGram, OutputGramAccumulator, generator_for
 from hf_lrq.errors import CalibrationError
 from hf_lrq.work import Executor, Site
+from hf_lrq.work.memory import give_back_freed
 
 # Of the Grams and gradients that are in memory at a time; what does not fit gets passes of its own.
 BUDGET = 4 << 30
@@ -119,19 +120,9 @@ def _collect(
     with GradientRecorder(runner, sites, seed) as recorder:
         for start in range(0, len(runner), workers.count):
             window = range(start, min(start + workers.count, len(runner)))
-            watched = dict(zip(window, workers.map(recorder.watch, window, one_by_one), strict=True))
-
-            def add(name: str, watched: Mapping[int, Mapping[str, Sequence[Seen]]] = watched) -> None:
-                for index, calls in watched.items():
-                    for seen in calls.get(name, ()):
-                        weights[name].update(index, seen.x, seen.gradient.square().sum(-1))
-                        if not all(map(sums[name].update, seen.sequences())):
-                            raise CalibrationError(
-                                f"calibration batch {index} makes gradients at the outputs of {name} that hold NaN or "
-                                "Inf. Calibrate in bfloat16 or float32, or set two_sided=False."
-                            )
-
-            workers.map(add, sums)
+            _add_window(window, recorder, sums, weights, workers, one_by_one)
+            # Each pass leaves gaps between the little that is kept, which the next one cannot fill.
+            give_back_freed()
         found.positions = sum(recorder.positions.values())
     for site in sites:
         gram = sums[site.name].finish()
@@ -141,6 +132,30 @@ def _collect(
             found.grams[site.label] = replace(gram, energy=gram.energy / found.positions)
             found.weights[site.label] = weights[site.name].finish()
             found.shrinkage[site.label] = weights[site.name].shrinkage
+
+
+def _add_window(
+    window: Sequence[int],
+    recorder: "GradientRecorder",
+    sums: Mapping[str, OutputGramAccumulator],
+    weights: Mapping[str, TokenWeights],
+    workers: Executor,
+    one_by_one: bool,
+) -> None:
+    """Add a few batches, all of whose inputs and gradients are in memory meanwhile."""
+    watched = dict(zip(window, workers.map(recorder.watch, window, one_by_one), strict=True))
+
+    def add(name: str) -> None:
+        for index, calls in watched.items():
+            for seen in calls.get(name, ()):
+                weights[name].update(index, seen.x, seen.gradient.square().sum(-1))
+                if not all(map(sums[name].update, seen.sequences())):
+                    raise CalibrationError(
+                        f"calibration batch {index} makes gradients at the outputs of {name} that hold NaN or "
+                        "Inf. Calibrate in bfloat16 or float32, or set two_sided=False."
+                    )
+
+    workers.map(add, sums)
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,8 +4,6 @@ import json
 import math
 import sys
 import time
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -13,9 +11,7 @@ import torch
 from tqdm import tqdm
 
 from hf_lrq.work import CompressionReport, LayerRecord
-
-# Windows has no such module.
-_resource: Any = import_module("resource") if find_spec("resource") else None
+from hf_lrq.work.memory import peak_memory
 
 
 class Progress(Protocol):
@@ -212,17 +208,6 @@ class _WorkClock:
         """Seconds until the last matrix; in the first group without the calibration of others, which is not known."""
         compressing = self._compressing * (parameters - parameters_done) / max(parameters_done, 1)
         return compressing + self._calibrating * (matrices - self._begun) / max(self._calibrated, 1)
-
-
-def peak_memory(device: torch.device) -> int | None:
-    """Most bytes in use so far: allocated on a CUDA device, else resident in this process; None where unknown."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if _resource is None:
-        return None
-    # Linux counts in kibibytes, macOS in bytes.
-    most: int = _resource.getrusage(_resource.RUSAGE_SELF).ru_maxrss
-    return most * (1 if sys.platform == "darwin" else 1024)
 
 
 def _clock(seconds: float) -> str:
