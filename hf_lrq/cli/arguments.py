@@ -192,6 +192,15 @@ class ExportLoraOptions(Loading):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExportGgufOptions(Loading):
+    """Write a model compressed with codebook gguf for llama.cpp: model.gguf, and L R as a LoRA, lora.gguf."""
+
+    model: Annotated[str, Argument(help="Folder or id on the Hub of the compressed model.")]
+    like: Annotated[Path, Option(help="GGUF file of the original: its tokenizer, settings and uncompressed tensors.")]
+    out: Annotated[Path, Option("--out", "-o", help="Folder to write; must be empty or not exist.")]
+
+
+@dataclass(frozen=True, kw_only=True)
 class InspectOptions(AsJson):
     """Show what is stored, from file headers alone: shapes, ranks, true bits per weight."""
 

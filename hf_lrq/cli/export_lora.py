@@ -8,7 +8,7 @@ from transformers.utils.hub import cached_file
 from hf_lrq.checkpoint import check_free
 from hf_lrq.cli.arguments import ExportLoraOptions
 from hf_lrq.cli.loading import chosen_device, load_model, set_threads
-from hf_lrq.cli.output import say
+from hf_lrq.cli.output import hush, say
 from hf_lrq.errors import LRQError, SpecError
 
 
@@ -20,6 +20,7 @@ def run(options: ExportLoraOptions) -> None:
 
     from hf_lrq.integrations.peft import LRQAdapterConfig, export_lora
 
+    hush(False)
     check_free(options.out)
     if cached_file(options.adapter, "adapter_config.json", _raise_exceptions_for_missing_entries=False) is None:
         raise LRQError(f"{options.adapter} holds no adapter: it has no adapter_config.json.")
