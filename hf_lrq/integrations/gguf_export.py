@@ -13,26 +13,25 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hf_lrq.checkpoint import staged_directory
 from hf_lrq.codebooks import get_codebook
 from hf_lrq.errors import LRQError, SpecError
+from hf_lrq.matrices import Pair
 from hf_lrq.nn import COMPRESSED, LRQLinear
 
 GROUP = 32  # Weights of a block.
 TYPES = {"gguf4": "Q4_0", "gguf8": "Q8_0"}  # Codebook -> type of block.
-HOW = "codebook='gguf', bits=4 or 8, group_size=32, rotation='none'"
+HOW = "codebook='gguf', bits=4 or 8, group_size=32, rotation='none', embedding_bits=16"
 # Architectures that keep the rows of q and k in pairs -> ends of the names.
 PAIRED = {"llama": {"attn_q.weight": "head_count", "attn_k.weight": "head_count_kv"}}
 # Correlation of a compressed matrix with its original, and largest relative difference of vectors.
 ALIKE, CLOSE = 0.5, 0.02
 
 
-Blocks = tuple[str, NDArray[np.uint8]]  # Their type, and the bytes of each row.
+Blocks = tuple[str, Tensor]  # Their type, and the bytes of each row.
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def export_gguf(model: nn.Module, like: str | os.PathLike[str], out: str | os.Pa
     original.check_the_rest(model)
     with staged_directory(out) as staging:
         blocks: dict[str, Blocks] = {}
-        pairs: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {}
+        pairs: dict[str, Pair] = {}
         for name, layer in tensors.items():
             original.check_alike(name, layer)
             blocks[name] = TYPES[layer.layout.codebook], original.ordered(name, blocks_of(layer))
@@ -86,8 +85,8 @@ def export_gguf(model: nn.Module, like: str | os.PathLike[str], out: str | os.Pa
     return Exported(Path(out) / "model.gguf", Path(out) / "lora.gguf" if pairs else None, len(layers), most)
 
 
-def blocks_of(layer: LRQLinear) -> NDArray[np.uint8]:
-    """The blocks of Q, [out, bytes]: a float16 step, then 32 codes; of 4 bits the second half in the high nibbles."""
+def blocks_of(layer: LRQLinear) -> Tensor:
+    """The blocks of Q, uint8 [out, bytes]: a float16 step, then 32 codes; at 4 bits the second half in high nibbles."""
     book = get_codebook(layer.layout.codebook)
     codes = book.unpack(layer.weight.cpu())[:, : layer.in_features].unflatten(1, (-1, GROUP))
     if book.bits == 4:
@@ -95,7 +94,7 @@ def blocks_of(layer: LRQLinear) -> NDArray[np.uint8]:
     else:
         stored = (codes - 2 ** (book.bits - 1)).to(torch.int8).view(torch.uint8)
     steps = layer.scales.detach().cpu().unsqueeze(-1).view(torch.uint8)
-    return torch.cat((steps, stored), dim=2).flatten(1).numpy()
+    return torch.cat((steps, stored), dim=2).flatten(1)
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, LRQLinear]]:
@@ -106,7 +105,9 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, LRQLinear]]:
             continue
         found, layout = True, module.layout
         if not isinstance(module, LRQLinear):
-            raise SpecError(f"{name} is {type(module).__name__}; only linear layers can be exported to GGUF.")
+            raise SpecError(
+                f"{name} is {type(module).__name__}; only linear layers can go to GGUF. Compress with {HOW}."
+            )
         if layout.codebook not in TYPES or layout.group_size != GROUP or layout.rotation != "none":
             raise SpecError(
                 f"{name} is stored with codebook {layout.codebook!r}, group_size {layout.group_size} and rotation "
@@ -119,11 +120,11 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, LRQLinear]]:
         raise SpecError("this model has no compressed layers. Compress it with " + HOW + ".")
 
 
-def _as_small_as_it_is(factor: Tensor) -> NDArray[Any]:
+def _as_small_as_it_is(factor: Tensor) -> Tensor:
     """In float16 if that loses nothing, else in float32."""
     factor = factor.detach().float().cpu()
     half = factor.half()
-    return (half if torch.equal(half.float(), factor) else factor).numpy()
+    return half if torch.equal(half.float(), factor) else factor
 
 
 class _Original:
@@ -164,7 +165,7 @@ class _Original:
             )
         return f"{found}.weight"
 
-    def ordered(self, name: str, rows: NDArray[Any]) -> NDArray[Any]:
+    def ordered(self, name: str, rows: Tensor) -> Tensor:
         """Rows of a matrix in the order in which the file has them."""
         of_heads = PAIRED.get(self._architecture, {})
         ending = next((ending for ending in of_heads if name.endswith(ending)), None)
@@ -172,7 +173,7 @@ class _Original:
             return rows
         heads = self._setting(f"attention.{of_heads[ending]}")
         # Halves of a head become pairs: rotary embeddings are written so there.
-        return np.ascontiguousarray(rows.reshape(heads, 2, -1, rows.shape[1]).swapaxes(1, 2)).reshape(rows.shape)
+        return rows.reshape(heads, 2, -1, rows.shape[1]).transpose(1, 2).reshape(rows.shape)
 
     def check_alike(self, name: str, layer: LRQLinear) -> None:
         """Whether a matrix is a compressed one of the file, its rows in the same order.
@@ -180,11 +181,11 @@ class _Original:
         Raises:
             LRQError: if it is not.
         """
-        theirs, ours = self._values(name), self.ordered(name, layer.dense().cpu().numpy())
+        theirs, ours = self._values(name), self.ordered(name, layer.dense().cpu())
         if theirs.shape != ours.shape:
             raise LRQError(f"{name} of {self._path} is {list(theirs.shape)}, the compressed one {list(ours.shape)}.")
-        norms = float(np.linalg.norm(theirs) * np.linalg.norm(ours))
-        likeness = float((theirs * ours).sum()) / norms if norms else 1.0
+        norms = (theirs.norm() * ours.norm()).item()
+        likeness = (theirs * ours).sum().item() / norms if norms else 1.0
         if likeness < ALIKE:
             raise LRQError(
                 f"{name} of {self._path} is not the original of what was compressed: their correlation is "
@@ -202,19 +203,18 @@ class _Original:
             target = self._names.get_name(stem)
             if parameter.ndim != 1 or target is None or (found := f"{target}.{kind}") not in self._tensors:
                 continue
-            theirs, ours = self._values(found).ravel(), parameter.detach().float().cpu().numpy()
+            theirs, ours = self._values(found).flatten(), parameter.detach().float().cpu()
             # Some architectures store norms plus one.
-            off = min(np.linalg.norm(theirs - ours - more) for more in (0, 1)) if theirs.shape == ours.shape else np.inf
-            if off > CLOSE * np.linalg.norm(theirs):
+            same = theirs.shape == ours.shape
+            if not same or min((theirs - ours - more).norm() for more in (0, 1)) > CLOSE * theirs.norm():
                 raise LRQError(
                     f"{name} differs from {found} of {self._path}: it was trained after the compression, or belongs to "
                     "another model. Export the model as it was before, or give a GGUF file of what it is now."
                 )
 
-    def _values(self, name: str) -> NDArray[np.float32]:
+    def _values(self, name: str) -> Tensor:
         tensor = self._tensors[name]
-        values: NDArray[np.float32] = self._gguf.dequantize(tensor.data, tensor.tensor_type)
-        return values.astype(np.float32)
+        return torch.from_numpy(self._gguf.dequantize(tensor.data, tensor.tensor_type).copy()).float()
 
     def write(self, path: Path, blocks: Mapping[str, Blocks]) -> None:
         """The file again, with other blocks for some tensors."""
@@ -230,20 +230,20 @@ class _Original:
         for name, tensor in self._tensors.items():
             if name in blocks:
                 kind, rows = blocks[name]
-                writer.add_tensor(name, rows, raw_dtype=self._gguf.GGMLQuantizationType[kind])
+                writer.add_tensor(name, rows.numpy(), raw_dtype=self._gguf.GGMLQuantizationType[kind])
             else:
                 writer.add_tensor(name, tensor.data, raw_dtype=tensor.tensor_type)
         _finish(writer)
 
-    def write_adapter(self, path: Path, pairs: Mapping[str, tuple[NDArray[Any], NDArray[Any]]]) -> None:
+    def write_adapter(self, path: Path, pairs: Mapping[str, Pair]) -> None:
         """L and R of each tensor as a LoRA that is added as it is."""
         writer = self._gguf.GGUFWriter(path, self._architecture)
         writer.add_type("adapter")
         writer.add_string(self._gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(self._gguf.Keys.Adapter.LORA_ALPHA, 0.0)  # Not 0 would be divided by each rank.
         for name, (L, R) in pairs.items():
-            writer.add_tensor(f"{name}.lora_a", R)
-            writer.add_tensor(f"{name}.lora_b", L)
+            writer.add_tensor(f"{name}.lora_a", R.numpy())
+            writer.add_tensor(f"{name}.lora_b", L.numpy())
         _finish(writer)
 
 
