@@ -106,7 +106,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, LRQLinear]]:
         found, layout = True, module.layout
         if not isinstance(module, LRQLinear):
             raise SpecError(
-                f"{name} is {type(module).__name__}; only linear layers can go to GGUF. Compress with {HOW}."
+                f"{name} is {type(module).__name__}; GGUF takes linear layers. Compress with {HOW}."
             )
         if layout.codebook not in TYPES or layout.group_size != GROUP or layout.rotation != "none":
             raise SpecError(
