@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     )
     from hf_lrq.evaluation import evaluate
     from hf_lrq.integrations.compression import compress
-    from hf_lrq.integrations.peft import LRQAdapterConfig
+    from hf_lrq.integrations.peft import LRQAdapterConfig, export_lora
     from hf_lrq.integrations.planning import plan_for
     from hf_lrq.integrations.saving import save
     from hf_lrq.integrations.trainer import register_optimizers, trainer_optimizer
@@ -62,6 +62,7 @@ __all__ = [
     "compress",
     "compress_matrix",
     "evaluate",
+    "export_lora",
     "fuse_layers",
     "plan_for",
     "precondition",
@@ -97,6 +98,7 @@ _HOME = {
     "compress": "hf_lrq.integrations.compression",
     "compress_matrix": "hf_lrq.decomposition.compress_matrix",
     "evaluate": "hf_lrq.evaluation",
+    "export_lora": "hf_lrq.integrations.peft",
     "fuse_layers": "hf_lrq.nn",
     "plan_for": "hf_lrq.integrations.planning",
     "precondition": "hf_lrq.optim",

@@ -45,15 +45,15 @@ class LayerOptions:
     codebook: str = _option(
         "auto",
         "Family of the codebook of Q: bt (2, 4 bits), tcq (2, 3, 4), e8p (2, 3, 4), int (2, 3, 4, 6, 8), "
-        "lloyd (2, 3, 4), nf (4), or auto.",
+        "lloyd (2, 3, 4), nf (4), gguf (4, 8), or auto.",
     )
-    group_size: int = _option(128, "Columns that share one scale, for codebook int.")
+    group_size: int = _option(128, "Columns that share one scale, for codebooks int and gguf.")
     rotation: str = _option("hadamard", "hadamard (incoherence processing; QuIP#, 2024, section 3) or none.")
     rotation_block: int = _option(256, "Largest Hadamard block, a power of two.")
     rounding: str = _option(
         "ldlq",
         "ldlq (adaptive rounding with feedback), nearest, or fitted (nearest, with the scale of least squared error of "
-        "each group of columns; for codebook int).",
+        "each group of columns; for codebooks with group scales).",
     )
     init: str = _option(
         "svd",

@@ -180,6 +180,27 @@ class QuantizeOptions(Saving):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExportLoraOptions(Loading):
+    """Save an adapter for compressed layers as a plain LoRA, which adds the same to every layer."""
+
+    adapter: Annotated[str, Argument(help="Folder or id on the Hub of the adapter.")]
+    out: Annotated[Path, Option("--out", "-o", help="Folder to write; must be empty or not exist.")]
+    model: Annotated[
+        str | None, Option(help="Folder or id on the Hub of the compressed model. Default: what the adapter names.")
+    ] = None
+    half: Annotated[bool, Option("--half", help="Round the pairs to float16; they are float32 otherwise.")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportGgufOptions(Loading):
+    """Write a model compressed with codebook gguf for llama.cpp: model.gguf, and L R as a LoRA, lora.gguf."""
+
+    model: Annotated[str, Argument(help="Folder or id on the Hub of the compressed model.")]
+    like: Annotated[Path, Option(help="GGUF file of the original: its tokenizer, settings and uncompressed tensors.")]
+    out: Annotated[Path, Option("--out", "-o", help="Folder to write; must be empty or not exist.")]
+
+
+@dataclass(frozen=True, kw_only=True)
 class InspectOptions(AsJson):
     """Show what is stored, from file headers alone: shapes, ranks, true bits per weight."""
 

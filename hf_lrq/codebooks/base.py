@@ -1,4 +1,4 @@
-"""The codebook interface: a finite set of points for unit-variance weights, and the nearest-point map onto it."""
+"""The codebook interface: a finite set of points for weights of known variance, and the nearest-point map onto it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BITS = (1, 8)  # The smallest and the largest number of bits per weight.
 
 @dataclass(frozen=True)
 class Codebook(ABC):
-    """A finite set of points in R^dim, scaled for inputs of unit variance.
+    """A finite set of points in R^dim, scaled for inputs of unit variance, or that of `deviation`.
 
     A codebook knows nothing of row scales, Grams or layers. The points that `decode` returns are the format: they
     never change within a format version.
@@ -37,6 +37,7 @@ class Codebook(ABC):
         column_block: columns of a matrix are padded to a multiple of it.
         available_bits: the bits per weight that this family comes in.
         grouped: whether a row carries one scale per group of columns rather than one in all.
+        deviation: standard deviation of the weights that its points suit best; 1 unless they have to be whole numbers.
 
     Raises:
         SpecError: if the family does not come in `bits`.
@@ -50,6 +51,11 @@ class Codebook(ABC):
     row_block: ClassVar[int] = 1
     column_block: ClassVar[int] = TILE
     grouped: ClassVar[bool] = False
+
+    @property
+    def deviation(self) -> float:
+        """See the class."""
+        return 1.0
 
     def __post_init__(self) -> None:
         if self.bits not in self.available_bits:
@@ -67,8 +73,8 @@ class Codebook(ABC):
         """Code of the nearest point of each vector; residual codebooks are nearest stage by stage.
 
         Args:
-            values: [..., dim], or [..., rows, n, dim] where rows are coded together; floating, finite, about unit
-                variance. Computed in float32.
+            values: [..., dim], or [..., rows, n, dim] where rows are coded together; floating, finite, about
+                `deviation` in standard deviation. Computed in float32.
 
         Returns:
             [...] int64 codes. Equal inputs give equal codes; a NaN gives an unspecified valid code.

@@ -1,4 +1,4 @@
-"""Codebooks of single weights: uniform grid, Lloyd-Max levels, NF4. Codes count the levels in ascending order."""
+"""Codebooks of single weights: uniform grids, Lloyd-Max levels, NF4. Codes count the levels in ascending order."""
 
 from __future__ import annotations
 
@@ -20,6 +20,10 @@ UNIFORM_STEPS = {
     6: 0.104063009442,
     8: 0.030762383,
 }
+
+# Standard deviation of the Gaussian that the whole numbers from -2**(bits-1) to 2**(bits-1) - 1 suit best, by the same
+# integral.
+WHOLE_DEVIATIONS = {4: 2.95326808, 8: 32.5038588}
 
 # Positive half of the levels of least squared error for N(0, 1), the other half mirrors it: J. Max (1960), Table I,
 # with more digits from iterating "each level is the mean of its cell" to a fixed point in double precision.
@@ -109,6 +113,31 @@ class Uniform(ScalarCodebook):
         half = 2 ** (self.bits - 1)
         cells = (x.squeeze(1) / self.step).floor_().clamp_(-half, half - 1)
         return cells.add_(half).nan_to_num_(nan=0.0).long()
+
+
+@dataclass(frozen=True)
+class Whole(ScalarCodebook):
+    """`gguf`: code c means c - 2**(bits-1), a whole number, so that the float16 scale of a group is the step itself.
+
+    In groups of 32 and without rotations these are the blocks Q4_0 and Q8_0 of GGUF files, exactly.
+
+    >>> Whole(4).encode(torch.tensor([[-9.0], [0.4], [9.0]])).tolist()
+    [0, 8, 15]
+    """
+
+    family: ClassVar[str] = "gguf"
+    available_bits: ClassVar[tuple[int, ...]] = tuple(WHOLE_DEVIATIONS)
+    grouped: ClassVar[bool] = True
+
+    @property
+    def deviation(self) -> float:
+        """See `Codebook`."""
+        return WHOLE_DEVIATIONS[self.bits]
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        half = 2 ** (self.bits - 1)
+        return tuple(map(float, range(-half, half)))
 
 
 @dataclass(frozen=True)

@@ -86,8 +86,8 @@ def distortion(codebook: str) -> float:
     book = get_codebook(codebook)
     columns = -(-SAMPLES // book.dim)
     rows = -(-SAMPLES // book.row_block) * book.row_block
-    x = torch.randn(rows, columns, book.dim, generator=torch.Generator().manual_seed(0))
-    return (x - book.decode(book.encode(x), torch.float32)).square().mean().item()
+    x = book.deviation * torch.randn(rows, columns, book.dim, generator=torch.Generator().manual_seed(0))
+    return (x - book.decode(book.encode(x), torch.float32)).square().mean().item() / book.deviation**2
 
 
 @functools.cache

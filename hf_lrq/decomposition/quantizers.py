@@ -46,14 +46,17 @@ class Quantizer(ABC):
         return get_codebook(self.codebook)
 
     def scales(self, W: Tensor) -> Tensor:
-        """Root mean square of each row [out], or of each group [out, groups], in float32 values float16 can hold."""
+        """What the weights of each row [out], or of each group [out, groups], are divided by.
+
+        It is their root mean square over the deviation that suits the codebook, in float32 values float16 can hold.
+        """
         if not self.book.grouped:
-            return representable(W.square().mean(1).sqrt())
+            return representable(W.square().mean(1).sqrt() / self.book.deviation)
         padding = -W.shape[1] % self.group_size
         squares = torch.nn.functional.pad(W.square(), (0, padding)).unflatten(1, (-1, self.group_size)).sum(-1)
         counts = torch.full((squares.shape[1],), float(self.group_size), device=W.device)
         counts[-1] -= padding
-        return representable((squares / counts).sqrt())
+        return representable((squares / counts).sqrt() / self.book.deviation)
 
     def finish(self, codes: Tensor, scales: Tensor, in_features: int) -> QuantizedMatrix:
         """Pack [padded out, padded in / dim] codes; scales are those of the rows without padding."""
@@ -82,7 +85,7 @@ def representable(scales: Tensor) -> Tensor:
     stored = scales.to(torch.float16).float()
     if torch.isinf(stored).any():
         raise CompressionError(
-            f"a row of the weight has a root mean square of {scales.max().item():.3g}; scales are stored in float16, "
+            f"a row of the weight needs a scale of {scales.max().item():.3g}; scales are stored in float16, "
             f"which ends at {torch.finfo(torch.float16).max:g}. Rescale the layer, or leave it out with "
             "modules_to_not_convert."
         )

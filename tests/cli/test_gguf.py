@@ -6,79 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from hf_lrq.cli.sources import Gguf, Saved, source_of
 from hf_lrq.errors import LRQError
 
-gguf = pytest.importorskip("gguf")
+pytest.importorskip("gguf")
 
 QUICK = ("--dataset", "none", "--rank", 0, "--codebook", "int", "--rounding", "nearest", "--device", "cpu", "--quiet")
-NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
-def as_llama_cpp_has_it(name: str, weight: Tensor, config: Any) -> Tensor:
-    """The rows of q and k in the order of the other way to write rotary embeddings."""
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.rpartition(".")[2])
-    if heads is None:
-        return weight
-    return weight.view(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
-
-
-def write_gguf(path: Path, folder: Path, architecture: str = "llama", tokenizer: bool = True) -> None:
-    """A saved Llama as a GGUF file in float32."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    config = model.config
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_name("tiny")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(config.vocab_size)
-    if tokenizer:
-        vocabulary = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
-        tokens = sorted(vocabulary, key=vocabulary.get)
-        tokens[255] = "ĠĠ"  # Two spaces: the format tells such a vocabulary by its merges, of which there is none.
-        writer.add_tokenizer_model("gpt2")
-        writer.add_token_list(tokens)
-        writer.add_token_types([3 if token.startswith("<") and len(token) > 1 else 1 for token in tokens])
-        writer.add_token_merges(["Ġ Ġ"])
-        writer.add_bos_token_id(config.bos_token_id)
-        writer.add_eos_token_id(config.eos_token_id)
-    for full, weight in model.state_dict().items():
-        name = full.removesuffix(".weight")
-        _, _, layer, inner = name.split(".", 3) if name.startswith("model.layers.") else ("", "", "", "")
-        target = f"blk.{layer}.{NAMES[inner]}" if layer else TOP[name]
-        writer.add_tensor(f"{target}.weight", as_llama_cpp_has_it(name, weight, config).contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-@pytest.fixture(scope="module")
-def file(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Llama as a GGUF file."""
-    path = tmp_path_factory.mktemp("gguf") / "tiny.F32.gguf"
-    write_gguf(path, original)
-    return path
+@pytest.fixture
+def file(gguf_file: Path) -> Path:
+    """The tiny Llama as a GGUF file. Read only."""
+    return gguf_file
 
 
 def test_the_model_of_a_file_is_the_one_it_was_written_from(file: Path, original: Path) -> None:
@@ -123,14 +64,16 @@ def test_what_is_no_whole_file_is_refused(cli: Any, file: Path, tmp_path: Path) 
     assert "is a file already" in cli.fails("quantize", file, "--gguf-file", file.name, "-o", out)
 
 
-def test_an_architecture_that_transformers_does_not_know_is_named(original: Path, tmp_path: Path) -> None:
+def test_an_architecture_that_transformers_does_not_know_is_named(
+    original: Path, tmp_path: Path, write_gguf: Any
+) -> None:
     path = tmp_path / "other.gguf"
     write_gguf(path, original, architecture="rwkv6", tokenizer=False)
     with pytest.raises(LRQError, match=r"cannot read other\.gguf: .*rwkv6"):
         source_of(str(path), None).config()
 
 
-def test_a_file_without_words_has_no_tokenizer(cli: Any, original: Path, tmp_path: Path) -> None:
+def test_a_file_without_words_has_no_tokenizer(cli: Any, original: Path, tmp_path: Path, write_gguf: Any) -> None:
     path = tmp_path / "mute.gguf"
     write_gguf(path, original, tokenizer=False)
     message = cli.fails("quantize", path, "-o", tmp_path / "out", "--dataset", "bundled")

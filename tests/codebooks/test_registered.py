@@ -38,6 +38,7 @@ def test_families_are_those_of_the_format() -> None:
         "int": (2, 3, 4, 6, 8),
         "lloyd": (2, 3, 4),
         "nf": (4,),
+        "gguf": (4, 8),
     }
 
 
@@ -47,8 +48,8 @@ def test_name_family_and_bits_agree(any_book: Codebook) -> None:
     assert book.column_block % book.dim == 0
 
 
-def test_only_the_uniform_grid_has_group_scales(any_book: Codebook) -> None:
-    assert any_book.grouped == (any_book.family == "int")
+def test_only_uniform_grids_have_group_scales(any_book: Codebook) -> None:
+    assert any_book.grouped == (any_book.family in ("int", "gguf"))
 
 
 def test_codes_fill_what_is_stored(any_book: Codebook) -> None:

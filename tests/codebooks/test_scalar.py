@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from hf_lrq.codebooks import get_codebook
-from hf_lrq.codebooks.scalar import LloydMax, NormalFloat, ScalarCodebook, Uniform
+from hf_lrq.codebooks.scalar import LloydMax, NormalFloat, ScalarCodebook, Uniform, Whole
 
-SCALAR = [*map(Uniform, (2, 3, 4, 6, 8)), *map(LloydMax, (2, 3, 4)), NormalFloat(4)]
-# Squared error on N(0, 1): J. Max (1960), Tables I and II, and numerical integration for int6, int8 and nf4.
+SCALAR = [*map(Uniform, (2, 3, 4, 6, 8)), *map(LloydMax, (2, 3, 4)), NormalFloat(4), *map(Whole, (4, 8))]
+# Squared error on N(0, 1): J. Max (1960), Tables I and II, and numerical integration for int6, int8, nf4 and gguf.
 TABULATED = {
     "lloyd2": 0.1175,
     "lloyd3": 0.03454,
@@ -21,6 +21,8 @@ TABULATED = {
     "int6": 1.0400e-3,
     "int8": 8.769e-5,
     "nf4": 0.009899,
+    "gguf4": 0.011864,
+    "gguf8": 8.7707e-5,
 }
 
 
@@ -51,7 +53,7 @@ def levels_of(book: ScalarCodebook) -> Tensor:
 @pytest.mark.parametrize("book", SCALAR, ids=lambda book: book.name)
 def test_squared_error_on_a_gaussian_is_the_tabulated_one(book: ScalarCodebook) -> None:
     # Half a unit of the last digit of a table of four digits, and as much for the roundings in old tables.
-    assert squared_error(levels_of(book)) == pytest.approx(TABULATED[book.name], rel=1e-3)
+    assert squared_error(levels_of(book) / book.deviation) == pytest.approx(TABULATED[book.name], rel=1e-3)
 
 
 @pytest.mark.parametrize("bits", LloydMax.available_bits)
@@ -76,9 +78,16 @@ def test_nf4_scale_has_the_least_squared_error() -> None:
     assert squared_error(levels) < min(squared_error(levels * 0.9999), squared_error(levels * 1.0001))
 
 
-def test_nf4_has_a_zero_and_the_others_have_none() -> None:
-    assert 0.0 in NormalFloat(4).levels
-    assert all(0.0 not in book.levels for book in SCALAR if book.family != "nf")
+@pytest.mark.parametrize("bits", Whole.available_bits)
+def test_whole_numbers_suit_their_deviation_best(bits: int) -> None:
+    levels, best = levels_of(Whole(bits)), Whole(bits).deviation
+    assert levels.tolist() == list(range(-(2 ** (bits - 1)), 2 ** (bits - 1)))
+    assert squared_error(levels / best) < squared_error(levels / (best * 1.0001))
+    assert squared_error(levels / best) < squared_error(levels / (best / 1.0001))
+
+
+def test_nf4_and_whole_numbers_have_a_zero_and_the_others_have_none() -> None:
+    assert all((0.0 in book.levels) == (book.family in ("nf", "gguf")) for book in SCALAR)
 
 
 @pytest.mark.parametrize("book", SCALAR, ids=lambda book: book.name)

@@ -33,6 +33,7 @@ PUBLIC = [
     "compress",
     "compress_matrix",
     "evaluate",
+    "export_lora",
     "fuse_layers",
     "plan_for",
     "precondition",

@@ -1,0 +1,95 @@
+"""An adapter of this type as a plain LoRA of PEFT, for programs that know no other."""
+
+import os
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hf_lrq.checkpoint import staged_directory
+from hf_lrq.errors import SpecError, did_you_mean
+from hf_lrq.factors import least_ranks
+from hf_lrq.integrations.peft.config import LRQAdapterConfig
+from hf_lrq.integrations.peft.layer import LRQAdapterLinear
+from hf_lrq.integrations.peft.model import PREFIX
+
+_INSIDE = "base_model.model."  # How PEFT names the model in an adapter's file.
+
+
+@torch.no_grad()
+def export_lora(
+    model: PeftModel,
+    out: str | os.PathLike[str],
+    adapter: str = "default",
+    dtype: torch.dtype = torch.float32,
+) -> LoraConfig:
+    """Save an adapter as a LoRA that adds the same to every layer; exact but for the rounding to `dtype`.
+
+    What an adapter changes in L R, inside the rotations of a layer, is the difference of two products: its ranks are
+    those of both together. B holds what meets the outputs, A what meets the inputs; nothing is scaled.
+
+    Args:
+        model: with the adapter; not changed.
+        out: directory; made if it does not exist.
+        adapter: its name.
+        dtype: of the pairs; modules that were trained whole keep theirs.
+
+    Returns:
+        The config that was saved.
+
+    Raises:
+        SpecError: if there is no such adapter, or it is of another type.
+        CheckpointError: if `out` is taken.
+    """
+    config = _config_of(model, adapter)
+    pairs = {
+        name: least_ranks(*module.outer_change_of(adapter))
+        for name, module in model.get_base_model().named_modules()
+        if isinstance(module, LRQAdapterLinear) and module.holds(adapter)
+    }
+    lora = _as_lora(config, {name: R.shape[0] for name, (_, R) in pairs.items()})
+    whole = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    tensors = {name: tensor for name, tensor in whole.items() if not name.rpartition(".")[2].startswith(PREFIX)}
+    for name, (L, R) in pairs.items():
+        tensors |= {f"{_INSIDE}{name}.lora_A.weight": R.to(dtype), f"{_INSIDE}{name}.lora_B.weight": L.to(dtype)}
+    with staged_directory(out) as staging:
+        _save(tensors, lora, staging)
+    return lora
+
+
+def _config_of(model: PeftModel, adapter: str) -> LRQAdapterConfig:
+    known = list(model.peft_config)
+    if adapter not in known:
+        raise SpecError(f"There is no adapter {adapter!r}.{did_you_mean(adapter, known)} Adapters: {', '.join(known)}.")
+    config = model.peft_config[adapter]
+    if not isinstance(config, LRQAdapterConfig):
+        raise SpecError(
+            f"adapter {adapter!r} is of type {getattr(config.peft_type, 'value', config.peft_type)}, not LRQ. Save it "
+            "with save_pretrained, as PEFT does."
+        )
+    return config
+
+
+def _as_lora(config: LRQAdapterConfig, ranks: dict[str, int]) -> LoraConfig:
+    """A config whose scaling, lora_alpha / r, is 1 in every layer."""
+    most = max(ranks.values())
+    others = {name: rank for name, rank in ranks.items() if rank != most}
+    return LoraConfig(
+        r=most,
+        lora_alpha=most,
+        rank_pattern=others,
+        alpha_pattern=dict(others),
+        target_modules=sorted(ranks),
+        modules_to_save=config.modules_to_save,
+        base_model_name_or_path=config.base_model_name_or_path,
+        task_type=config.task_type,
+        inference_mode=True,
+    )
+
+
+def _save(tensors: dict[str, Tensor], config: LoraConfig, directory: Path) -> None:
+    stored = {name: tensor.cpu().contiguous().clone() for name, tensor in sorted(tensors.items())}
+    save_file(stored, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(str(directory))
