@@ -78,7 +78,7 @@ static void choose_uniform(Kernel *kernel, int bits, int64_t group_size, int64_t
     }
 #endif
 #if HF_LRQ_HAS_AVX512
-    if (isa >= HF_LRQ_AVX512 && bits != 6 && group_size % (bits == 2 || bits == 4 ? TILE_COLUMNS : VECTOR) == 0) {
+    if (isa >= HF_LRQ_AVX512 && bits != 6 && group_size % (bits == 3 ? VECTOR : TILE_COLUMNS) == 0) {
         kernel->uniform = hf_lrq_uniform_avx512;
         kernel->arrangement = UNIFORM_BYTES;
         return;

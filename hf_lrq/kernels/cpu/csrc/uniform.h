@@ -52,12 +52,12 @@ int hf_lrq_uniform_avx2(const Planes *planes, const UniformMatrix *matrix, float
                         int64_t rows);
 #endif
 #if HF_LRQ_HAS_AVX512
-/* The group size is a multiple of 16 at 2 and 4 bits and of 64 at 3 and 8. */
+/* Not 6 bits; the group size is a multiple of 64 at 3 bits and of 16 at the others. */
 int hf_lrq_uniform_avx512(const Planes *planes, const UniformMatrix *matrix, float *to, int64_t stride, int64_t first,
                           int64_t rows);
 #endif
 #if HF_LRQ_HAS_AMX
-/* The group size is a multiple of 128. */
+/* Not 6 bits; the group size is a multiple of 128. */
 int hf_lrq_uniform_amx(const Planes *planes, const UniformMatrix *matrix, float *to, int64_t stride, int64_t first,
                        int64_t rows);
 #endif
