@@ -66,6 +66,7 @@ class LRQConfig(QuantizationConfigMixin):
     header: QuantizationHeader | None = None  # Set when the config comes from, or describes, a compressed model.
     # Options that were written out, be it with their defaults: they are compared with what a checkpoint holds.
     _given: frozenset[str] = frozenset()
+    plain_tables = False  # Whether the embeddings and heads of a checkpoint are loaded in 16 bits.
     _of_checkpoint = False  # Its patterns are names that a checkpoint holds, which need not be in another model.
 
     def __init__(self, *, quant_method: str = QUANT_METHOD, **options: Any):
@@ -264,7 +265,12 @@ class LRQConfig(QuantizationConfigMixin):
             wish.check_against_stored(stored_header(self))
             for name in _HOW_TO_RUN:
                 setattr(config, name, getattr(wish, name))
+            config.plain_tables = wish._wants_plain_tables
         return config
+
+    @property
+    def _wants_plain_tables(self) -> bool:
+        return "embedding_bits" in self._given and self.embedding_bits == 16
 
     def check_against_stored(self, header: QuantizationHeader) -> None:
         """Compare what a user asks for with what a checkpoint holds.
@@ -287,7 +293,8 @@ class LRQConfig(QuantizationConfigMixin):
                     f"This checkpoint is compressed with {name}={stored!r}; quantization_config asks for {wanted!r}. "
                     "Leave the argument out to load it, or compress the original model again."
                 )
-        idle = sorted(self._given - {*_STORED, *_HOW_TO_RUN, "tokenizer"})
+        followed = {"embedding_bits"} if self._wants_plain_tables else set()
+        idle = sorted(self._given - {*_STORED, *_HOW_TO_RUN, *followed, "tokenizer"})
         if idle:
             warnings.warn(
                 f"The checkpoint is compressed already: {', '.join(idle)} in quantization_config has no effect.",

@@ -1,4 +1,4 @@
-"""From compressed layers back to ordinary ones."""
+"""From compressed layers, embeddings and heads back to ordinary ones."""
 
 from collections.abc import Iterable
 from typing import Any, TypeVar
@@ -31,8 +31,7 @@ def decompress(model: Any, sites: Iterable[Site], dtype: torch.dtype) -> Any:
     unfuse_layers(model)
     # All of them before the first is replaced: a model of both kinds must not come about.
     for name, module in model.named_modules():
-        if isinstance(module, COMPRESSED) and module.weight.device.type == "meta":
-            raise SpecError(f"{name} is offloaded, so its weight is not at hand. Load the model without offloading.")
+        _check_is_at_hand(name, module)
     owned: dict[str, list[Site]] = {}
     for site in sites:
         owned.setdefault(site.name, []).append(site)
@@ -43,12 +42,40 @@ def decompress(model: Any, sites: Iterable[Site], dtype: torch.dtype) -> Any:
             owned[name] = [LinearSite(name, module.out_features, module.in_features)]
         compressed = isinstance(module, LRQLinear | LRQEmbedding) or owns_stacks(module)
         for site in owned.get(name, ()) if compressed else ():
-            plain = site.uncompressed(module, dtype)
-            if plain is not module:
-                model.set_submodule(name, with_hook_of(module, plain))
-            for old, new in site.unfollow(model):
-                with_hook_of(old, new)
+            _restore(model, site, name, module, dtype)
     return model
+
+
+def decompress_tables(model: Any, tables: Iterable[Site], dtype: torch.dtype) -> None:
+    """Replace the compressed embeddings and heads of a model by ordinary ones; its layers stay as they are.
+
+    Args:
+        model: changed in place.
+        tables: their sites.
+        dtype: of the weights.
+
+    Raises:
+        SpecError: if one of them is offloaded; the model is then unchanged.
+    """
+    modules = {site: model.get_submodule(site.name) for site in tables}
+    for site, module in modules.items():
+        _check_is_at_hand(site.name, module)
+    for site, module in modules.items():
+        _restore(model, site, site.name, module, dtype)
+
+
+def _check_is_at_hand(name: str, module: nn.Module) -> None:
+    if isinstance(module, COMPRESSED) and module.weight.device.type == "meta":
+        raise SpecError(f"{name} is offloaded, so its weight is not at hand. Load the model without offloading.")
+
+
+def _restore(model: Any, site: Site, name: str, module: nn.Module, dtype: torch.dtype) -> None:
+    """Replace one module, and those that share its weight."""
+    plain = site.uncompressed(module, dtype)
+    if plain is not module:
+        model.set_submodule(name, with_hook_of(module, plain))
+    for old, new in site.unfollow(model):
+        with_hook_of(old, new)
 
 
 def with_hook_of(old: nn.Module, new: _Module) -> _Module:

@@ -318,7 +318,7 @@ PEFT = (
         "target",
     ),
     _lora("LoraModel._check_new_adapter_config", "wrapped: refuses what needs the full weight", "config"),
-    _lora("LoraModel._check_merge_allowed", "wrapped: refuses offloaded layers"),
+    _lora("LoraModel._check_merge_allowed", "wrapped: refuses offloaded layers, and embeddings of codes"),
     _lora("layer.Linear", "base of LRQLoraLinear", kind="class"),
     _lora("layer.Linear.lora_A", "the second factor", kind="attribute"),
     _lora("layer.Linear.lora_B", "the first factor", kind="attribute"),

@@ -34,7 +34,6 @@ def resize_token_embeddings(
     if wanted != tokens:
         raise SpecError(
             f"{type(model).__name__} cannot go from {tokens} to {wanted} tokens: its embeddings, or its head, are "
-            "codes. Resize the original model and compress it again, load this one with "
-            "LRQConfig(dequantize=True), or compress with embedding_bits=16."
+            "codes. Load it with LRQConfig(embedding_bits=16), or resize the original model and compress it again."
         )
     return table

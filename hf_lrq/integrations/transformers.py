@@ -21,7 +21,7 @@ from hf_lrq.integrations.carrying_out import carry_out
 from hf_lrq.integrations.compress_on_load import CompressOnLoad, LoadingCompression
 from hf_lrq.integrations.config import LRQConfig, stored_header
 from hf_lrq.integrations.conversions import keep_arrangement, without_rearranging
-from hf_lrq.integrations.decompression import decompress
+from hf_lrq.integrations.decompression import decompress, decompress_tables
 from hf_lrq.integrations.dtypes import keep_dtypes_on_disk, report_uncompressed_dtype
 from hf_lrq.integrations.loading import check_values, default_layout, empty_layers, header_of_model
 from hf_lrq.integrations.planning import plan_for, without_read
@@ -217,6 +217,12 @@ class LRQHfQuantizer(HfQuantizer):
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         return decompress(model, self.inventory.layouts, dtype)
 
+    def _unpack_tables(self, model: Any) -> None:
+        tables = [site for site in self.inventory.layouts if site.of_tables]
+        decompress_tables(model, tables, self._dtype or model.dtype)
+        untie_scales(model)
+        self.inventory = self.inventory.without({site.label: "loaded with embedding_bits=16" for site in tables})
+
     # Before the weights are loaded.
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -245,6 +251,8 @@ class LRQHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             check_values(model)
             keep_dtypes_on_disk(model)
+            if self.quantization_config.plain_tables:
+                self._unpack_tables(model)
         elif self._loading is not None:
             self.inventory, self.provenance.report = self._loading.finish(model)
             check_reads(model, try_out(model, self.inventory.layouts))

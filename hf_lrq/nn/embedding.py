@@ -176,8 +176,8 @@ class LRQHead(LRQLinear):
         if self.shares and stored.rank:
             raise SpecError(
                 f"this head of {self.out_features} rows shares its table with the embedding, so that nothing can be "
-                "merged into it. Keep the adapter beside the model, leave the head out of its target_modules, or "
-                "compress the model with embedding_bits=16."
+                "merged into it. Keep the adapter beside the model, leave the head out of its target_modules, or load "
+                "the model with embedding_bits=16."
             )
         super().restore(stored)
 

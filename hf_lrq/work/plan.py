@@ -56,6 +56,11 @@ class Inventory:
         """Weights that are stored compressed; those of a matrix tied to something else count there."""
         return sum(self.census.sites[site.label] for site in self.layouts)
 
+    def without(self, alone: Mapping[str, str]) -> "Inventory":
+        """This inventory with more left alone: label of a site -> reason."""
+        layouts = {site: layout for site, layout in self.layouts.items() if site.label not in alone}
+        return replace(self, layouts=layouts, left_alone={**self.left_alone, **alone})
+
     def report(self) -> CompressionReport:
         """An empty report that knows what will be done."""
         return CompressionReport(

@@ -369,3 +369,40 @@ def test_embeddings_alone_can_be_compressed():
     assert set(tables(model)) == {"model.embed_tokens", "lm_head"}
     with pytest.raises(CompressionError, match="no layer to compress"):
         compressed("llama tied", modules_to_not_convert=["layers", "embed_tokens"])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_loaded_in_16_bits_a_pair_stays_tied_and_can_be_resized(name, tmp_path):
+    model = compressed(name)
+    model.save_pretrained(tmp_path)
+    plain = type(model).from_pretrained(tmp_path, quantization_config=LRQConfig(embedding_bits=16))
+    assert not tables(plain)
+    assert plain.hf_quantizer.inventory.left_alone[MODELS[name][1][0]] == "loaded with embedding_bits=16"
+    weights = [plain.get_submodule(each).weight for each in MODELS[name][1]]
+    assert all(weight is weights[0] for weight in weights)
+    torch.testing.assert_close(logits(plain), logits(model), rtol=1e-3, atol=1e-3)
+    plain.resize_token_embeddings(70, mean_resizing=False)
+    plain.save_pretrained(tmp_path / "plain")
+    again = type(model).from_pretrained(tmp_path / "plain")
+    assert (again.get_input_embeddings().num_embeddings, header_of(read_config(tmp_path / "plain")).embeddings) == (
+        70,
+        (),
+    )
+    assert torch.equal(logits(again), logits(plain))
+
+
+def test_layers_stay_codes_where_tables_are_loaded_in_16_bits(tmp_path):
+    model = compressed("llama untied")
+    model.save_pretrained(tmp_path)
+    plain = transformers.LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=LRQConfig(embedding_bits=16))
+    assert torch.equal(plain.model.layers[0].mlp.up_proj.weight, model.model.layers[0].mlp.up_proj.weight)
+    assert not plain.model.layers[0].mlp.up_proj.weight.is_floating_point()
+    with pytest.warns(UserWarning, match="embedding_bits in quantization_config has no effect"):
+        transformers.LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=LRQConfig(embedding_bits=8))
+
+
+def test_a_model_without_codes_in_its_tables_loads_in_16_bits_as_it_is(tmp_path):
+    model = compressed("llama tied", 16)
+    model.save_pretrained(tmp_path)
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=LRQConfig(embedding_bits=16))
+    assert torch.equal(logits(again), logits(model))

@@ -13,6 +13,7 @@ from hf_lrq.errors import SpecError
 from hf_lrq.integrations.peft.merging import MergesIntoFactors
 from hf_lrq.integrations.peft.offloading import check_none_is_offloaded
 from hf_lrq.integrations.peft.targets import layers_of
+from hf_lrq.integrations.peft.whole import check_no_lookup_is_adapted
 from hf_lrq.integrations.peft.wrapping import wrap
 from hf_lrq.matrices import Pair
 from hf_lrq.nn import LRQLinear
@@ -59,7 +60,7 @@ def adapt_lora() -> None:
     """Teach PEFT's LoraModel about compressed layers; it offers no way to register them. Idempotent."""
     wrap(LoraModel, "_create_new_module", _with_exact_merge)
     wrap(LoraModel, "_check_new_adapter_config", _with_refusals)
-    wrap(LoraModel, "_check_merge_allowed", _with_offload_check)
+    wrap(LoraModel, "_check_merge_allowed", _with_merge_checks)
     LoraModel._create_new_module = staticmethod(LoraModel._create_new_module)
 
 
@@ -87,10 +88,11 @@ def _with_refusals(original: Any) -> Callable[..., None]:
     return check
 
 
-def _with_offload_check(original: Any) -> Callable[..., None]:
+def _with_merge_checks(original: Any) -> Callable[..., None]:
     def check(tuner: Any) -> None:
         original(tuner)
         check_none_is_offloaded(tuner.model, layers_of(tuner.model), "merged")
+        check_no_lookup_is_adapted(tuner.model)
 
     return check
 

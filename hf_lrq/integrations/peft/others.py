@@ -21,6 +21,7 @@ from hf_lrq.integrations.peft.merging import MergesIntoFactors
 from hf_lrq.integrations.peft.targets import layers_of
 from hf_lrq.integrations.peft.undoing import all_or_nothing
 from hf_lrq.integrations.peft.watching import Watch, is_watched, watched
+from hf_lrq.integrations.peft.whole import check_none_is_trained_whole
 from hf_lrq.integrations.peft.wrapping import wrap
 from hf_lrq.integrations.trial import mixed
 from hf_lrq.nn import LRQLinear
@@ -93,8 +94,10 @@ def checked(model: nn.Module, config: Any) -> Iterator[None]:
     """While PEFT sets up an adapter: the model is left as it was if that fails, or must.
 
     Raises:
-        SpecError: if the method reads weights of compressed layers, fails with them, or passes over them.
+        SpecError: if compressed modules are to be trained themselves; if the method reads weights of compressed layers,
+            fails with them, or passes over them.
     """
+    check_none_is_trained_whole(model, config)
     layers = layers_of(model)
     if not layers or is_for_lora(config) or any(map(is_watched, layers.values())):
         yield

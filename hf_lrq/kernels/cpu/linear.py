@@ -19,7 +19,7 @@ from hf_lrq.matrices import dense_factor
 
 FAMILIES = {"bt": 0, "tcq": 1, "int": 2}
 TRELLISES = ("bt2", "bt4", "tcq2", "tcq3", "tcq4")
-UNIFORM = ("int2", "int3", "int4", "int8")
+UNIFORM = ("int2", "int3", "int4", "int6", "int8")
 CODEBOOKS = (*TRELLISES, *UNIFORM)
 # 8-bit digits that hold an activation with less error than its dtype has.
 DIGITS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 2}
@@ -32,7 +32,7 @@ MOST_COLUMNS = {"bt2": 65536, "bt4": 32768, "tcq2": 32768, "tcq3": 32768, "tcq4"
 NEVER = 1 << 62
 MANY_TOKENS = {
     "scalar": {"bt": (12, 12, 4), "tcq": (16, 16, 4), "int": (32, 32, 8)},
-    "avx2": {"bt": (NEVER, NEVER, 44), "tcq": (NEVER, NEVER, 64), "int": (NEVER, NEVER, 12)},
+    "avx2": {"bt": (NEVER, NEVER, 44), "tcq": (NEVER, NEVER, 64), "int": (NEVER, NEVER, 28)},
     "avx512": {"bt": (NEVER, NEVER, 144), "tcq": (64, NEVER, 38), "int": (192, NEVER, 48)},
     "amx": {"bt": (768, NEVER, NEVER), "tcq": (34, 48, 34), "int": (384, NEVER, NEVER)},
 }

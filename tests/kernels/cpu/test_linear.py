@@ -59,7 +59,7 @@ def test_every_form_of_the_factors(tier, make_layer, generator, form, rank):
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 7, 8, 9, 17, 31, 33, 65])
-@pytest.mark.parametrize("codebook", ["bt2", "bt4", "tcq2", "int3", "int4", "int8"])
+@pytest.mark.parametrize("codebook", ["bt2", "bt4", "tcq2", "int3", "int4", "int6", "int8"])
 def test_any_number_of_tokens(tier, make_layer, generator, codebook, tokens):
     layer = make_layer(136, 80, codebook)
     for dtype in (torch.float32, torch.bfloat16):
@@ -153,7 +153,8 @@ def test_zero_and_tiny_activations(tier, make_layer, codebook):
 
 
 @pytest.mark.parametrize(
-    ("codebook", "columns"), [("bt2", 65536), ("bt4", 32768), ("tcq4", 32768), ("int2", 65536), ("int8", 65536)]
+    ("codebook", "columns"),
+    [("bt2", 65536), ("bt4", 32768), ("tcq4", 32768), ("int2", 65536), ("int6", 65536), ("int8", 65536)],
 )
 def test_sums_of_the_widest_matrix_fit(tier, make_layer, integers, codebook, columns):
     """Each activation at its largest and with the sign of its weight: no sum comes nearer to the end of 32 bits."""

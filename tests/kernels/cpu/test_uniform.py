@@ -5,7 +5,7 @@ import torch
 
 from hf_lrq.kernels import cpu
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 6, 8)
 
 
 def error(y, exact):
@@ -13,7 +13,7 @@ def error(y, exact):
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("group_size", [8, 16, 24, 64, 128, 256, 1024])
+@pytest.mark.parametrize("group_size", [8, 16, 24, 32, 64, 96, 128, 256, 1024])
 def test_any_group_size(tier, make_layer, generator, bits, group_size):
     for rows, columns in ((5, 1000), (70, 520), (3, group_size)):
         layer = make_layer(rows, columns, f"int{bits}", group_size=group_size)
@@ -31,6 +31,19 @@ def test_one_scale_a_row(tier, make_layer, generator, bits):
     flat = layer.__class__(**{**layer.__dict__, "scales": layer.scales[:, 0].contiguous()})
     assert torch.equal(flat(x), expected)
     assert error(expected, layer.exact(x)) < 2e-6
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("columns", [3, 136, 576])
+def test_rows_do_not_depend_on_their_neighbours(tier, make_layer, generator, bits, columns):
+    """Vectors of codes may end in the next row, or behind the last one."""
+    layer = make_layer(7, columns, f"int{bits}", form="none", rotated=False, group_size=32)
+    x = torch.randn(2, columns, generator=generator)
+    y = layer(x)
+    tensors = {name: getattr(layer, name) for name in ("weight", "scales", "bias")}
+    for rows in ([0], [6], [5, 2, 3, 1, 4]):
+        some = layer.__class__(**{**layer.__dict__, **{name: each[rows] for name, each in tensors.items()}})
+        assert torch.equal(some(x), y[:, rows])
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -71,14 +71,14 @@ static void choose_uniform(Kernel *kernel, int bits, int64_t group_size, int64_t
     kernel->virtual_columns = TILE_COLUMNS;
     kernel->most_planes = 1;
 #if HF_LRQ_HAS_AMX
-    if (isa >= HF_LRQ_AMX && planes >= UNIFORM_PLANES_FOR_TILES && group_size % UNIFORM_BLOCK == 0) {
+    if (isa >= HF_LRQ_AMX && bits != 6 && planes >= UNIFORM_PLANES_FOR_TILES && group_size % UNIFORM_BLOCK == 0) {
         kernel->uniform = hf_lrq_uniform_amx;
         kernel->arrangement = UNIFORM_TILES;
         return;
     }
 #endif
 #if HF_LRQ_HAS_AVX512
-    if (isa >= HF_LRQ_AVX512 && group_size % (bits == 2 || bits == 4 ? TILE_COLUMNS : VECTOR) == 0) {
+    if (isa >= HF_LRQ_AVX512 && bits != 6 && group_size % (bits == 3 ? VECTOR : TILE_COLUMNS) == 0) {
         kernel->uniform = hf_lrq_uniform_avx512;
         kernel->arrangement = UNIFORM_BYTES;
         return;

@@ -157,6 +157,8 @@ int hf_lrq_uniform_portable(const Planes *planes, const UniformMatrix *matrix, f
             row_of(to, stride, planes, matrix, codes, scales, 3);
         else if (matrix->bits == 4)
             row_of(to, stride, planes, matrix, codes, scales, 4);
+        else if (matrix->bits == 6)
+            row_of(to, stride, planes, matrix, codes, scales, 6);
         else
             row_of(to, stride, planes, matrix, codes, scales, 8);
     }

@@ -1,7 +1,7 @@
 /* The `int` codebook: a code c of `bits` bits means the odd number 2 c + 1 - 2^bits, times a gain and a scale.
 
 A row of the matrix is its codes one after another, least significant bit first, filled up to 8 columns; it has one
-scale for each `group_size` columns. Products are taken in units of 64 bytes of codes, 24 at 3 bits. */
+scale for each `group_size` columns. Products are taken in units of 64 bytes of codes, 24 at 3 bits and 48 at 6. */
 
 #ifndef HF_LRQ_UNIFORM_H
 #define HF_LRQ_UNIFORM_H
@@ -23,7 +23,7 @@ static inline int unit_columns(int bits) { return VECTOR * vectors_of_unit(bits)
 static inline int unit_bytes(int bits) { return unit_columns(bits) * bits / 8; }
 
 /* Where a kernel finds the integers of a token, unit after unit. In a unit, vector v of 64 has the columns whose codes
-   are the v-th of each byte, in order (at 3 bits, all columns).
+   are the v-th of each byte, in order (at 3, 6 and 8 bits, all columns).
 
    UNIFORM_BYTES  int8 [digit][vector][64], then int32 [16]: (2^bits - 1) times the sum of the integers that meet in
                   a lane of 32 bits; if there are three digits, once for the first two and once for the last
@@ -52,12 +52,12 @@ int hf_lrq_uniform_avx2(const Planes *planes, const UniformMatrix *matrix, float
                         int64_t rows);
 #endif
 #if HF_LRQ_HAS_AVX512
-/* The group size is a multiple of 16 at 2 and 4 bits and of 64 at 3 and 8. */
+/* Not 6 bits; the group size is a multiple of 64 at 3 bits and of 16 at the others. */
 int hf_lrq_uniform_avx512(const Planes *planes, const UniformMatrix *matrix, float *to, int64_t stride, int64_t first,
                           int64_t rows);
 #endif
 #if HF_LRQ_HAS_AMX
-/* The group size is a multiple of 128. */
+/* Not 6 bits; the group size is a multiple of 128. */
 int hf_lrq_uniform_amx(const Planes *planes, const UniformMatrix *matrix, float *to, int64_t stride, int64_t first,
                        int64_t rows);
 #endif
@@ -80,12 +80,18 @@ static inline const uint8_t *filled_up(uint8_t *room, const uint8_t *from, int64
     return room;
 }
 
-/* Eight codes of 3 bits, one a byte. */
-ALWAYS_INLINE uint64_t hf_lrq_eight_codes(const uint8_t *codes) {
-    uint64_t v = codes[0] | (uint64_t)codes[1] << 8 | (uint64_t)codes[2] << 16;
-    v = (v | v << 20) & 0x00000fff00000fff;
-    v = (v | v << 10) & 0x003f003f003f003f;
-    return (v | v << 5) & 0x0707070707070707;
+/* Eight codes of 3 or 6 bits, one a byte. */
+ALWAYS_INLINE uint64_t hf_lrq_eight_codes(const uint8_t *codes, const int bits) {
+    uint64_t v = 0;
+    for (int i = 0; i < bits; i++) v |= (uint64_t)codes[i] << 8 * i;
+    if (bits == 3) {
+        v = (v | v << 20) & 0x00000fff00000fff;
+        v = (v | v << 10) & 0x003f003f003f003f;
+        return (v | v << 5) & 0x0707070707070707;
+    }
+    v = (v & 0x0000000000ffffff) | (v & 0x0000ffffff000000) << 8;
+    v = (v & 0x00000fff00000fff) | (v & 0x00fff00000fff000) << 4;
+    return (v & 0x003f003f003f003f) | (v & 0x0fc00fc00fc00fc0) << 2;
 }
 
 /* Odd numbers of unit u of a row, in the order of UNIFORM_WORDS; to: [unit_columns]. */
@@ -95,16 +101,16 @@ ALWAYS_INLINE void hf_lrq_odd_numbers(int16_t *restrict to, const uint8_t *codes
     int most = (1 << bits) - 1, size = unit_bytes(bits);
     int64_t left = row_bytes - u * size;
     codes = left < size ? filled_up(room, codes + u * size, left) : codes + u * size;
-    if (bits == 3) {
+    if (bits == 3 || bits == 6) {
         for (int i = 0; i < 8; i++) {
-            uint64_t eight = hf_lrq_eight_codes(codes + 3 * i);
+            uint64_t eight = hf_lrq_eight_codes(codes + bits * i, bits);
             memcpy(apart + 8 * i, &eight, 8);
         }
         codes = apart;
     }
     for (int v = 0; v < vectors_of_unit(bits); v++)
         for (int i = 0; i < VECTOR; i++)
-            to[v * VECTOR + i] = (int16_t)(2 * ((codes[i] >> (bits == 3 ? 0 : v * bits)) & most) - most);
+            to[v * VECTOR + i] = (int16_t)(2 * ((codes[i] >> v * bits) & most) - most);
 }
 
 #endif

@@ -15,7 +15,7 @@ enum { AHEAD = 2048, ROWS = 2, MOST_TOKENS = 4, ROWS_OF_SCALES = 8, LAST_UNITS =
 typedef struct {
     const Planes *planes;
     int64_t row_bytes, groups, units, full; /* `full` units can be read in place, the others from a copy */
-    int64_t units_of_scale;                 /* 3 and 8 bits: units that share a scale; 2 and 4: */
+    int64_t units_of_scale;                 /* that share a scale, where no unit has several; elsewhere: */
     int32_t *first, *lanes;                 /* [units] the group of lane 0; [units][16] groups from there */
 } Plan;
 
@@ -88,7 +88,7 @@ AVX512_TARGET ALWAYS_INLINE void some_rows(float *const *to, int64_t stride, con
         some_rows(to, stride, plan, codes, scales, rooms, token, COUNT, BITS, DIGITS, SHARED);
 
 #define ALL_TOKENS(BITS, DIGITS, SHARED)                                                                               \
-    AVX512_TARGET static void rows_##BITS##_##DIGITS(                                                                 \
+    AVX512_TARGET static void rows_##BITS##_##DIGITS##_##SHARED(                                                       \
         float *const *to, int64_t stride, const Plan *plan, const uint8_t *const *codes, const float *const *scales) { \
         const Planes *planes = plan->planes;                                                                           \
         int64_t token = 0;                                                                                             \
@@ -106,15 +106,18 @@ AVX512_TARGET ALWAYS_INLINE void some_rows(float *const *to, int64_t stride, con
 ALL_DIGITS(2, 0)
 ALL_DIGITS(3, 1)
 ALL_DIGITS(4, 0)
+ALL_DIGITS(8, 0)
 ALL_DIGITS(8, 1)
 
 typedef void (*RowsFunction)(float *const *, int64_t, const Plan *, const uint8_t *const *, const float *const *);
 
-#define BY_DIGITS(BITS) {rows_##BITS##_1, rows_##BITS##_2, rows_##BITS##_3}
+#define BY_DIGITS(BITS, SHARED) {rows_##BITS##_1_##SHARED, rows_##BITS##_2_##SHARED, rows_##BITS##_3_##SHARED}
 
-static RowsFunction function_for(int bits, int digits) {
-    static const RowsFunction TABLE[4][3] = {BY_DIGITS(2), BY_DIGITS(3), BY_DIGITS(4), BY_DIGITS(8)};
-    return TABLE[bits == 8 ? 3 : bits - 2][digits - 1];
+/* shared: whether a unit has one scale; it matters at 8 bits. */
+static RowsFunction function_for(int bits, int digits, int shared) {
+    static const RowsFunction TABLE[5][3] = {BY_DIGITS(2, 0), BY_DIGITS(3, 1), BY_DIGITS(4, 0), BY_DIGITS(8, 0),
+                                             BY_DIGITS(8, 1)};
+    return TABLE[bits == 8 ? 3 + shared : bits - 2][digits - 1];
 }
 
 /* Groups of the lanes; memory: [units][1 + 16], the lanes first. */
@@ -153,7 +156,7 @@ int hf_lrq_uniform_avx512(const Planes *planes, const UniformMatrix *matrix, flo
     }
     memset(scales + ROWS_OF_SCALES * groups, 0, LANES * sizeof *scales);
     find_groups(&plan, memory, matrix);
-    RowsFunction function = function_for(matrix->bits, planes->digits);
+    RowsFunction function = function_for(matrix->bits, planes->digits, matrix->group_size % columns == 0);
     for (int64_t start = 0; start < rows; start += ROWS_OF_SCALES) {
         int64_t count = smaller(ROWS_OF_SCALES, rows - start);
         hf_lrq_to_float(scales, matrix->scales, (first + start) * groups, count * groups, matrix->scales_kind);

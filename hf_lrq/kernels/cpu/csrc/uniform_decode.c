@@ -19,9 +19,9 @@ typedef struct {
 /* Odd numbers of n codes, n a multiple of 8, in the order of the columns. */
 ALWAYS_INLINE void in_order(int16_t *restrict to, const uint8_t *restrict codes, int64_t n, int bits) {
     int most = (1 << bits) - 1;
-    if (bits == 3) {
+    if (bits == 3 || bits == 6) {
         for (int64_t i = 0; i < n / 8; i++) {
-            uint64_t eight = hf_lrq_eight_codes(codes + 3 * i);
+            uint64_t eight = hf_lrq_eight_codes(codes + bits * i, bits);
             uint8_t apart[8];
             memcpy(apart, &eight, 8);
             for (int k = 0; k < 8; k++) to[8 * i + k] = (int16_t)(2 * apart[k] - most);
@@ -39,6 +39,8 @@ ALWAYS_INLINE void odd_numbers_body(int16_t *to, const uint8_t *codes, int64_t n
         in_order(to, codes, n, 3);
     else if (bits == 4)
         in_order(to, codes, n, 4);
+    else if (bits == 6)
+        in_order(to, codes, n, 6);
     else
         in_order(to, codes, n, 8);
 }
