@@ -45,7 +45,7 @@ class LayerOptions:
     codebook: str = _option(
         "auto",
         "Family of the codebook of Q: bt (2, 4 bits), tcq (2, 3, 4), e8p (2, 3, 4), int (2, 3, 4, 6, 8), "
-        "lloyd (2, 3, 4), nf (4), or auto.",
+        "lloyd (2, 3, 4), nf (2, 3, 4), or auto.",
     )
     group_size: int = _option(128, "Columns that share one scale, for codebook int.")
     rotation: str = _option("hadamard", "hadamard (incoherence processing; QuIP#, 2024, section 3) or none.")
@@ -69,7 +69,8 @@ class LayerOptions:
     metric: str = _option(
         "gram",
         "What L R are fitted under: gram (of the inputs), diagonal (of the Gram), magnitudes (mean absolute inputs), "
-        "identity (the weight itself), or squared (the Gram squared).",
+        "identity (the weight itself), or squared (the Gram squared). With two_sided, diagonal and identity are so at "
+        "the outputs as well; diagonal is then the Fisher information of LQ-LoRA (2023). Others take the Gram there.",
     )
     iters: int = _option(8, "Alternations of rounding from scratch and low-rank refit, at least 1.")
     refinements: int = _option(4, "For schedule alternating: rounds that improve the best of them, at least 0.")

@@ -162,6 +162,7 @@ def _compress(
         generator,
         output=rotated.output,
         fit=rotated.fit,
+        fit_output=rotated.fit_output,
     )
     init = spec.init
     if init == "auto":

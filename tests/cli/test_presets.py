@@ -29,7 +29,7 @@ def test_the_table_lists_all_presets_with_their_papers(cli) -> None:
 def test_one_preset_is_shown_with_its_options(cli) -> None:
     text = cli("presets", "loftq").stdout
     assert "LoftQ: LoRA-Fine-Tuning-Aware Quantization" in text
-    assert "NF4 has one float16 scale for each row" in text
+    assert "Each row of Q has one float16 scale" in text
     assert all(name in text for name in get_preset("loftq").options)
     assert "at the end" in cli("presets", "lrq_best").stdout
 

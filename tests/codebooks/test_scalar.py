@@ -9,8 +9,8 @@ from torch import Tensor
 from hf_lrq.codebooks import get_codebook
 from hf_lrq.codebooks.scalar import LloydMax, NormalFloat, ScalarCodebook, Uniform
 
-SCALAR = [*map(Uniform, (2, 3, 4, 6, 8)), *map(LloydMax, (2, 3, 4)), NormalFloat(4)]
-# Squared error on N(0, 1): J. Max (1960), Tables I and II, and numerical integration for int6, int8 and nf4.
+SCALAR = [*map(Uniform, (2, 3, 4, 6, 8)), *map(LloydMax, (2, 3, 4)), *map(NormalFloat, (2, 3, 4))]
+# Squared error on N(0, 1): J. Max (1960), Tables I and II, and numerical integration for int6, int8 and nf.
 TABULATED = {
     "lloyd2": 0.1175,
     "lloyd3": 0.03454,
@@ -20,6 +20,8 @@ TABULATED = {
     "int4": 0.01154,
     "int6": 1.0400e-3,
     "int8": 8.769e-5,
+    "nf2": 0.1496,
+    "nf3": 0.04075,
     "nf4": 0.009899,
 }
 
@@ -71,13 +73,25 @@ def test_uniform_step_has_the_least_squared_error(bits: int, digit: float) -> No
     assert best < squared_error(unit * (book.step + digit))
 
 
-def test_nf4_scale_has_the_least_squared_error() -> None:
-    levels = levels_of(NormalFloat(4))
+@pytest.mark.parametrize("bits", NormalFloat.available_bits)
+def test_nf_levels_are_quantiles_of_a_gaussian(bits: int) -> None:
+    """As many on either side as half of the codes, from the quantile 0.9677083 = 1 - (1/30 + 1/32) / 2 on."""
+    outermost, half = 0.9677083, 2 ** (bits - 1)
+    below = torch.linspace(1 - outermost, 0.5, half, dtype=torch.float64)
+    above = torch.linspace(0.5, outermost, half + 1, dtype=torch.float64)
+    expected = torch.special.ndtri(torch.cat((below, above[1:]))) / torch.special.ndtri(above[-1])
+    levels = levels_of(NormalFloat(bits))
+    assert torch.allclose(levels / levels[-1], expected, rtol=0, atol=2e-7)
+
+
+@pytest.mark.parametrize("bits", NormalFloat.available_bits)
+def test_nf_scale_has_the_least_squared_error(bits: int) -> None:
+    levels = levels_of(NormalFloat(bits))
     assert squared_error(levels) < min(squared_error(levels * 0.9999), squared_error(levels * 1.0001))
 
 
-def test_nf4_has_a_zero_and_the_others_have_none() -> None:
-    assert 0.0 in NormalFloat(4).levels
+def test_nf_has_a_zero_and_the_others_have_none() -> None:
+    assert all(0.0 in book.levels for book in SCALAR if book.family == "nf")
     assert all(0.0 not in book.levels for book in SCALAR if book.family != "nf")
 
 

@@ -83,3 +83,14 @@ def test_an_original_loads_with_a_preset_that_needs_no_data(tmp_path):
     model.save_pretrained(tmp_path / "out")
     with pytest.warns(UserWarning, match="compressed already: preset in quantization_config has no effect"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out", quantization_config=LRQConfig(preset="loftq"))
+
+
+def test_lq_lora_spends_a_budget_on_the_bits_of_each_matrix():
+    model = tiny()
+    report = compress(model, batches(), LRQConfig(preset="lq_lora", rank=1, avg_bits=4.6))
+    books = {layer.codebook for layer in report.layers}
+    assert len(books) > 1
+    assert books <= {"nf2", "nf3", "nf4"}
+    assert {layer.rank for layer in report.layers} == {1}
+    assert report.budget["bytes"] <= report.budget["budget_bytes"]
+    assert report.budget["predicted_loss"] < report.budget["predicted_loss_uniform"]
