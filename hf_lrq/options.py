@@ -41,6 +41,12 @@ class LayerOptions:
         "Columns of L and rows of R, at most min(out, in); 0 stores Q alone. None, or left out: by the size of each "
         "matrix, so that L and R take at most 0.3 bits per weight; never more than 64.",
     )
+    rank_threshold: float | None = _option(
+        None,
+        "Where rank is None: as many ranks as a matrix has singular values of at least this share of its largest "
+        "(WeLore, 2024); matrices that would not get smaller are left alone. Takes the weights, so a model is loaded "
+        "whole before it is compressed.",
+    )
     factor_bits: int = _option(8, "Bits per entry of L and R: 16, 8 or 4.")
     codebook: str = _option(
         "auto",

@@ -7,10 +7,12 @@ import torch
 
 from hf_lrq.decomposition import LDLQ, InputGram, OutputGram, compress_matrix
 from hf_lrq.decomposition.gram import damp, marginalise, weighted_square
+from hf_lrq.decomposition.lowrank import rank_above
 from hf_lrq.decomposition.rotated import OUTPUT_DAMPING
 from hf_lrq.decomposition.row_feedback import quantize_rows
 from hf_lrq.decomposition.starts import split_start
 from hf_lrq.integrations.config import LRQConfig
+from hf_lrq.presets import get_preset
 
 RANK = 5
 EYE = torch.eye(32, dtype=torch.float64)
@@ -99,6 +101,17 @@ def test_lord_projects_on_the_main_directions_of_the_outputs(layer):
     close(LR, U @ U.T @ layer.W)
     S = symmetric_root(layer.H)
     close(LR, svd(layer.W @ S) @ torch.linalg.inv(S))
+    close(Q, torch.zeros_like(Q))
+
+
+def test_welore_is_the_svd_of_the_weight_with_ranks_by_one_threshold(layer):
+    sigma = torch.linalg.svdvals(layer.W)
+    rank = int((sigma / sigma[0] >= get_preset("welore").options["rank_threshold"]).sum())
+    assert 0 < rank < len(sigma)
+    spec = LRQConfig(preset="welore").spec.default
+    assert (spec.rank, rank_above(layer.W, spec.rank_threshold)) == (None, rank)
+    Q, LR = layer.run("welore", rank)
+    close(LR, svd(layer.W, rank))
     close(Q, torch.zeros_like(Q))
 
 
