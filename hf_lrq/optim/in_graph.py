@@ -135,9 +135,7 @@ def switched_on(model: nn.Module, views: Views, attributes: Iterable[tuple[str, 
         switched._handles.append(module.register_forward_pre_hook(swap.enter))
         switched._handles.append(module.register_forward_hook(swap.leave, always_call=True))
     if not switched.names:
-        raise ValueError(
-            f"{type(model).__name__} has no trainable floating-point factors whose gradients could be changed."
-        )
+        raise ValueError(f"{type(model).__name__} has no trainable floating-point factors.")
     return switched
 
 

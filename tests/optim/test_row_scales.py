@@ -38,10 +38,11 @@ def lora(generator: torch.Generator) -> nn.Module:
     return model
 
 
-def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
+def gradients(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     model.zero_grad()
     model(x).square().sum().backward()
-    return [(pair.L.grad, pair.R.grad) for pair in factor_pairs(model)][0]
+    (pair,) = factor_pairs(model)
+    return pair.L.grad, pair.R.grad
 
 
 def test_any_pair_of_a_model_gets_them_until_it_is_switched_off(lora: nn.Module, generator: torch.Generator) -> None:
