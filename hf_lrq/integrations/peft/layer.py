@@ -31,9 +31,9 @@ class LRQAdapterLayer(BaseTunerLayer):
         lrq_turn: adapter -> generators of two rotations, [2, r, r].
         lrq_P, lrq_N: adapter -> frozen [k, r] and [r, k], see `modes.singular_anchors`; [r, in] and [out, r] of
             `variants.AppendCore`.
-        lrq_step: adapter -> training steps taken, [1] int64, where these are drawn.
+        lrq_step: adapter -> passes of training so far, [1] int64, where these are drawn.
         modes: adapter -> what it trains.
-        levels: adapter -> what the training step at hand was drawn from, see `Mode.drawn`.
+        levels: adapter -> what the pass of training at hand was drawn from, see `Mode.drawn`.
     """
 
     adapter_layer_names = TRAINED
@@ -135,32 +135,32 @@ class LRQAdapterLinear(nn.Module, MergesIntoFactors, LRQAdapterLayer):
         return y.to(dtype)
 
     def _pair_beside(self, adapter: str) -> Pair:
-        """What a pair outside the rotations multiplies by in this step; the factors of the layer do not matter to it.
+        """What a pair outside the rotations multiplies by in this pass; the factors of the layer do not matter to it.
 
         Raises:
-            SpecError: in training, if the mode draws its steps and nothing was drawn.
+            SpecError: in training, if the mode draws its passes and nothing was drawn.
         """
         mode, own = self.modes[adapter], self.own(adapter)
         if mode.draws and self.training and (torch.is_grad_enabled() or adapter in self.levels):
             if adapter not in self.levels:
                 raise SpecError(
-                    f"adapter {adapter!r} draws ranks in each training step, which the model of PEFT does. Call that, "
-                    "not the model in it; or model.eval()."
+                    f"adapter {adapter!r} draws ranks in each pass of training, which the model of PEFT does. Call "
+                    "that, not the model in it; or model.eval()."
                 )
             mode = mode.drawn(self.levels[adapter])
         none = next(iter(own.values()))
         return mode.product(none, none, own)
 
     def drawing(self, adapters: Sequence[str]) -> list[str]:
-        """Those of the adapters that draw their training steps."""
+        """Those of the adapters that draw their passes of training."""
         return [name for name in adapters if name in self.modes and self.modes[name].draws]
 
     def steps(self, adapter: str) -> int:
-        """Training steps that an adapter which draws them has taken."""
+        """Passes of training so far of an adapter that draws them."""
         return int(self.own(adapter)["lrq_step"].item())
 
     def take_step(self, adapter: str, level: float) -> None:
-        """Draw the step that comes next, see `Mode.drawn`."""
+        """Begin a pass of training that was drawn, see `Mode.drawn`."""
         self.levels[adapter] = level
         self.own(adapter)["lrq_step"].data.add_(1)
 

@@ -38,6 +38,7 @@ class LRQAdapterModel(BaseTuner):
     prefix = PREFIX
     tuner_layer_cls = LRQAdapterLayer
     target_module_mapping: Mapping[str, Any] = {}
+    _may_draw = False  # Whether an adapter draws its passes, see `Mode.drawn`.
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -67,9 +68,11 @@ class LRQAdapterModel(BaseTuner):
         adapted = target if isinstance(target, LRQAdapterLinear) else LRQAdapterLinear(cast(LRQLinear, target))
         if adapted is not target:
             adapted._active_adapter = self.active_adapter
+        mode = peft_config.mode_for(current_key)
+        self._may_draw = self._may_draw or mode.draws
         adapted.update_layer(
             adapter_name,
-            peft_config.mode_for(current_key),
+            mode,
             generator_for(peft_config.seed, current_key),
             randomly=peft_config.init == "random",
             inference_mode=peft_config.inference_mode,
@@ -91,18 +94,22 @@ class LRQAdapterModel(BaseTuner):
                     tensor.data = tensor.data.to(dtype) if tensor.is_floating_point() else tensor.data
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model returns; in training, modes that draw their steps draw one, for all layers together."""
+        """What the model returns; in training, modes that draw their passes draw one, for all layers together."""
+        if self._may_draw:
+            self._begin_pass()
+        return super().forward(*args, **kwargs)
+
+    def _begin_pass(self) -> None:
         drawing: dict[str, list[LRQAdapterLinear]] = {}
         for layer in self.model.modules():
             if isinstance(layer, LRQAdapterLinear):
                 layer.levels.clear()
                 for adapter in layer.drawing(self.active_adapters):
                     drawing.setdefault(adapter, []).append(layer)
-        # Passes of a model in training mode that no gradient is taken of are no steps.
+        # What no gradient is taken of trains nothing.
         if self.training and torch.is_grad_enabled():
             for adapter, layers in drawing.items():
                 self._draw(adapter, layers)
-        return super().forward(*args, **kwargs)
 
     def _draw(self, adapter: str, layers: Sequence[LRQAdapterLinear]) -> None:
         # The count is saved with the adapter, so that training that is resumed goes on as it would have.

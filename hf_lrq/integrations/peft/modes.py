@@ -35,11 +35,11 @@ class Mode(ABC):
 
     # The pair stands beside the rotations of the layer, not between them; it is added, and replaces nothing.
     outside: ClassVar[bool] = False
-    # Each training step is that of another mode, see `drawn`.
+    # Each pass of training is that of another mode, see `drawn`.
     draws: ClassVar[bool] = False
 
     def drawn(self, level: float) -> "Mode":
-        """The mode of one training step, where these differ; `level` is uniform in [0, 1)."""
+        """The mode of one pass of training, where these differ; `level` is uniform in [0, 1)."""
         return self
 
     def misfit(self, out_features: int, in_features: int, rank: int) -> str | None:

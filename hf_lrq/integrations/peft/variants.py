@@ -15,9 +15,9 @@ from hf_lrq.matrices import Pair
 class Nested(Append):
     """Train a pair whose first b ranks are a good pair by themselves, for every b (DyLoRA, 2022).
 
-    In each training step b is drawn, uniformly from 1 to r, and only the first b ranks take part. Afterwards any number
-    of them can be used. As in the paper's default, all b ranks are trained, not the last of them alone; where it scales
-    the product by alpha / b, nothing is scaled here.
+    In each pass of training b is drawn, uniformly from 1 to r, and only the first b ranks take part. Afterwards any
+    number of them can be used. All b ranks are trained (the variant "frozen" of the paper trains the last of them), and
+    nothing is scaled, where the paper scales the product by alpha / b.
 
     Attributes:
         active: ranks that are used, the first ones; None uses all.
@@ -28,12 +28,12 @@ class Nested(Append):
     draws: ClassVar[bool] = True
 
     def drawn(self, level: float) -> "Nested":
-        """The mode of one training step; `level` is uniform in [0, 1)."""
+        """The mode of one pass; `level` is uniform in [0, 1)."""
         assert self.number is not None, "parse_mode asks for it"
         return replace(self, active=1 + int(level * self.number))
 
     def kept(self, L: Tensor, R: Tensor) -> dict[str, Tensor]:
-        """The number of training steps that were taken, from which the ranks are drawn."""
+        """How many passes of training there were, from which the next rank is drawn."""
         return {"lrq_step": torch.zeros(1, dtype=torch.int64, device=L.device)}
 
     def product(self, L: Tensor, R: Tensor, own: Tensors) -> Pair:

@@ -88,7 +88,7 @@ def test_passes_without_gradients_draw_nothing_and_use_all_ranks(trained: Any, b
 def test_the_inner_model_alone_draws_nothing_and_says_so(base: Any, adapted: Any, tokens: Tensor) -> None:
     model = adapted(base(), "nested:3")
     model.train()
-    with pytest.raises(SpecError, match="adapter 'default' draws ranks in each training step, which the model of PEFT"):
+    with pytest.raises(SpecError, match="adapter 'default' draws ranks in each pass of training, which"):
         model.get_base_model()(tokens)
 
 
