@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     )
     from hf_lrq.evaluation import evaluate
     from hf_lrq.integrations.compression import compress
-    from hf_lrq.integrations.peft import GateThreshold, LRQAdapterConfig
+    from hf_lrq.integrations.gates import GateThreshold
+    from hf_lrq.integrations.peft import LRQAdapterConfig
     from hf_lrq.integrations.planning import plan_for
     from hf_lrq.integrations.saving import save
     from hf_lrq.integrations.trainer import register_optimizers, trainer_optimizer
@@ -83,7 +84,7 @@ _HOME = {
     "CompressionError": "hf_lrq.errors",
     "CompressionSpec": "hf_lrq.spec",
     "EvaluationError": "hf_lrq.errors",
-    "GateThreshold": "hf_lrq.integrations.peft",
+    "GateThreshold": "hf_lrq.integrations.gates",
     "InputGram": "hf_lrq.decomposition.gram",
     "LRQAdapterConfig": "hf_lrq.integrations.peft",
     "LRQConfig": "hf_lrq.integrations.transformers",

@@ -75,8 +75,8 @@ class LayerOptions:
     metric: str = _option(
         "gram",
         "What L R are fitted under: gram (of the inputs), diagonal (of the Gram), magnitudes (mean absolute inputs), "
-        "identity (the weight itself), or squared (the Gram squared). With two_sided, diagonal and identity are so at "
-        "the outputs as well; diagonal is then the Fisher information of LQ-LoRA (2023). Others take the Gram there.",
+        "identity (the weight itself), or squared (the Gram squared). With two_sided, diagonal and identity "
+        "hold at the outputs as well (LQ-LoRA, 2023).",
     )
     iters: int = _option(8, "Alternations of rounding from scratch and low-rank refit, at least 1.")
     refinements: int = _option(4, "For schedule alternating: rounds that improve the best of them, at least 0.")

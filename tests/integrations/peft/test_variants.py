@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hf_lrq import GateThreshold, LRQConfig
 from hf_lrq.errors import CalibrationError, SpecError
+from hf_lrq.integrations.gates import soft_threshold
 from hf_lrq.integrations.peft import LRQAdapterConfig
 from hf_lrq.integrations.peft.first_gradients import groups_of
-from hf_lrq.integrations.peft.gates import soft_threshold
 from hf_lrq.integrations.peft.variants import AppendCore, Nested, Sparse, first_step, truncated
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

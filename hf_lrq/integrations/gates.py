@@ -1,4 +1,7 @@
-"""What closes the gates of mode "sparse:r": a soft threshold after each step of the optimizer (SoRA, 2023)."""
+"""What closes the gates of mode "sparse:r": a soft threshold after each step of the optimizer (SoRA, 2023).
+
+Not in `peft`, which is imported while transformers still is, and needs nothing of its Trainer.
+"""
 
 from collections.abc import Iterator
 from typing import Any
