@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from hf_lrq.evaluation import evaluate
     from hf_lrq.integrations.compression import compress
+    from hf_lrq.integrations.gates import GateThreshold
     from hf_lrq.integrations.peft import LRQAdapterConfig, export_lora
     from hf_lrq.integrations.planning import plan_for
     from hf_lrq.integrations.saving import save
@@ -46,6 +47,7 @@ __all__ = [
     "CompressionError",
     "CompressionSpec",
     "EvaluationError",
+    "GateThreshold",
     "InputGram",
     "LRQAdapterConfig",
     "LRQConfig",
@@ -83,6 +85,7 @@ _HOME = {
     "CompressionError": "hf_lrq.errors",
     "CompressionSpec": "hf_lrq.spec",
     "EvaluationError": "hf_lrq.errors",
+    "GateThreshold": "hf_lrq.integrations.gates",
     "InputGram": "hf_lrq.decomposition.gram",
     "LRQAdapterConfig": "hf_lrq.integrations.peft",
     "LRQConfig": "hf_lrq.integrations.transformers",

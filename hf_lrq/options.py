@@ -41,11 +41,17 @@ class LayerOptions:
         "Columns of L and rows of R, at most min(out, in); 0 stores Q alone. None, or left out: by the size of each "
         "matrix, so that L and R take at most 0.3 bits per weight; never more than 64.",
     )
+    rank_threshold: float | None = _option(
+        None,
+        "Where rank is None: as many ranks as a matrix has singular values of at least this share of its largest "
+        "(WeLore, 2024); matrices that would not get smaller are left alone. Takes the weights, so a model is loaded "
+        "whole before it is compressed.",
+    )
     factor_bits: int = _option(8, "Bits per entry of L and R: 16, 8 or 4.")
     codebook: str = _option(
         "auto",
         "Family of the codebook of Q: bt (2, 4 bits), tcq (2, 3, 4), e8p (2, 3, 4), int (2, 3, 4, 6, 8), "
-        "lloyd (2, 3, 4), nf (4), gguf (4, 8), or auto.",
+        "lloyd (2, 3, 4), nf (2, 3, 4), gguf (4, 8), or auto.",
     )
     group_size: int = _option(128, "Columns that share one scale, for codebooks int and gguf.")
     rotation: str = _option("hadamard", "hadamard (incoherence processing; QuIP#, 2024, section 3) or none.")
@@ -69,7 +75,8 @@ class LayerOptions:
     metric: str = _option(
         "gram",
         "What L R are fitted under: gram (of the inputs), diagonal (of the Gram), magnitudes (mean absolute inputs), "
-        "identity (the weight itself), or squared (the Gram squared).",
+        "identity (the weight itself), or squared (the Gram squared). With two_sided, diagonal and identity "
+        "hold at the outputs as well (LQ-LoRA, 2023).",
     )
     iters: int = _option(8, "Alternations of rounding from scratch and low-rank refit, at least 1.")
     refinements: int = _option(4, "For schedule alternating: rounds that improve the best of them, at least 0.")

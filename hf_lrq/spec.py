@@ -56,6 +56,8 @@ class LayerSpec(LayerOptions):
             raise SpecError(f"schedule must be a name, such as 'alternating', got {self.schedule!r}.")
         check_choice("rotation", self.rotation, ROTATIONS)
         check_share("correction", self.correction)
+        if self.rank_threshold is not None:
+            check_fraction("rank_threshold", self.rank_threshold)
         check_fraction("damp_percent", self.damp_percent)
         check_fraction("marginal_damping", self.marginal_damping)
         # Raises here, where the user can see which argument is at fault.
@@ -85,6 +87,8 @@ class LayerSpec(LayerOptions):
     def fitted(self, *shapes: tuple[int, int], blocks: bool = True) -> "LayerSpec":
         """This spec with a codebook and a rank that fit matrices of these shapes in the place of "auto" and None.
 
+        With `rank_threshold` the rank stays None, as it takes the weights.
+
         Args:
             shapes: (out, in) of the matrix, or of each of those that are computed together, which all get the same.
             blocks: whether codebooks that code rows together are an option at all.
@@ -93,7 +97,8 @@ class LayerSpec(LayerOptions):
         (56, 24)
         """
         spec = self if self.codebook != "auto" else replace(self, codebook=self._fitting_family(shapes, blocks))
-        return spec if spec.rank is not None else replace(spec, rank=automatic_rank(spec.layout, shapes))
+        settled = spec.rank is not None or spec.rank_threshold is not None
+        return spec if settled else replace(spec, rank=automatic_rank(spec.layout, shapes))
 
     def _fitting_family(self, shapes: Sequence[tuple[int, int]], blocks: bool) -> str:
         needed = self.bits * sum(rows * columns for rows, columns in shapes) / 8
@@ -117,8 +122,15 @@ class LayerSpec(LayerOptions):
         )
 
     def bits_per_weight(self, shape: tuple[int, int]) -> float:
-        """True bits per weight of an [out, in] matrix: codes with padding, scales, rotations and factors."""
-        return self.fitted(shape).layout.bits_per_weight(*shape)
+        """True bits per weight of an [out, in] matrix: codes with padding, scales, rotations and factors.
+
+        Raises:
+            SpecError: if `rank_threshold` leaves the rank to the weights.
+        """
+        spec = self.fitted(shape)
+        if spec.rank is None:
+            raise SpecError("rank_threshold leaves the rank to the weights, so its bits are not known. Set rank.")
+        return spec.layout.bits_per_weight(*shape)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able fields."""

@@ -172,9 +172,9 @@ def test_wrong_patterns_and_layers_are_refused(arguments, message):
 
 
 def test_patterns_that_do_not_go_together_are_refused_where_they_meet():
-    spec = CompressionSpec(patterns={"up": {"codebook": "nf", "bits": 4}, "layers.0": {"bits": 2}})
+    spec = CompressionSpec(patterns={"up": {"codebook": "nf", "bits": 4}, "layers.0": {"bits": 8}})
     assert spec.for_layer("layers.1.up").bits == 4
-    with pytest.raises(SpecError, match=r"for layers\.0\.up: Codebook family 'nf' has no 2-bit codebook"):
+    with pytest.raises(SpecError, match=r"for layers\.0\.up: Codebook family 'nf' has no 8-bit codebook"):
         spec.for_layer("layers.0.up")
 
 

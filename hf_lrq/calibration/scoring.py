@@ -17,7 +17,7 @@ from hf_lrq.calibration.calibrate import Calibration
 from hf_lrq.calibration.capture import ModelRunner
 from hf_lrq.calibration.gradients import Sensitivity
 from hf_lrq.decomposition import InputGram, OutputGram, generator_for, input_rotation
-from hf_lrq.decomposition.noise_model import NoiseModel
+from hf_lrq.decomposition.noise_model import Feedback, NoiseModel
 from hf_lrq.decomposition.rotated import rotate
 from hf_lrq.numerics import fixed_numerics
 from hf_lrq.work import CompressionReport, Executor, ModelSource, Site
@@ -114,7 +114,9 @@ class _Scoring:
             rotate_in = input_rotation(self.seed, name, W.shape[1], spec)
             rotated = rotate(W, gram, spec, generator_for(self.seed, name), rotate_in, output)
             layouts = [each.layout for each in self._specs[site]]
-            model = NoiseModel(rotated, self._feedback, max(layout.rank for layout in layouts))
+            feeds_back = spec.rounding == "ldlq"
+            feedback = Feedback(feeds_back, feeds_back and self._feedback)
+            model = NoiseModel(rotated, feedback, max(layout.rank for layout in layouts))
             relative = [model.loss(layout) / max(model.energy, 1e-30) for layout in layouts]
         # Half of the curvature; the Grams of the model have a mean diagonal of 1, so their traces are their widths.
         stake = None if output is None else output.energy * model.energy / (2 * W.numel())

@@ -1,4 +1,4 @@
-"""Codebooks of single weights: uniform grids, Lloyd-Max levels, NF4. Codes count the levels in ascending order."""
+"""Codebooks of single weights: uniform grids, Lloyd-Max levels, NormalFloat. Codes count the levels from the least."""
 
 from __future__ import annotations
 
@@ -42,29 +42,44 @@ LLOYD_HALVES = {
     ),
 }
 
-# Dettmers et al., QLoRA, 2023, appendix E.
-NF4_LEVELS = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
+# Quantiles of N(0, 1), half of them on either side of zero, over the largest of them. 4 bits: Dettmers et al., QLoRA,
+# 2023, appendix E; 2 and 3 bits: the same construction, with the outermost quantile of 4 bits (Guo et al., LQ-LoRA,
+# 2023).
+NF_LEVELS = {
+    2: (-1.0, 0.0, 0.33791519352165506, 1.0),
+    3: (
+        -1.0,
+        -0.478629160115911,
+        -0.21714181782574413,
+        0.0,
+        0.16093017270493618,
+        0.33791519352165506,
+        0.5626169700752371,
+        1.0,
+    ),
+    4: (
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ),
+}
 
 # The multiple of those levels of least squared error for N(0, 1), found numerically. The paper scales by the largest
 # weight of a group instead; for a unit-variance codebook that maximum is not known.
-NF4_SCALE = 2.86306292
+NF_SCALES = {2: 1.371654013, 3: 2.196809016, 4: 2.86306292}
 
 
 @dataclass(frozen=True)
@@ -158,11 +173,11 @@ class NormalFloat(ScalarCodebook):
     """`nf`: the quantile-based levels of QLoRA, times the scale of least squared error for N(0, 1). Has a zero."""
 
     family: ClassVar[str] = "nf"
-    available_bits: ClassVar[tuple[int, ...]] = (4,)
+    available_bits: ClassVar[tuple[int, ...]] = tuple(NF_LEVELS)
 
     @property
     def levels(self) -> tuple[float, ...]:
-        return tuple(level * NF4_SCALE for level in NF4_LEVELS)
+        return tuple(level * NF_SCALES[self.bits] for level in NF_LEVELS[self.bits])
 
 
 @cached_table

@@ -11,7 +11,7 @@ from hf_lrq.decomposition.correction import corrected
 from hf_lrq.decomposition.fitted import FittedNearest
 from hf_lrq.decomposition.gram import InputGram
 from hf_lrq.decomposition.incoherence import RandomHadamard
-from hf_lrq.decomposition.lowrank import LPLR, LowRankSolver, WhitenedSVD
+from hf_lrq.decomposition.lowrank import LPLR, LowRankSolver, WhitenedSVD, rank_above
 from hf_lrq.decomposition.output_gram import OutputGram
 from hf_lrq.decomposition.qlr import Decomposition, decompose
 from hf_lrq.decomposition.quantizers import LDLQ, Quantizer, RoundToNearest
@@ -135,6 +135,8 @@ def compress_matrix(
     with fixed_numerics(W.device):
         W = _checked(W)
         spec = spec.fitted((W.shape[0], W.shape[1]))
+        if spec.rank is None and spec.rank_threshold is not None:
+            spec = replace(spec, rank=rank_above(W, spec.rank_threshold))
         return _compress(W, gram, spec, generator, rotate_in, schedule, output)
 
 
@@ -162,6 +164,7 @@ def _compress(
         generator,
         output=rotated.output,
         fit=rotated.fit,
+        fit_output=rotated.fit_output,
     )
     init = spec.init
     if init == "auto":

@@ -41,6 +41,16 @@ def truncated_svd(A: Tensor, rank: int, generator: torch.Generator) -> tuple[Ten
     return (Q @ U)[:, :rank], sigma[:rank], Vt[:rank]
 
 
+def rank_above(W: Tensor, share: float) -> int:
+    """How many singular values of W [m, n] are at least this share of the largest (WeLore, 2024); 0 for W = 0.
+
+    >>> rank_above(torch.tensor([4.0, 2.0, 1.0]).diag(), 0.5)
+    2
+    """
+    sigma = torch.linalg.svdvals(W)
+    return int(((sigma >= share * sigma[0]) & (sigma > 0)).sum())
+
+
 @dataclass(frozen=True)
 class LowRankSolver(ABC):
     """Maps a residual and its input Gram to stored factors.

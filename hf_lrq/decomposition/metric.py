@@ -1,7 +1,8 @@
-"""Under what L R are fitted: the Gram of the inputs, or what a method takes in its place.
+"""Under what L R are fitted: the Grams of the inputs and outputs, or what a method takes in their place.
 
-A metric is a positive semi-definite [in, in] matrix S S^T; L R minimise |(A - L R) S|_F. It is made in the basis of the
-weight as it came, before any rotation, which mixes the inputs.
+A metric is a positive semi-definite [in, in] matrix S S^T; L R minimise |(A - L R) S|_F, and where outputs are weighed
+as well, by T T^T, |T^T (A - L R) S|_F. It is made in the basis of the weight as it came, before any rotation, which
+mixes the inputs.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,11 @@ def full(gram: InputGram) -> Tensor:
 
 
 def diagonal(gram: InputGram) -> Tensor:
-    """diag(E[x_i^2]): the same if the inputs were uncorrelated (QERA-approx, 2024)."""
+    """diag(E[x_i^2]): the same if the inputs were uncorrelated (QERA-approx, 2024).
+
+    Of a Gram whose tokens are weighed by their squared gradients it is, up to a factor, the mean over rows of the
+    diagonal Fisher information E[(g_i x_j)^2] (LQ-LoRA, 2023, section 3.3).
+    """
     return gram.H.diagonal().diag()
 
 
@@ -55,3 +60,17 @@ METRICS: dict[str, Callable[[InputGram], Tensor]] = {
     "identity": identity,
     "squared": squared,
 }
+
+
+def output_diagonal(H: Tensor) -> Tensor:
+    """diag(H_O): up to a factor the mean over columns of the diagonal Fisher information (LQ-LoRA, 2023)."""
+    return H.diagonal().diag()
+
+
+def output_identity(H: Tensor) -> Tensor:
+    """I: all outputs count alike."""
+    return torch.eye(len(H), dtype=H.dtype, device=H.device)
+
+
+# What takes the place of the Gram of the outputs; where nothing does, it is that Gram itself.
+OUTPUT_METRICS: dict[str, Callable[[Tensor], Tensor]] = {"diagonal": output_diagonal, "identity": output_identity}

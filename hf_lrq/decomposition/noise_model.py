@@ -2,7 +2,8 @@
 
 In incoherent coordinates the error that a codebook leaves on its input is close to noise of known variance, whatever
 the input (QuIP, 2023, section 3). With H_I = U D U^T in blocks of the codebook's vectors, LDLQ's loss is then the
-variance times the trace of D; so is it over blocks of rows with H_O (`row_feedback`). Factors that are refitted to the
+variance times the trace of D; so is it over blocks of rows with H_O (`row_feedback`). Without feedback the traces are
+those of the Grams. Factors that are refitted to the
 error take r directions of H_I away, the largest ones: the loss of the rest is that of the marginalised Gram. Within
 what is left they follow the largest singular values of the error itself, a matrix of noise, whose share Marchenko and
 Pastur's law gives (1967).
@@ -10,6 +11,7 @@ Pastur's law gives (1967).
 
 import functools
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,19 +28,32 @@ SAMPLES = 128  # Rows and columns of the noise that a codebook is tried on: its 
 STEPS = 4096  # Of the integral over the spectrum.
 
 
+@dataclass(frozen=True)
+class Feedback:
+    """Where errors of roundings go.
+
+    Attributes:
+        columns: into other columns, as LDLQ does.
+        rows: into other rows as well, where there is a Gram of the outputs.
+    """
+
+    columns: bool = True
+    rows: bool = True
+
+
 class NoiseModel:
     """Predicts the proxy loss of one matrix for many codebooks and ranks.
 
     Args:
         rotated: the matrix and its Grams in the coordinates in which it is rounded.
-        feedback: whether errors of rows are fed into others, where there is a Gram of the outputs.
+        feedback: where errors of roundings go.
         most: largest rank that will be asked for.
 
     Attributes:
         energy: tr(H_O W H_I W^T), the loss of nothing at all, with Grams of mean diagonal 1.
     """
 
-    def __init__(self, rotated: Rotated, feedback: bool, most: int):
+    def __init__(self, rotated: Rotated, feedback: Feedback, most: int):
         self._rotated, self._feedback = rotated, feedback
         W, gram, output = rotated.W, rotated.gram, rotated.output
         self.energy = weighted_square(W, gram.H, None if output is None else output.H)
@@ -59,13 +74,11 @@ class NoiseModel:
         return (variance * self._rows(layout)).sum().item() * columns * _noise_left(*W.shape, rank)
 
     def _columns(self, R: Tensor, block: int) -> float:
-        """Trace of D of the marginalised Gram."""
+        """Trace of D of the marginalised Gram, or of that itself."""
         key = len(R), block
         if key not in self._spread:
-            C = upper_cholesky(marginalise(self._rotated.gram, R, 0.0))
-            self._spread[key] = sum(
-                C[k : k + block, k : k + block].square().sum().item() for k in range(0, len(C), block)
-            )
+            H = marginalise(self._rotated.gram, R, 0.0)
+            self._spread[key] = _block_trace(H, block) if self._feedback.columns else H.diagonal().sum().item()
         return self._spread[key]
 
     def _rows(self, layout: LayerLayout) -> Tensor:
@@ -73,11 +86,17 @@ class NoiseModel:
         output = self._rotated.output
         if output is None:
             return torch.ones(len(self._rotated.W), device=self._rotated.W.device)
-        if not self._feedback:
+        if not self._feedback.rows:
             return output.H.diagonal()
         C = upper_cholesky(output.H)
         blocks = row_blocks(LDLQ(layout.codebook), len(C))
         return torch.cat([C[rows, rows].square().sum(1) for rows in blocks])
+
+
+def _block_trace(H: Tensor, block: int) -> float:
+    """Trace of D in H = U D U^T, U unit upper triangular in blocks."""
+    C = upper_cholesky(H)
+    return sum(C[k : k + block, k : k + block].square().sum().item() for k in range(0, len(C), block))
 
 
 @functools.cache

@@ -53,6 +53,7 @@ def decompose(
     schedule: Schedule,
     output: DampedGram | None = None,
     fit: DampedGram | None = None,
+    fit_output: DampedGram | None = None,
 ) -> Decomposition:
     """Decompose one weight matrix.
 
@@ -65,14 +66,14 @@ def decompose(
         start: L [out, s] and R [s, in] float32 before the first step; stored where no step refits them.
         schedule: what to do; see `schedule`.
         output: second moment of the gradients at the layer's outputs; see `schedule.Problem`.
-        fit: what L R are fitted under instead of the Gram; see `metric`.
+        fit, fit_output: what L R are fitted under instead of the Grams; see `metric`.
 
     Raises:
         SpecError: if the schedule has no stage.
     """
     if not schedule:
         raise SpecError("the schedule has no stage, so there is no iterate to return. Add Stage((Round(),)).")
-    problem = Problem(W, gram, quantizer, solver, generator, output, fit)
+    problem = Problem(W, gram, quantizer, solver, generator, output, fit, fit_output)
     search = _Search(problem, Iterate(quantizer.zero(W), solver.store(*start), start))
     for stage in schedule:
         search.run(stage)

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,10 +22,13 @@ class Quantizer(ABC):
     Attributes:
         codebook: name.
         group_size: columns that share a scale, for grouped codebooks.
+        feeds_back: whether errors of some weights are fed into others.
     """
 
     codebook: str
     group_size: int = 128
+
+    feeds_back: ClassVar[bool] = True
 
     @abstractmethod
     def quantize(self, W: Tensor, H: Tensor) -> QuantizedMatrix:
@@ -104,6 +108,8 @@ def _divisors(scales: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class RoundToNearest(Quantizer):
     """Rounds every vector of weights on its own; ignores the Gram."""
+
+    feeds_back: ClassVar[bool] = False
 
     def quantize(self, W: Tensor, H: Tensor) -> QuantizedMatrix:
         """Nearest codes of W / scale."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hf_lrq.decomposition.gram import DampedGram, InputGram, damp
 from hf_lrq.decomposition.incoherence import RandomHadamard
-from hf_lrq.decomposition.metric import METRICS
+from hf_lrq.decomposition.metric import METRICS, OUTPUT_METRICS
 from hf_lrq.decomposition.output_gram import OutputGram
 from hf_lrq.errors import CompressionError
 from hf_lrq.matrices import Pair
@@ -25,6 +25,7 @@ class Rotated:
         gram: V H V^T, damped.
         fit: what L R are fitted under, see `metric`; rotated and damped.
         output: U H_O U^T, damped; None where all outputs count alike.
+        fit_output: what L R are fitted under at the outputs, rotated and damped; None as above.
         rotate_in: V on the inputs, or None.
         rotate_out: U on the outputs, or None.
     """
@@ -35,6 +36,7 @@ class Rotated:
     output: DampedGram | None
     rotate_in: RandomHadamard | None
     rotate_out: RandomHadamard | None
+    fit_output: DampedGram | None = None
 
     def pair(self, L: Tensor, R: Tensor) -> Pair:
         """Factors of U L R V^T."""
@@ -70,6 +72,8 @@ def rotate(
         raise CompressionError(f"the output Gram is for {len(output.H)} outputs, the weight has {W.shape[0]} rows.")
     H, H_out = gram.H.to(W.device), None if output is None else output.H.to(W.device)
     metric = None if spec.metric == "gram" else METRICS[spec.metric](gram).to(W.device)
+    weigh = OUTPUT_METRICS.get(spec.metric)
+    metric_out = None if H_out is None or weigh is None else weigh(H_out)
     rotate_out = None
     if spec.rotation == "none":
         rotate_in = None
@@ -78,8 +82,10 @@ def rotate(
         rotate_out = RandomHadamard.sample(W.shape[0], generator, spec.rotation_block)
         W = rotate_out.apply(rotate_in.apply(W).T).T.contiguous()
         H = rotate_in.rotate_gram(H)
-        H_out = None if H_out is None else rotate_out.rotate_gram(H_out)
         metric = None if metric is None else rotate_in.rotate_gram(metric)
+        H_out, metric_out = (None if each is None else rotate_out.rotate_gram(each) for each in (H_out, metric_out))
     damped = damp(H, spec.damp_percent)
     fit = damped if metric is None else damp(metric, spec.damp_percent)
-    return Rotated(W, damped, fit, None if H_out is None else damp(H_out, OUTPUT_DAMPING), rotate_in, rotate_out)
+    damped_out = None if H_out is None else damp(H_out, OUTPUT_DAMPING)
+    fit_out = damped_out if metric_out is None else damp(metric_out, OUTPUT_DAMPING)
+    return Rotated(W, damped, fit, damped_out, rotate_in, rotate_out, fit_out)

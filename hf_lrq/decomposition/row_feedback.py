@@ -20,8 +20,11 @@ MOST_BLOCKS, FEWEST_ROWS = 8, 128
 
 
 def quantize_rows(quantizer: Quantizer, W: Tensor, H: Tensor, output: DampedGram | None) -> QuantizedMatrix:
-    """Round W [out, in] so that tr(H_O (W - Q) H (W - Q)^T) is small; without `output`, H_O = I."""
-    if output is None:
+    """Round W [out, in] so that tr(H_O (W - Q) H (W - Q)^T) is small; without `output`, H_O = I.
+
+    A quantizer that feeds no errors back ignores both Grams.
+    """
+    if output is None or not quantizer.feeds_back:
         return quantizer.quantize(W, H)
     C = upper_cholesky(output.H)
     error = torch.zeros_like(W)
@@ -43,7 +46,7 @@ def refine_rows(
     The best values of block i are its weights plus H_ii^-1 of what the errors of the others leave there. Towards these
     the rows of a block are refined as if they were independent; the block moves only if its loss falls all the same.
     """
-    if output is None:
+    if output is None or not quantizer.feeds_back:
         return quantizer.refine(W, H, previous)
     error = W - previous.dequantize()
     parts = []

@@ -36,6 +36,7 @@ class Problem:
         output: second moment H_O of the gradients at the layer's outputs. With it the loss is tr(H_O E H_I E^T), the
             second-order expansion of the model's loss in the error E (YAQA, 2025), else H_O = I.
         fit: what L R are fitted under instead of the Gram; see `metric`.
+        fit_output: the same for the Gram of the outputs.
     """
 
     W: Tensor
@@ -45,6 +46,12 @@ class Problem:
     generator: torch.Generator
     output: DampedGram | None = None
     fit: DampedGram | None = None
+    fit_output: DampedGram | None = None
+
+    @property
+    def fitted_under(self) -> tuple[DampedGram, DampedGram | None]:
+        """The Grams of L R, at the inputs and at the outputs."""
+        return self.fit or self.gram, self.fit_output or self.output
 
     def loss(self, W_hat: Tensor) -> float:
         """Relative proxy loss of an approximation [out, in]."""
@@ -130,8 +137,8 @@ class Refit(Step):
     def apply(self, problem: Problem, at: Iterate) -> Iterate:
         """See the class."""
         residual = problem.W - at.quantized.dequantize()
-        fit = problem.fit or problem.gram
-        return Iterate(at.quantized, problem.solver.solve(residual, fit, problem.generator, problem.output))
+        fit, output = problem.fitted_under
+        return Iterate(at.quantized, problem.solver.solve(residual, fit, problem.generator, output))
 
 
 @dataclass(frozen=True)
@@ -143,8 +150,8 @@ class Complete(Step):
         L, R = at.pair
         free = min(problem.solver.rank, *problem.W.shape) - L.shape[1]
         residual = problem.W - at.quantized.dequantize() - L @ R
-        fit = problem.fit or problem.gram
-        more = whitened_factors(residual, fit, free, problem.generator, problem.output)
+        fit, output = problem.fitted_under
+        more = whitened_factors(residual, fit, free, problem.generator, output)
         return Iterate(at.quantized, problem.solver.store(torch.cat([L, more[0]], 1), torch.cat([R, more[1]])))
 
 

@@ -83,7 +83,7 @@ def _left_over(A: Tensor, rank: int, generator: torch.Generator) -> Tensor:
 
 STARTS: dict[str, Callable[[Setting], Pair]] = {
     "zero": lambda at: zero_start(at.W),
-    "svd": lambda at: svd_start(at.rotated.W, at.rotated.fit, at.rank, at.generator, at.rotated.output),
+    "svd": lambda at: svd_start(at.rotated.W, at.rotated.fit, at.rank, at.generator, at.rotated.fit_output),
     "outlier": lambda at: at.rotated.pair(*outlier_start(at.W, at.H, at.rank)),
     "inputs": lambda at: inputs_start(at.rotated.W, at.rotated.gram, at.rank),
     "split": lambda at: split_start(at.rotated.W, at.rotated.fit, at.rank, at.generator),

@@ -10,7 +10,7 @@ from hf_lrq.checks import bytes_of
 from hf_lrq.errors import SpecError
 from hf_lrq.evaluation import size
 from hf_lrq.integrations.config import LRQConfig
-from hf_lrq.work import Budget, CompressionReport, Plan
+from hf_lrq.work import Budget, CompressionReport, Plan, with_ranks
 
 
 def carry_out(
@@ -35,7 +35,7 @@ def carry_out(
     """
     batches = None if batches is None else list(batches)
     check_data(batches, config.two_sided, config.budget_option)
-    found = None
+    plan, found = with_ranks(plan, model), None
     if config.budget_option is not None and batches is not None:
         budget = budget_of(model, plan, config)
         found = fit_budget(model, plan, batches, budget, two_sided=config.two_sided, progress=progress)

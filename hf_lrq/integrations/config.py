@@ -125,6 +125,11 @@ class LRQConfig(QuantizationConfigMixin):
             bytes_of(self.target_size)
         if self.avg_bits is not None and self.target_size is not None:
             raise SpecError("avg_bits and target_size are two words for one budget. Give one of them.")
+        if self.budget_option is not None and self.rank_threshold is not None and self.rank is None:
+            raise SpecError(
+                f"{self.budget_option} chooses ranks by what is predicted to be lost, rank_threshold by singular "
+                "values. Leave one out, or set rank."
+            )
         if self.budget_option is not None and "bits" in self._given:
             raise SpecError(
                 f"{self.budget_option} chooses the bits of each matrix, and bits={self.bits} is given, too. Leave one "

@@ -105,9 +105,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, LRQLinear]]:
             continue
         found, layout = True, module.layout
         if not isinstance(module, LRQLinear):
-            raise SpecError(
-                f"{name} is {type(module).__name__}; GGUF takes linear layers. Compress with {HOW}."
-            )
+            raise SpecError(f"{name} is {type(module).__name__}; GGUF takes linear layers. Compress with {HOW}.")
         if layout.codebook not in TYPES or layout.group_size != GROUP or layout.rotation != "none":
             raise SpecError(
                 f"{name} is stored with codebook {layout.codebook!r}, group_size {layout.group_size} and rotation "

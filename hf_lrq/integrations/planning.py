@@ -12,7 +12,7 @@ from hf_lrq.integrations.skip_rules import skip_reasons
 from hf_lrq.integrations.tables import tables_of
 from hf_lrq.integrations.trial import try_out
 from hf_lrq.patterns import check_names
-from hf_lrq.work import Plan, Site, excluded, find_sites, make_plan
+from hf_lrq.work import Plan, Site, excluded, find_sites, make_plan, with_ranks
 from hf_lrq.work.plan import listed, nothing_left
 
 
@@ -33,13 +33,13 @@ def plan_for(model: nn.Module, config: LRQConfig) -> Plan:
     config.check_patterns([*(name for name, _ in model.named_modules()), *labels])
     check_names("layers", config.layers or (), labels)
     if not isinstance(model, PreTrainedModel):
-        return make_plan(model, spec, excluded(model, patterns))
+        return with_ranks(make_plan(model, spec, excluded(model, patterns)), model)
     alone = skip_reasons(model, patterns)
     alone |= {name: reason for name, reason in left.items() if name in alone}
     plan = make_plan(
         model, spec, alone, tables={site: spec.for_table(site.label, config.embedding_bits) for site in tables}
     )
-    return without_read(model, replace(plan, left_alone={**left, **plan.left_alone}))
+    return with_ranks(without_read(model, replace(plan, left_alone={**left, **plan.left_alone})), model)
 
 
 def _tables(model: nn.Module, config: LRQConfig, patterns: Sequence[str]) -> tuple[list[Site], dict[str, str]]:

@@ -35,6 +35,12 @@ GROUP_OPTIONS: dict[str, Any] = {
     "grams": Mapping,
     "gram_damping": float,
 }
+# What people ask for under these names -> why it is none of them.
+REFUSED = {
+    "lora_pro": "LoRA-Pro (2024) runs Adam on a gradient as large as the full weight, with two moments of that size, "
+    "and what is compressed has no room for them. Without them it is the gradient times the inverse Grams of the "
+    "factors, as riemannian_sgd takes it, but for what lies in the spans of both, which counts once and not twice."
+}
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -88,6 +94,8 @@ def trainer_optimizer(
         SpecError: on an unknown optimizer or option; if `clip_projected` and `max_grad_norm` would both clip; under
             DeepSpeed and FSDP1, which flatten parameters, so that no pair is left to precondition.
     """
+    if (reason := REFUSED.get(str(optimizer).lower().replace("-", "_").replace("lorapro", "lora_pro"))) is not None:
+        raise SpecError(f"There is no optimizer {optimizer!r}: {reason}")
     if optimizer not in OPTIMIZERS:
         hint = did_you_mean(str(optimizer), OPTIMIZERS)
         raise SpecError(f"Unknown optimizer {optimizer!r}. Known: {', '.join(OPTIMIZERS)}.{hint}")

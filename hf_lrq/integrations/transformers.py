@@ -109,7 +109,7 @@ class LRQHfQuantizer(HfQuantizer):
         self._dtype: torch.dtype | None = None
         # What is still to be done to an uncompressed model when its weights are there.
         self._loading: LoadingCompression | None = None
-        self._afterwards: tuple[Plan, Sequence[Batch]] | None = None
+        self._afterwards: tuple[Plan, Sequence[Batch] | None] | None = None
 
     @property
     def report(self) -> CompressionReport | None:
@@ -236,10 +236,11 @@ class LRQHfQuantizer(HfQuantizer):
         self.provenance.base_model = model.config._name_or_path or None
         config.check_data(config.calibrated)
         plan = plan_for(model, config)
-        if config.calibrated:
+        if config.calibrated or plan.open_to_weights:
             # Before hours of loading, as data and tokenizer can be missing; here new tensors would be on meta.
             with torch.device("cpu"):
-                self._afterwards = plan, calibration_batches(model, config)
+                batches = calibration_batches(model, config) if config.calibrated else None
+                self._afterwards = plan, batches
         else:
             check_data(None, config.two_sided, config.budget_option)
             self._loading = LoadingCompression(model, plan)

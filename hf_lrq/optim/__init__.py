@@ -5,6 +5,7 @@ from hf_lrq.optim.pairs import FactorPair
 from hf_lrq.optim.param_groups import factor_pairs, riemannian_param_groups
 from hf_lrq.optim.precondition import precondition
 from hf_lrq.optim.riemannian import RiemannianAdamW, RiemannianSGD
+from hf_lrq.optim.row_scales import scale_gradients_by_rows
 
 __all__ = [
     "FactorPair",
@@ -17,4 +18,5 @@ __all__ = [
     "precondition_gradients",
     "precondition_in_graph",
     "riemannian_param_groups",
+    "scale_gradients_by_rows",
 ]

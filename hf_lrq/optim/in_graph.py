@@ -11,7 +11,7 @@ Names, shapes and saving stay as they are. The hooks run after those of FSDP2 an
 torch.compile is not supported: it does not see what hooks exchange.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from hf_lrq.optim.param_groups import FACTOR_ATTRIBUTES, by_adapter, entries, fa
 from hf_lrq.optim.precondition import DAMPING, check_damping, whitening_for_L, whitening_for_R
 
 Holder = tuple[nn.Module, str]  # A module, and the name of one of its own parameters.
+Views = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]  # L, R and scaling -> the same with other gradients.
 
 
 class PreconditionedFactor(torch.autograd.Function):
@@ -74,7 +75,7 @@ def precondition_in_graph(
 
 @dataclass(eq=False)
 class InGraph:
-    """Preconditioning that is switched on.
+    """Changed gradients that are switched on.
 
     Attributes:
         names: names of the modules that hold pairs.
@@ -111,17 +112,30 @@ def precondition_gradients(
         ValueError: if the damping is not positive, or there is no pair.
     """
     check_damping(damping)
+
+    def views(L: Tensor, R: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+        return precondition_in_graph(L, R, damping, scaling)
+
+    return switched_on(model, views, attributes)
+
+
+def switched_on(model: nn.Module, views: Views, attributes: Iterable[tuple[str, str]] = FACTOR_ATTRIBUTES) -> InGraph:
+    """Make every pair of trainable factors of a model receive the gradients behind its views.
+
+    Raises:
+        ValueError: if there is no pair.
+    """
     attributes = tuple(attributes)
     switched = InGraph()
     for name, module in model.named_modules():
         if not any(True for left, right in attributes for _ in trained_pairs(module, left, right)):
             continue
-        swap = Swap(module, damping, attributes)
+        swap = Swap(module, views, attributes)
         switched.names.append(name)
         switched._handles.append(module.register_forward_pre_hook(swap.enter))
         switched._handles.append(module.register_forward_hook(swap.leave, always_call=True))
     if not switched.names:
-        raise ValueError(f"{type(model).__name__} has no trainable floating-point factors to precondition.")
+        raise ValueError(f"{type(model).__name__} has no trainable floating-point factors.")
     return switched
 
 
@@ -137,17 +151,16 @@ class Swap:
     """The hooks of one module."""
 
     module: nn.Module
-    damping: float
+    views: Views
     attributes: tuple[tuple[str, str], ...]
     _places: list[Holder] = field(default_factory=list)
 
     def enter(self, module: nn.Module, inputs: Any) -> None:
-        """Put preconditioned views before the factors."""
+        """Put views before the factors."""
         for left, right in self.attributes:
             for adapter, L, R in list(trained_pairs(module, left, right)):
                 scaling = float(by_adapter(module, "scaling", adapter, 1.0))
-                views = precondition_in_graph(L, R, self.damping, scaling)
-                for attribute, view in zip((left, right), views, strict=True):
+                for attribute, view in zip((left, right), self.views(L, R, scaling), strict=True):
                     holder, name = holder_of(module, attribute, adapter)
                     # Attributes are looked up here first; the parameter stays registered, in its place.
                     holder.__dict__[name] = view

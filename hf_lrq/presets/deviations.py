@@ -6,7 +6,7 @@ INT_SCALES = (
     "root mean square, in float16; not one from the least to the largest weight."
 )
 NF_SCALES = (
-    "NF4 has one float16 scale for each row, of its root mean square; not one for every 64 weights, of the largest of "
+    "Each row of Q has one float16 scale, of its root mean square; not one for every 64 weights, of the largest of "
     "them, quantized once more."
 )
 EIGHT_BITS = "What is left of the weight is rounded to 8 bits in groups of 128, not kept in floating point."

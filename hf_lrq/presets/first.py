@@ -116,6 +116,25 @@ LOW_RANK_FIRST = (
         deviations=(STORED_ZEROS, RANK_IS_GIVEN, FLOAT16, DAMPING),
     ),
     Preset(
+        name="welore",
+        what="No Q: truncated SVDs, with as many ranks as singular values pass one threshold for all matrices.",
+        paper=Paper(
+            authors="A. Jaiswal et al.",
+            title="From GaLore to WeLore: How Low-Rank Weights Non-uniformly Emerge from Low-Rank Gradients",
+            year=2024,
+            arxiv="2407.11239",
+        ),
+        options={**ZERO_Q, "rank": None, "rank_threshold": 0.135, "factor_bits": 16, "metric": "identity"},
+        deviations=(
+            STORED_ZEROS,
+            "The threshold is given, and is that of half of LLaMA-2-7B's weights; the paper searches for the one that "
+            "leaves a wanted share of the weights.",
+            "What is left alone is what would not get smaller, with the bits of Q counted.",
+            FLOAT16,
+            "Fine-tuning is a step of its own: LRQAdapterConfig(), which trains the factors that there are.",
+        ),
+    ),
+    Preset(
         name="lplr",
         what="No Q: L R approximate the weight itself, in few bits, each making up for the rounding of the other.",
         paper=Paper(

@@ -38,6 +38,43 @@ LOOPS = (
         deviations=(NF_SCALES, FLOAT16, BEST),
     ),
     Preset(
+        name="lq_lora",
+        what="SVD and rounding to NormalFloat take turns, weighed by Fisher information, as a start for fine-tuning.",
+        paper=Paper(
+            authors="H. Guo et al.",
+            title="LQ-LoRA: Low-rank Plus Quantized Matrix Decomposition for Efficient Language Model Finetuning",
+            year=2023,
+            arxiv="2311.12023",
+        ),
+        options={
+            "schedule": "lr-first",
+            "iters": 20,
+            "init": "zero",
+            "metric": "diagonal",
+            "two_sided": True,
+            "rounding": "nearest",
+            "bits": 3,
+            "codebook": "nf",
+            "rotation": "none",
+            "rank": 64,
+            "factor_bits": 16,
+        },
+        data="needed",
+        gradients=True,
+        deviations=(
+            NF_SCALES,
+            FLOAT16,
+            "The diagonal Fisher information is that of outputs that the model draws itself, token by token, not of "
+            "the text, sequence by sequence; its means over rows and columns are shrunk as far as the data is noisy.",
+            "Of twenty iterations the one of least error is kept, by the whole Grams of inputs and outputs; the paper "
+            "ends at the first that raises the error.",
+            "All matrices have 3 bits, unless avg_bits or target_size is given: then 2, 3 or 4 by what each is "
+            "predicted to lose, L and R included in the budget; not by an integer program over measured errors, which "
+            "also chooses how scales are stored.",
+            "The means get ridges of 0.01 (columns) and 0.001 (rows) of their mean.",
+        ),
+    ),
+    Preset(
         name="caldera",
         what="LDLQ of W - L R and low-precision factors for W - Q take turns: the loop as published.",
         paper=CALDERA,

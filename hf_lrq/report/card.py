@@ -186,7 +186,8 @@ def _method(report: Mapping[str, Any]) -> dict[str, Any] | None:
 def _chosen(report: Mapping[str, Any]) -> dict[str, str]:
     """What bits and a rank that were left to the library became."""
     recipe, budget = report["recipe"], report["compression"].get("budget")
-    why = "by what each matrix was predicted to lose" if budget else "by the size of each matrix"
+    size = "by the size of each matrix" if recipe.get("rank_threshold") is None else "by its singular values"
+    why = "by what each matrix was predicted to lose" if budget else size
     open_to = [name for name, left in (("bits", budget), ("rank", recipe.get("rank", 0) is None)) if left]
     found = {name: [layer[name] for layer in report["compression"]["layers"]] for name in open_to}
     return {name: f"{min(values)} to {max(values)}, {why}" for name, values in found.items() if values}

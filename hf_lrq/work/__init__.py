@@ -9,6 +9,7 @@ from hf_lrq.work.plan import Inventory, Plan, excluded, make_plan
 from hf_lrq.work.records import CompressionReport, LayerRecord
 from hf_lrq.work.sites import Site, find_sites, sites_of
 from hf_lrq.work.tables import EmbeddingSite, HeadSite
+from hf_lrq.work.thresholds import with_ranks
 
 __all__ = [
     "Budget",
@@ -37,4 +38,5 @@ __all__ = [
     "make_plan",
     "sites_of",
     "take_census",
+    "with_ranks",
 ]

@@ -22,9 +22,14 @@ logger = logging.getLogger(__name__)
 
 LISTED = 3  # Names spelled out for each reason.
 LARGEST_SHARE = 1 / 4  # Bytes of factors, over those of codes, that pass without a warning.
+TOO_MANY_KEPT = "would not get smaller with the ranks that rank_threshold keeps"
 _TOO_LARGE = "would not get smaller with this rank and these bits"
 # Part of a reason -> what changes it.
-_REMEDIES = {_TOO_LARGE: "lower the rank", "in modules_to_not_convert": "shorten modules_to_not_convert"}
+_REMEDIES = {
+    _TOO_LARGE: "lower the rank",
+    TOO_MANY_KEPT: "raise rank_threshold",
+    "in modules_to_not_convert": "shorten modules_to_not_convert",
+}
 
 
 @dataclass
@@ -100,6 +105,11 @@ class Plan:
         """What the model will be once the plan is carried out."""
         layouts = {site: spec.layout for site, spec in self.specs.items()}
         return Inventory(layouts, dict(self.left_alone), self.census)
+
+    @property
+    def open_to_weights(self) -> bool:
+        """Whether a rank is still to be found from the weights, see `thresholds`."""
+        return any(spec.rank is None for spec in self.specs.values())
 
     @property
     def matrices(self) -> list[str]:

@@ -13,7 +13,14 @@ from hf_lrq.integrations.config import LRQConfig
 from hf_lrq.recovery import RecoveryOptions
 from hf_lrq.spec import LayerSpec
 
-OTHERS = {"bits": 4, "rotation": "none", "rounding": "nearest", "init": "zero", "codebook": "int"}
+OTHERS = {
+    "rank_threshold": 0.5,
+    "bits": 4,
+    "rotation": "none",
+    "rounding": "nearest",
+    "init": "zero",
+    "codebook": "int",
+}
 OTHERS |= {"rank": 48, "factor_bits": 4, "schedule": "q-first", "metric": "identity"}
 
 

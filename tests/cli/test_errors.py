@@ -37,7 +37,7 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
             ["--codebook", "e9p"],
             "Unknown codebook family 'e9p'. Known families: e8p, bt, tcq, int, lloyd, nf. Did you mean 'e8p'?",
         ),
-        (["--codebook", "nf", "--bits", "2"], "Codebook family 'nf' has no 2-bit codebook. Choose bits from: 4."),
+        (["--codebook", "nf", "--bits", "8"], "Codebook family 'nf' has no 8-bit codebook. Choose bits from: 2, 3, 4."),
         (["--rank", "-1"], "rank must be between 0 and 65536, got -1"),
         (["--factor-bits", "5"], "factor_bits must be one of 4, 8, 16, got 5"),
         (["--damp-percent", "0"], "damp_percent must be a number in (0, 1], got 0.0"),

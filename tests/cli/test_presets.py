@@ -29,7 +29,7 @@ def test_the_table_lists_all_presets_with_their_papers(cli) -> None:
 def test_one_preset_is_shown_with_its_options(cli) -> None:
     text = cli("presets", "loftq").stdout
     assert "LoftQ: LoRA-Fine-Tuning-Aware Quantization" in text
-    assert "NF4 has one float16 scale for each row" in text
+    assert "Each row of Q has one float16 scale" in text
     assert all(name in text for name in get_preset("loftq").options)
     assert "at the end" in cli("presets", "lrq_best").stdout
 
@@ -86,6 +86,7 @@ def test_report_and_card_name_the_paper(cli, original: Path, text: Path, tmp_pat
     assert {module.rank for module in model.modules() if isinstance(module, LRQLinear)} == {4}
 
 
+SHORT = ("--nsamples", 3, "--seqlen", 24, "--no-eval")  # After QUICK, which it changes.
 RECOVER = ("--recover", "--recover-epochs", 2, "--recover-lr", 2e-4, "--recover-vector-lr", 1e-3)
 
 
@@ -107,8 +108,8 @@ def test_a_model_is_recovered_before_it_is_saved(cli, original: Path, text: Path
 
 def test_equal_recoveries_give_equal_bytes_and_others_do_not(cli, original: Path, text: Path, tmp_path: Path) -> None:
     stored = []
-    for more in (RECOVER, RECOVER, ()):
-        given = ("--dataset", text, *QUICK, *FAST, *more, "--nsamples", 4, "--no-eval", "--overwrite")
+    for more in ((*RECOVER, "--recover-epochs", 1), (*RECOVER, "--recover-epochs", 1), ()):
+        given = ("--dataset", text, *QUICK, *FAST, *more, *SHORT, "--overwrite")
         assert cli("quantize", original, "-o", tmp_path / "out", *given).exit_code == 0
         stored.append((tmp_path / "out" / "model.safetensors").read_bytes())
     assert stored[0] == stored[1] != stored[2]
@@ -117,7 +118,7 @@ def test_equal_recoveries_give_equal_bytes_and_others_do_not(cli, original: Path
 
 @pytest.mark.parametrize("wanted", [True, False])
 def test_a_preset_recovers_unless_that_is_declined(cli, original: Path, text: Path, tmp_path: Path, wanted) -> None:
-    given = ("--preset", "lrq_best", "--init", "zero", "--dataset", text, *QUICK, *FAST, "--nsamples", 4, "--no-eval")
+    given = ("--preset", "lrq_best", "--init", "zero", "--dataset", text, *QUICK, *FAST, *SHORT)
     more = ("--recover-epochs", 1) if wanted else ("--no-recover",)
     result = cli("quantize", original, "-o", tmp_path / "out", *given, *more)
     assert result.exit_code == 0, result.output
@@ -169,7 +170,7 @@ def test_a_recovery_that_fails_leaves_the_compressed_model(
         raise MemoryError("no room for the original")
 
     monkeypatch.setattr(recovering, "measure", fail)
-    result = cli("quantize", original, "-o", tmp_path / "out", "--dataset", text, *QUICK, *FAST, *RECOVER)
+    result = cli("quantize", original, "-o", tmp_path / "out", "--dataset", text, *QUICK, *FAST, *RECOVER, *SHORT[:-1])
     assert result.exit_code == 2
     assert "no room for the original" in result.stderr
     assert "recovery" not in report_of(tmp_path / "out")

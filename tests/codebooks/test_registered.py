@@ -37,7 +37,7 @@ def test_families_are_those_of_the_format() -> None:
         "tcq": (2, 3, 4),
         "int": (2, 3, 4, 6, 8),
         "lloyd": (2, 3, 4),
-        "nf": (4,),
+        "nf": (2, 3, 4),
         "gguf": (4, 8),
     }
 

@@ -9,8 +9,9 @@ from torch import Tensor
 from hf_lrq.codebooks import get_codebook
 from hf_lrq.codebooks.scalar import LloydMax, NormalFloat, ScalarCodebook, Uniform, Whole
 
-SCALAR = [*map(Uniform, (2, 3, 4, 6, 8)), *map(LloydMax, (2, 3, 4)), NormalFloat(4), *map(Whole, (4, 8))]
-# Squared error on N(0, 1): J. Max (1960), Tables I and II, and numerical integration for int6, int8, nf4 and gguf.
+GRIDS = [*map(Uniform, (2, 3, 4, 6, 8)), *map(Whole, (4, 8))]
+SCALAR = [*GRIDS, *map(LloydMax, (2, 3, 4)), *map(NormalFloat, (2, 3, 4))]
+# Squared error on N(0, 1): J. Max (1960), Tables I and II, and numerical integration for int6, int8, nf and gguf.
 TABULATED = {
     "lloyd2": 0.1175,
     "lloyd3": 0.03454,
@@ -20,6 +21,8 @@ TABULATED = {
     "int4": 0.01154,
     "int6": 1.0400e-3,
     "int8": 8.769e-5,
+    "nf2": 0.1496,
+    "nf3": 0.04075,
     "nf4": 0.009899,
     "gguf4": 0.011864,
     "gguf8": 8.7707e-5,
@@ -73,8 +76,20 @@ def test_uniform_step_has_the_least_squared_error(bits: int, digit: float) -> No
     assert best < squared_error(unit * (book.step + digit))
 
 
-def test_nf4_scale_has_the_least_squared_error() -> None:
-    levels = levels_of(NormalFloat(4))
+@pytest.mark.parametrize("bits", NormalFloat.available_bits)
+def test_nf_levels_are_quantiles_of_a_gaussian(bits: int) -> None:
+    """As many on either side as half of the codes, from the quantile 0.9677083 = 1 - (1/30 + 1/32) / 2 on."""
+    outermost, half = 0.9677083, 2 ** (bits - 1)
+    below = torch.linspace(1 - outermost, 0.5, half, dtype=torch.float64)
+    above = torch.linspace(0.5, outermost, half + 1, dtype=torch.float64)
+    expected = torch.special.ndtri(torch.cat((below, above[1:]))) / torch.special.ndtri(above[-1])
+    levels = levels_of(NormalFloat(bits))
+    assert torch.allclose(levels / levels[-1], expected, rtol=0, atol=2e-7)
+
+
+@pytest.mark.parametrize("bits", NormalFloat.available_bits)
+def test_nf_scale_has_the_least_squared_error(bits: int) -> None:
+    levels = levels_of(NormalFloat(bits))
     assert squared_error(levels) < min(squared_error(levels * 0.9999), squared_error(levels * 1.0001))
 
 
@@ -86,7 +101,7 @@ def test_whole_numbers_suit_their_deviation_best(bits: int) -> None:
     assert squared_error(levels / best) < squared_error(levels / (best / 1.0001))
 
 
-def test_nf4_and_whole_numbers_have_a_zero_and_the_others_have_none() -> None:
+def test_nf_and_whole_numbers_have_a_zero_and_the_others_have_none() -> None:
     assert all((0.0 in book.levels) == (book.family in ("nf", "gguf")) for book in SCALAR)
 
 

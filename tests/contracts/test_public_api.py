@@ -17,6 +17,7 @@ PUBLIC = [
     "CompressionError",
     "CompressionSpec",
     "EvaluationError",
+    "GateThreshold",
     "InputGram",
     "LRQAdapterConfig",
     "LRQConfig",

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hf_lrq.decomposition import InputGram, compress_matrix, proxy_loss
-from hf_lrq.decomposition.metric import METRICS
+from hf_lrq.decomposition import InputGram, OutputGram, compress_matrix, proxy_loss
+from hf_lrq.decomposition.metric import METRICS, OUTPUT_METRICS
 from hf_lrq.decomposition.starts import STARTS
 from hf_lrq.errors import CompressionError, SpecError
 from hf_lrq.spec import INITS, LayerSpec
@@ -79,3 +79,29 @@ def test_the_metric_does_not_reach_q(generator, inputs):
     )
     assert torch.equal(plain["weight"], other["weight"])
     assert not torch.equal(plain["lr_R"], other["lr_R"])
+
+
+@pytest.mark.parametrize("rotation", ["none", "hadamard"])
+def test_diagonal_and_identity_are_so_at_the_outputs_too(generator, inputs, rotation):
+    """L R = D_O^-1 SVD_r(D_O W D_I) D_I^-1, D the roots of the diagonals (LQ-LoRA, 2023)."""
+    W, gram = torch.randn(20, 12, generator=generator), InputGram.from_inputs(inputs)
+    g = torch.randn(300, 20, generator=generator) @ torch.randn(20, 20, generator=generator)
+    g[:, 2] *= 9
+    output = OutputGram(g.T @ g / 300, 0.0, 300)
+    options = {"schedule": "lr-only", "rank": 4, "factor_bits": 16, "codebook": "int", "rotation": rotation}
+    for metric, columns in (("diagonal", inputs.square().mean(0).sqrt()), ("identity", torch.ones(12))):
+        rows = torch.ones(20) if metric == "identity" else g.square().mean(0).sqrt()
+        U, sigma, V = torch.linalg.svd(rows[:, None] * W * columns, full_matrices=False)
+        spec = LayerSpec(**options, metric=metric, damp_percent=1e-6)
+        found = compress_matrix(W, gram, spec, torch.Generator().manual_seed(1), output=output).dense()
+        expected = (U[:, :4] * sigma[:4]) @ V[:4] / rows[:, None] / columns
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-2)
+    assert set(OUTPUT_METRICS) <= set(METRICS)
+
+
+def test_nearest_rounding_ignores_the_outputs(generator):
+    W, H_out = torch.randn(300, 12, generator=generator), torch.randn(300, 300, generator=generator)
+    spec = LayerSpec(schedule="q-only", rank=0, codebook="nf", rounding="nearest", rotation="none")
+    output = OutputGram(H_out @ H_out.T, 0.0, 300)
+    plain, weighed = (compress_matrix(W, None, spec, torch.Generator(), output=each) for each in (None, output))
+    assert torch.equal(plain.tensors()["weight"], weighed.tensors()["weight"])

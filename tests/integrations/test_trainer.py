@@ -355,3 +355,10 @@ def test_a_model_without_factors_is_refused(original: Path, tmp_path: Path) -> N
     model = AutoModelForCausalLM.from_pretrained(original)
     with pytest.raises(ValueError, match="has no trainable floating-point factors"):
         train(model, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["lora_pro", "LoRA-Pro", "lorapro"])
+def test_lora_pro_is_refused_with_the_reason(name: str, tmp_path: Path) -> None:
+    message = f"There is no optimizer '{name}': LoRA-Pro .* runs Adam on a gradient as large as the full weight"
+    with pytest.raises(SpecError, match=message):
+        hf_lrq.trainer_optimizer(arguments(tmp_path), name)

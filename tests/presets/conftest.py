@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hf_lrq.decomposition import InputGram, WhitenedSVD, decompose, get_schedule
 from hf_lrq.decomposition.gram import damp
-from hf_lrq.decomposition.metric import METRICS
+from hf_lrq.decomposition.metric import METRICS, OUTPUT_METRICS
 from hf_lrq.decomposition.quantizers import Quantizer, unit_upper
 from hf_lrq.decomposition.rotated import Rotated
 from hf_lrq.decomposition.starts import STARTS, Setting
@@ -54,6 +54,10 @@ class Grid(Quantizer):
     feedback: bool = False
     group_size: int = field(default=0)
 
+    @property
+    def feeds_back(self):
+        return self.feedback
+
     def quantize(self, W, H):
         return Values(rounded(W, H if self.feedback else torch.eye(len(H), dtype=H.dtype)))
 
@@ -74,14 +78,19 @@ def rounded(W, H):
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A weight [24, 32], 400 inputs, and their moments, in float64."""
+    """A weight [24, 32], 400 inputs, gradients at the outputs, and their moments, in float64."""
 
     W: Tensor
     x: Tensor
+    g: Tensor
 
     @property
     def H(self):
         return self.x.T @ self.x / len(self.x)
+
+    @property
+    def H_out(self):
+        return self.g.T @ self.g / len(self.g)
 
     @property
     def gram(self):
@@ -89,10 +98,14 @@ class Layer:
 
     def run(self, name, rank, **options):
         """(Q, L R) of a preset, without damping and rotation."""
-        spec = LRQConfig(preset=name, rank=rank, **options).spec.default
+        config = LRQConfig(preset=name, rank=rank, **options)
+        spec = config.spec.default
         gram, fit = damp(self.H, 0.0), damp(METRICS[spec.metric](self.gram), 0.0)
+        output = damp(self.H_out, 0.0) if config.two_sided else None
+        weigh = OUTPUT_METRICS.get(spec.metric, Tensor.clone)
+        fit_output = damp(weigh(self.H_out), 0.0) if config.two_sided else None
         generator = torch.Generator().manual_seed(0)
-        at = Setting(self.W, self.H, Rotated(self.W, gram, fit, None, None, None), rank, generator)
+        at = Setting(self.W, self.H, Rotated(self.W, gram, fit, output, None, None, fit_output), rank, generator)
         found = decompose(
             self.W,
             gram,
@@ -102,6 +115,8 @@ class Layer:
             start=STARTS[spec.init](at),
             schedule=get_schedule(spec.schedule, spec.iters),
             fit=fit,
+            output=output,
+            fit_output=fit_output,
         )
         return found.quantized.dequantize(), found.low_rank.dense()
 
@@ -119,4 +134,5 @@ def layer():
     basis = torch.linalg.qr(torch.randn(32, 32, generator=generator, dtype=torch.float64)).Q
     x = torch.randn(400, 32, generator=generator, dtype=torch.float64) * torch.logspace(0.5, -0.7, 32) @ basis
     x[:, 5] *= 8  # An outlier.
-    return Layer(U * torch.linspace(6, 0.5, 24, dtype=torch.float64) @ V, x)
+    g = torch.randn(400, 24, generator=generator, dtype=torch.float64) * torch.logspace(0.3, -0.8, 24)
+    return Layer(U * torch.linspace(6, 0.5, 24, dtype=torch.float64) @ V, x, g)

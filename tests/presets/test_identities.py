@@ -1,14 +1,18 @@
 """Each preset is what its paper says: the closed form or the published loop, written out here, to 1e-10 in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from hf_lrq.decomposition import LDLQ, InputGram, OutputGram, compress_matrix
 from hf_lrq.decomposition.gram import damp, marginalise, weighted_square
+from hf_lrq.decomposition.lowrank import rank_above
 from hf_lrq.decomposition.rotated import OUTPUT_DAMPING
 from hf_lrq.decomposition.row_feedback import quantize_rows
 from hf_lrq.decomposition.starts import split_start
 from hf_lrq.integrations.config import LRQConfig
+from hf_lrq.presets import get_preset
 
 RANK = 5
 EYE = torch.eye(32, dtype=torch.float64)
@@ -29,9 +33,9 @@ def symmetric_root(H):
     return (vectors * values.sqrt()) @ vectors.T
 
 
-def best(layer, iterates):
-    """That of least error of the outputs, the first of equals."""
-    return min(iterates, key=lambda pair: weighted_square(layer.W - pair[0] - pair[1], layer.H))
+def best(layer, iterates, H_out=None):
+    """That of least error of the outputs, or of the loss behind them, the first of equals."""
+    return min(iterates, key=lambda pair: weighted_square(layer.W - pair[0] - pair[1], layer.H, H_out))
 
 
 @pytest.mark.parametrize("name", ["rtn", "gptq", "ldlq", "quip_sharp", "qtip"])
@@ -100,6 +104,17 @@ def test_lord_projects_on_the_main_directions_of_the_outputs(layer):
     close(Q, torch.zeros_like(Q))
 
 
+def test_welore_is_the_svd_of_the_weight_with_ranks_by_one_threshold(layer):
+    sigma = torch.linalg.svdvals(layer.W)
+    rank = int((sigma / sigma[0] >= get_preset("welore").options["rank_threshold"]).sum())
+    assert 0 < rank < len(sigma)
+    spec = LRQConfig(preset="welore").spec.default
+    assert (spec.rank, rank_above(layer.W, spec.rank_threshold)) == (None, rank)
+    Q, LR = layer.run("welore", rank)
+    close(LR, svd(layer.W, rank))
+    close(Q, torch.zeros_like(Q))
+
+
 def test_lplr_starts_from_the_svd_of_the_weight(layer):
     Q, LR = layer.run("lplr", RANK)
     close(LR, svd(layer.W))
@@ -121,6 +136,37 @@ def test_loftq_alternates_on_the_weight_alone(layer, rounded):
     found, expected = layer.run("loftq", RANK), best(layer, iterates)
     close(found[0], expected[0])
     close(found[1], expected[1])
+
+
+def lq_iterates(W, rounded, rows, columns):
+    """LQ-LoRA, algorithms 1 and 2: from Q = 0, the SVD of D_row (W - Q) D_col, then Q = W - L R rounded."""
+    Q, iterates = torch.zeros_like(W), []
+    for _ in range(20):
+        LR = svd(rows[:, None] * (W - Q) * columns) / rows[:, None] / columns
+        Q = rounded(W - LR, EYE)
+        iterates.append((Q, LR))
+    return iterates
+
+
+def test_lq_lora_alternates_under_the_row_and_column_means_of_the_fisher_information(layer, rounded):
+    """F_ij = E[(g_i x_j)^2]. Gram of the inputs: E[|g|^2 x x^T]; of the outputs: E[|x|^2 g g^T]."""
+    fisher = layer.g.square().T @ layer.x.square() / len(layer.x)
+    seen = replace(layer, x=layer.x * layer.g.norm(dim=1)[:, None], g=layer.g * layer.x.norm(dim=1)[:, None])
+    iterates = lq_iterates(layer.W, rounded, fisher.mean(1).sqrt(), fisher.mean(0).sqrt())
+    found, expected = seen.run("lq_lora", RANK), best(seen, iterates, seen.H_out)
+    close(found[0], expected[0])
+    close(found[1], expected[1])
+
+
+def test_lq_lora_of_a_uniform_fisher_information_alternates_on_the_weight_alone(layer, rounded):
+    """As LoftQ does, but from Q = 0; and the first iterate is that of QPiSSA."""
+    even = replace(layer, x=EYE, g=torch.eye(24, dtype=torch.float64))
+    iterates = lq_iterates(layer.W, rounded, torch.ones(24), torch.ones(32))
+    found, expected = even.run("lq_lora", RANK), best(even, iterates)
+    close(found[0], expected[0])
+    close(found[1], expected[1])
+    close(even.run("lq_lora", RANK, metric="identity", two_sided=False)[1], expected[1])
+    close(layer.run("qpissa", RANK)[0], iterates[0][0])
 
 
 @pytest.mark.parametrize("name", ["caldera", "odlri"])

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_lrq import LRQConfig, compress, save
-from hf_lrq.errors import CalibrationError
+from hf_lrq.errors import CalibrationError, SpecError
 from hf_lrq.nn import LRQLinear
 from hf_lrq.presets import get_preset
 
@@ -83,3 +83,44 @@ def test_an_original_loads_with_a_preset_that_needs_no_data(tmp_path):
     model.save_pretrained(tmp_path / "out")
     with pytest.warns(UserWarning, match="compressed already: preset in quantization_config has no effect"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out", quantization_config=LRQConfig(preset="loftq"))
+
+
+def test_lq_lora_spends_a_budget_on_the_bits_of_each_matrix():
+    model = tiny()
+    report = compress(model, batches(), LRQConfig(preset="lq_lora", rank=1, avg_bits=4.6))
+    books = {layer.codebook for layer in report.layers}
+    assert len(books) > 1
+    assert books <= {"nf2", "nf3", "nf4"}
+    assert {layer.rank for layer in report.layers} == {1}
+    assert report.budget["bytes"] <= report.budget["budget_bytes"]
+    assert report.budget["predicted_loss"] < report.budget["predicted_loss_uniform"]
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_welore_cuts_each_matrix_where_its_singular_values_say(loaded, tmp_path):
+    """Data-free, in memory and while a model is loaded, whose weights say it."""
+    model, expected = tiny(), {}
+    for name, module in model.named_modules():
+        if name.endswith(("q_proj", "up_proj")):
+            U, _, V = torch.linalg.svd(module.weight.detach(), full_matrices=False)
+            base = 0.4 if name.endswith("q_proj") else 0.6
+            module.weight.data = (U * base ** torch.arange(32)) @ V
+            expected[name] = 3 if name.endswith("q_proj") else 4  # 0.4^2 and 0.6^3 are above 0.135.
+    if loaded:
+        model.save_pretrained(tmp_path / "in")
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "in", quantization_config=LRQConfig(preset="welore"), dtype=torch.float32
+        )
+    else:
+        compress(model, None, LRQConfig(preset="welore"))
+    report = model.hf_quantizer.provenance.report
+    assert {layer.name: layer.rank for layer in report.layers} == expected
+    assert set(report.skipped.values()) >= {"would not get smaller with the ranks that rank_threshold keeps"}
+    save(model, tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert again.get_submodule("model.layers.0.self_attn.q_proj").factors().rank == 3
+
+
+def test_a_budget_and_a_threshold_are_two_ways_to_choose_ranks():
+    with pytest.raises(SpecError, match=r"avg_bits chooses ranks by what .*, rank_threshold by singular values"):
+        LRQConfig(preset="welore", avg_bits=3.0)

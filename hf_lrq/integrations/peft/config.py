@@ -10,6 +10,7 @@ from peft import PeftConfig
 from hf_lrq.errors import SpecError, did_you_mean
 from hf_lrq.integrations.peft.modes import Mode, parse_mode, with_number
 from hf_lrq.integrations.peft.peft_type import LRQ
+from hf_lrq.integrations.peft.variants import truncated
 
 INITS = ("zero", "random")
 # Words of PEFT's LoraConfig -> what to say here.
@@ -32,8 +33,10 @@ class LRQAdapterConfig(PeftConfig):
 
     Args:
         mode: what is trained. "all": copies of L and R. "head:k": of their first k ranks. "append:r": a new pair of r
-            ranks, as LoRA has. "core:diag", "core:full", "core:rotate": r numbers, a matrix [r, r], or two rotations
-            and a scaling, between frozen factors. "spectral" or "spectral:k": additions to the (first k) singular
+            ranks, as LoRA has; "nested:r", "sparse:r": one whose first ranks are a pair by themselves, or one with a
+            gate for each rank; "append-core:r": a matrix [r, r] between frozen ones (`variants`). "core:diag",
+            "core:full", "core:rotate": r numbers, a matrix [r, r], or two rotations and a scaling, between frozen
+            factors. "spectral" or "spectral:k": additions to the (first k) singular
             vectors of L R.
         target_modules: names or endings of names, or one regular expression; None and "all-linear" take every
             compressed linear layer, but for those without factors where the mode needs some.
@@ -44,6 +47,8 @@ class LRQAdapterConfig(PeftConfig):
         init: "zero" starts at the base model, exactly; "random" a little beside it, for tests.
         seed: of every random choice, combined with each module's name.
         rank_pattern: name, or regular expression that its end matches -> number, for modes that have one.
+        active_rank: of mode "nested:r", the ranks that are used, the first ones; None uses all. Set it in the config of
+            a saved adapter to load it with fewer.
         base_layers: of a saved adapter, what it was trained on: name -> shape, rank and checksum of codes. Loading
             compares it with the model. None in a config for a new adapter.
 
@@ -62,6 +67,7 @@ class LRQAdapterConfig(PeftConfig):
     init: str = field(default="zero", metadata={"help": "'zero' starts at the base model, 'random' beside it."})
     seed: int = field(default=0, metadata={"help": "Of every random choice."})
     rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Ranks of some modules."})
+    active_rank: int | None = field(default=None, metadata={"help": "Ranks of mode nested:r that are used."})
     base_layers: dict[str, str] | None = field(default=None, metadata={"help": "What a saved adapter was trained on."})
 
     def __new__(cls, *args: Any, **options: Any) -> "LRQAdapterConfig":
@@ -76,7 +82,7 @@ class LRQAdapterConfig(PeftConfig):
         self.peft_type = LRQ
         self.target_modules = _as_set("target_modules", self.target_modules)
         self.exclude_modules = _as_set("exclude_modules", self.exclude_modules)
-        parse_mode(self.mode)
+        self._used(parse_mode(self.mode))
         if self.init not in INITS:
             hint = did_you_mean(str(self.init), INITS)
             raise SpecError(f"init must be one of {', '.join(map(repr, INITS))}, got {self.init!r}.{hint}")
@@ -97,11 +103,15 @@ class LRQAdapterConfig(PeftConfig):
         """The mode of the module called `name`."""
         mode = parse_mode(self.mode)
         if name in self.rank_pattern:
-            return with_number(mode, self.rank_pattern[name])
+            return self._used(with_number(mode, self.rank_pattern[name]))
         for pattern, number in self.rank_pattern.items():
             if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name):
                 mode = with_number(mode, number)
-        return mode
+        return self._used(mode)
+
+    def _used(self, mode: Mode) -> Mode:
+        """A mode with the ranks that are used of it."""
+        return mode if self.active_rank is None else truncated(mode, self.active_rank)
 
     def remember(self, base_layers: Mapping[str, str]) -> None:
         """Note what is adapted, to be saved. Not as `base_layers`: the config of a new adapter asks for nothing."""

@@ -17,7 +17,7 @@ from hf_lrq.matrices import Pair
 from hf_lrq.nn import LRQLinear
 
 TRAINED = ("lrq_L", "lrq_R", "lrq_U", "lrq_V", "lrq_C", "lrq_turn")
-KEPT = ("lrq_P", "lrq_N")
+KEPT = ("lrq_P", "lrq_N", "lrq_step")
 RANDOM_INIT = 0.1  # Standard deviation of what `init="random"` adds, over that of the layer's L; 1 for cores.
 
 
@@ -29,8 +29,11 @@ class LRQAdapterLayer(BaseTunerLayer):
         lrq_U, lrq_V: adapter -> additions to singular vectors, [out, k] and [k, in].
         lrq_C: adapter -> additions to a core, [r] or [r, r].
         lrq_turn: adapter -> generators of two rotations, [2, r, r].
-        lrq_P, lrq_N: adapter -> frozen [k, r] and [r, k], see `modes.singular_anchors`.
+        lrq_P, lrq_N: adapter -> frozen [k, r] and [r, k], see `modes.singular_anchors`; [r, in] and [out, r] of
+            `variants.AppendCore`.
+        lrq_step: adapter -> passes of training so far, [1] int64, where these are drawn.
         modes: adapter -> what it trains.
+        levels: adapter -> what the pass of training at hand was drawn from, see `Mode.drawn`.
     """
 
     adapter_layer_names = TRAINED
@@ -58,6 +61,7 @@ class LRQAdapterLinear(nn.Module, MergesIntoFactors, LRQAdapterLayer):
         for name in (*TRAINED, *KEPT):
             self.add_module(name, nn.ParameterDict())
         self.modes: dict[str, Mode] = {}
+        self.levels: dict[str, float] = {}
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self._disable_adapters = False
         self.merged_adapters = []
@@ -125,10 +129,40 @@ class LRQAdapterLinear(nn.Module, MergesIntoFactors, LRQAdapterLayer):
         dtype = y.dtype
         for name in names:
             if self.modes[name].outside:
-                own = self.own(name)
-                z = self._cast_input_dtype(x, own["lrq_R"].dtype)
-                y = y + nn.functional.linear(nn.functional.linear(z, own["lrq_R"]), own["lrq_L"])
+                L, R = self._pair_beside(name)
+                z = self._cast_input_dtype(x, R.dtype)
+                y = y + nn.functional.linear(nn.functional.linear(z, R), L)
         return y.to(dtype)
+
+    def _pair_beside(self, adapter: str) -> Pair:
+        """What a pair outside the rotations multiplies by in this pass; the factors of the layer do not matter to it.
+
+        Raises:
+            SpecError: in training, if the mode draws its passes and nothing was drawn.
+        """
+        mode, own = self.modes[adapter], self.own(adapter)
+        if mode.draws and self.training and (torch.is_grad_enabled() or adapter in self.levels):
+            if adapter not in self.levels:
+                raise SpecError(
+                    f"adapter {adapter!r} draws ranks in each pass of training, which the model of PEFT does. Call "
+                    "that, not the model in it; or model.eval()."
+                )
+            mode = mode.drawn(self.levels[adapter])
+        none = next(iter(own.values()))
+        return mode.product(none, none, own)
+
+    def drawing(self, adapters: Sequence[str]) -> list[str]:
+        """Those of the adapters that draw their passes of training."""
+        return [name for name in adapters if name in self.modes and self.modes[name].draws]
+
+    def steps(self, adapter: str) -> int:
+        """Passes of training so far of an adapter that draws them."""
+        return int(self.own(adapter)["lrq_step"].item())
+
+    def take_step(self, adapter: str, level: float) -> None:
+        """Begin a pass of training that was drawn, see `Mode.drawn`."""
+        self.levels[adapter] = level
+        self.own(adapter)["lrq_step"].data.add_(1)
 
     def _row_by_row(self, x: Tensor, names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
         """Each row through its own adapter; rows of one adapter together."""
@@ -168,8 +202,10 @@ class LRQAdapterLinear(nn.Module, MergesIntoFactors, LRQAdapterLayer):
     def outer_change_of(self, adapter: str) -> Pair:
         """What an adapter adds to the weight, for inputs and outputs of the layer as they are."""
         if self.modes[adapter].outside:
-            own = self.own(adapter)
-            return own["lrq_L"].detach().float(), own["lrq_R"].detach().float()
+            with torch.no_grad():
+                own = {name: tensor.float() for name, tensor in self.own(adapter).items()}
+                none = next(iter(own.values()))
+                return self.modes[adapter].change(none, none, own)
         unrotated: Pair = self.get_base_layer().unrotated(*self.change_of(adapter))
         return unrotated
 

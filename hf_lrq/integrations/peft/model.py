@@ -7,17 +7,21 @@ from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
-from torch import nn
+from torch import Tensor, nn
 
+from hf_lrq.checks import check_number
 from hf_lrq.decomposition import generator_for
 from hf_lrq.errors import CheckpointError, SpecError, did_you_mean
 from hf_lrq.factors import concatenated, least_ranks
 from hf_lrq.integrations.peft.config import LRQAdapterConfig
+from hf_lrq.integrations.peft.first_gradients import groups_of, mean_gradients
 from hf_lrq.integrations.peft.layer import LRQAdapterLayer, LRQAdapterLinear
 from hf_lrq.integrations.peft.mixed import told_to_layers
+from hf_lrq.integrations.peft.modes import parse_mode
 from hf_lrq.integrations.peft.offloading import check_none_is_offloaded
 from hf_lrq.integrations.peft.peft_type import PREFIX
 from hf_lrq.integrations.peft.targets import chosen_layers, fingerprints, layers_of, ranks_of
+from hf_lrq.integrations.peft.variants import AppendCore, first_step
 from hf_lrq.matrices import Pair
 from hf_lrq.nn import LRQLinear
 
@@ -34,6 +38,7 @@ class LRQAdapterModel(BaseTuner):
     prefix = PREFIX
     tuner_layer_cls = LRQAdapterLayer
     target_module_mapping: Mapping[str, Any] = {}
+    _may_draw = False  # Whether an adapter draws its passes, see `Mode.drawn`.
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -63,9 +68,11 @@ class LRQAdapterModel(BaseTuner):
         adapted = target if isinstance(target, LRQAdapterLinear) else LRQAdapterLinear(cast(LRQLinear, target))
         if adapted is not target:
             adapted._active_adapter = self.active_adapter
+        mode = peft_config.mode_for(current_key)
+        self._may_draw = self._may_draw or mode.draws
         adapted.update_layer(
             adapter_name,
-            peft_config.mode_for(current_key),
+            mode,
             generator_for(peft_config.seed, current_key),
             randomly=peft_config.init == "random",
             inference_mode=peft_config.inference_mode,
@@ -84,7 +91,33 @@ class LRQAdapterModel(BaseTuner):
         for module in self.model.modules():
             if isinstance(module, LRQAdapterLinear):
                 for tensor in module.own(adapter_name).values():
-                    tensor.data = tensor.data.to(dtype)
+                    tensor.data = tensor.data.to(dtype) if tensor.is_floating_point() else tensor.data
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model returns; in training, modes that draw their passes draw one, for all layers together."""
+        if self._may_draw:
+            self._begin_pass()
+        return super().forward(*args, **kwargs)
+
+    def _begin_pass(self) -> None:
+        drawing: dict[str, list[LRQAdapterLinear]] = {}
+        for layer in self.model.modules():
+            if isinstance(layer, LRQAdapterLinear):
+                layer.levels.clear()
+                for adapter in layer.drawing(self.active_adapters):
+                    drawing.setdefault(adapter, []).append(layer)
+        # What no gradient is taken of trains nothing.
+        if self.training and torch.is_grad_enabled():
+            for adapter, layers in drawing.items():
+                self._draw(adapter, layers)
+
+    def _draw(self, adapter: str, layers: Sequence[LRQAdapterLinear]) -> None:
+        # The count is saved with the adapter, so that training that is resumed goes on as it would have.
+        step = layers[0].steps(adapter)
+        generator = generator_for(self.peft_config[adapter].seed, f"step/{step}")
+        level = torch.rand((), generator=generator).item()
+        for layer in layers:
+            layer.take_step(adapter, level)
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         """What PEFT enters around every call to the model."""
@@ -126,6 +159,9 @@ class LRQAdapterModel(BaseTuner):
                 if held:
                     changes = [(module.outer_change_of(adapter), weight) for adapter, weight in held]
                     pairs[name] = least_ranks(*concatenated([(L * weight, R) for (L, R), weight in changes]))
+        pairs = {name: pair for name, pair in pairs.items() if pair[0].shape[1]}
+        if not pairs:
+            raise SpecError(f"{', '.join(adapters)}: nothing is added to any layer, as no rank is left.")
         ranks = {name: L.shape[1] for name, (L, _) in pairs.items()}
         self.peft_config[adapter_name] = replace(
             self.peft_config[adapters[0]],
@@ -135,6 +171,7 @@ class LRQAdapterModel(BaseTuner):
             layers_to_transform=None,
             layers_pattern=None,
             rank_pattern=ranks,
+            active_rank=None,
             init="zero",
             base_layers=None,
         )
@@ -146,6 +183,40 @@ class LRQAdapterModel(BaseTuner):
         for name, pair in pairs.items():
             for factor, values in zip(("lrq_L", "lrq_R"), pair, strict=True):
                 self.model.get_submodule(name).get_parameter(f"{factor}.{adapter_name}").data.copy_(values)
+
+    def start_from_gradients(
+        self, batches: Sequence[Mapping[str, Any]], learning_rate: float, adapter_name: str = "default"
+    ) -> None:
+        """Start an adapter of mode "append-core:r" with the first step of full fine-tuning (LoRA-SB, 2024).
+
+        B and A become the leading singular vectors of the mean gradient of the loss by each weight, and stay as they
+        are; the core between them, which is trained, becomes the step itself, -learning_rate times the singular values.
+
+        Args:
+            batches: arguments of the model, labels included; some fifty examples are enough.
+            learning_rate: of that step.
+            adapter_name: of an active adapter.
+
+        Raises:
+            SpecError: if there is no such adapter, it is of another mode or not active, or there is no batch.
+            CalibrationError: if the model returns no loss, or gradients are not finite.
+        """
+        mode = self.peft_config[adapter_name].mode if adapter_name in self.peft_config else None
+        if mode is None or not isinstance(parse_mode(mode), AppendCore) or adapter_name not in self.active_adapters:
+            what = "there is none of that name" if mode is None else f"this is {mode!r}, and it has to be active"
+            raise SpecError(f"adapter {adapter_name!r}: start_from_gradients is for mode 'append-core:r'; {what}.")
+        check_number("learning_rate", learning_rate, 0.0, float("inf"))
+        if not batches:
+            raise SpecError("there is no batch to take gradients of. Give at least one.")
+        layers = [module for module in self.model.modules() if isinstance(module, LRQAdapterLinear)]
+        # Set at the end: all gradients are those of the model as it is.
+        starts: dict[LRQAdapterLinear, dict[str, Tensor]] = {}
+        for group in groups_of([layer for layer in layers if layer.holds(adapter_name)]):
+            for layer, G in zip(group, mean_gradients(self.model, group, adapter_name, batches), strict=True):
+                starts[layer] = first_step(G, len(layer.own(adapter_name)["lrq_C"]), learning_rate)
+        for layer, start in starts.items():
+            for name, value in start.items():
+                layer.own(adapter_name)[name].data.copy_(value)
 
     def _check_combination(
         self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str

@@ -35,6 +35,12 @@ class Mode(ABC):
 
     # The pair stands beside the rotations of the layer, not between them; it is added, and replaces nothing.
     outside: ClassVar[bool] = False
+    # Each pass of training is that of another mode, see `drawn`.
+    draws: ClassVar[bool] = False
+
+    def drawn(self, level: float) -> "Mode":
+        """The mode of one pass of training, where these differ; `level` is uniform in [0, 1)."""
+        return self
 
     def misfit(self, out_features: int, in_features: int, rank: int) -> str | None:
         """Why this mode cannot be used on an [out, in] layer with factors of `rank`, or None."""
@@ -129,7 +135,7 @@ class Append(Mode):
 
     def change(self, L: Tensor, R: Tensor, own: Tensors) -> Pair:
         """The pair itself."""
-        return own["lrq_L"], own["lrq_R"]
+        return self.product(L, R, own)
 
 
 @dataclass(frozen=True)

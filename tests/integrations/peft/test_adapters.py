@@ -11,9 +11,12 @@ from peft import PeftModel, PeftType, get_peft_model
 
 from hf_lrq import LRQLinear
 from hf_lrq.integrations.peft import LRQAdapterConfig, LRQAdapterLinear
+from hf_lrq.integrations.peft.layer import KEPT
 from hf_lrq.layout import TENSOR_NAMES
 
 UP = "model.layers.0.mlp.up_proj"
+# What has no gradient where L is zero, as in LoRA.
+AT_REST = {"append:2": ("lrq_R",), "nested:2": ("lrq_R",), "sparse:2": ("lrq_R", "lrq_C")}
 # Releases of PEFT and transformers warn about each other.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:Adapter .* was active which is now deleted")
 
@@ -69,9 +72,9 @@ def test_gradients_reach_the_adapter_and_nothing_else(
     model(tokens, labels=tokens).loss.backward()
     for name, parameter in model.named_parameters():
         kind = name.split(".")[-2]
-        if not kind.startswith("lrq_") or kind in ("lrq_P", "lrq_N"):
+        if not kind.startswith("lrq_") or kind in KEPT:
             assert parameter.grad is None, name
-        elif kind == "lrq_R" and mode.startswith("append"):
+        elif kind in AT_REST.get(mode, ()):
             assert parameter.grad is not None, name  # zero, as L is
         else:
             assert parameter.grad.abs().max() > 0, name

@@ -81,12 +81,14 @@ def test_training_lowers_the_loss(base: Any, tokens: torch.Tensor, mode: str, ad
     assert losses[-1] < losses[0] - 0.005
 
 
-def test_training_resumes_where_it_stopped(base: Any, tmp_path: Path, adapted: Any) -> None:
-    straight = adapted(base())
+@pytest.mark.parametrize("mode", ["all", "nested:4"])
+def test_training_resumes_where_it_stopped(base: Any, tmp_path: Path, adapted: Any, mode: str) -> None:
+    """Steps that are drawn are drawn as they would have been."""
+    straight = adapted(base(), mode)
     train(straight, tmp_path / "a", steps=4)
-    first = adapted(base())
+    first = adapted(base(), mode)
     trainer = train(first, tmp_path / "b", steps=4, save_strategy="steps", save_steps=2)
-    again = adapted(base())
+    again = adapted(base(), mode)
     arguments = copy.copy(trainer.args)
     Trainer(model=again, args=arguments, train_dataset=Sequences()).train(
         resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-2")
