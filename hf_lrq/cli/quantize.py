@@ -223,8 +223,11 @@ def _announce(model: Any, plan: Plan, config: LRQConfig) -> int:
         say(f"  {line}")
     layers, whole, limit = then.compressed, Part(then.tensors.weights, then.total_bytes), ""
     if config.budget_option is not None:
-        layers = Part(layers.weights, budget_of(model, plan, config).bytes)
-        whole, limit = replace(whole, bytes=whole.bytes - then.compressed.bytes + layers.bytes), "at most "
+        budget = budget_of(model, plan, config)
+        sites = budget.sites(plan)
+        planned = sum(site.bytes(inventory.layouts[site]) for site in sites)
+        layers = Part(sum(site.weights for site in sites), budget.bytes)
+        whole, limit = replace(whole, bytes=whole.bytes - planned + budget.bytes), "at most "
     say(
         f"Expected: {limit}{bits(layers.bits_per_weight)} bits per weight in the compressed layers, "
         f"{bits(whole.bits_per_weight)} in the whole file; {human_bytes(whole.bytes)} "

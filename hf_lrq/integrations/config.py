@@ -85,8 +85,8 @@ class LRQConfig(QuantizationConfigMixin):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise SpecError(f"{name} must be an integer of at least 1, got {value!r}.")
-        if isinstance(self.embedding_bits, bool) or self.embedding_bits not in EMBEDDING_BITS:
-            raise SpecError(f"embedding_bits must be 16, 8, 6 or 4, got {self.embedding_bits!r}.")
+        if isinstance(self.embedding_bits, bool) or self.embedding_bits not in (*EMBEDDING_BITS, "auto"):
+            raise SpecError(f"embedding_bits must be 16, 8, 6 or 4, or 'auto', got {self.embedding_bits!r}.")
         for name in ("dequantize", "sequential", "two_sided", "fuse", "verify"):
             if not isinstance(getattr(self, name), bool):
                 raise SpecError(f"{name} must be True or False, got {getattr(self, name)!r}.")
@@ -124,6 +124,11 @@ class LRQConfig(QuantizationConfigMixin):
             bytes_of(self.target_size)
         if self.avg_bits is not None and self.target_size is not None:
             raise SpecError("avg_bits and target_size are two words for one budget. Give one of them.")
+        if self.embedding_bits == "auto" and self.budget_option is None:
+            raise SpecError(
+                "embedding_bits='auto' lets a budget choose, and there is none. Give avg_bits or target_size, or "
+                "choose 16, 8, 6 or 4."
+            )
         if self.budget_option is not None and "bits" in self._given:
             raise SpecError(
                 f"{self.budget_option} chooses the bits of each matrix, and bits={self.bits} is given, too. Leave one "
