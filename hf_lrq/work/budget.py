@@ -5,7 +5,7 @@ is asked for; else they have bits of their own.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +18,6 @@ from hf_lrq.work.plan import Plan
 from hf_lrq.work.sites import Site
 
 LEFT = "its budget has room for it as it is"
-Allocator = Callable[[Sequence[Sequence[Choice]], int], list[int]]
 
 
 @dataclass(frozen=True)
@@ -59,20 +58,13 @@ class Budget:
         groups = [*computed_together(wanted), *([site] for site in tables)]
         return [menu_of(group, (wanted | tables)[group[0]], self.spec, blocks, free) for group in groups]
 
-    def spend(
-        self,
-        plan: Plan,
-        menus: Sequence[Menu],
-        losses: Sequence[Sequence[float]],
-        allocator: Allocator = allocate,
-    ) -> tuple[Plan, "Spent"]:
+    def spend(self, plan: Plan, menus: Sequence[Menu], losses: Sequence[Sequence[float]]) -> tuple[Plan, "Spent"]:
         """The plan within this budget that loses least.
 
         Args:
             plan: to be changed.
             menus: of this plan.
-            losses: of each menu, for each of its specs.
-            allocator: chooses; see `allocate`, whose arguments it takes.
+            losses: of each menu, for each of its specs, whoever found them.
 
         Raises:
             SpecError: if the budget is below the least that can be had, or above what the best would take; says both.
@@ -82,7 +74,7 @@ class Budget:
             for menu, row in zip(menus, losses, strict=True)
         ]
         self._check_range(plan, choices)
-        chosen = allocator(choices, self.bytes)
+        chosen = allocate(choices, self.bytes)
         same = uniform(menus, losses, self.bytes)
         spent = Spent(
             dict(self.asked),
