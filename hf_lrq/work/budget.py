@@ -74,7 +74,8 @@ class Budget:
             for menu, row in zip(menus, losses, strict=True)
         ]
         self._check_range(plan, choices)
-        chosen = allocate(choices, self.bytes)
+        # A table can be a large part of all, and its steps with it.
+        chosen = allocate(choices, self.bytes, [at for at, menu in enumerate(menus) if menu.of_tables])
         same = uniform(menus, losses, self.bytes)
         spent = Spent(
             dict(self.asked),
