@@ -90,7 +90,7 @@ def test_threads_and_padding_change_nothing(batches: list[Tensor], generator: to
         }
         for batch in batches
     ]
-    with Threads(3) as workers:
+    with Threads(2) as workers:
         assert measured(model, batches, workers) == measured(model, batches)
     torch.testing.assert_close(torch.tensor(measured(model, padded)), torch.tensor(measured(model, batches)))
 

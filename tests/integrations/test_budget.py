@@ -1,5 +1,6 @@
 """`avg_bits` and `target_size`, from the config to the file."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from hf_lrq import LRQConfig
 from hf_lrq.errors import CalibrationError, SpecError
+from hf_lrq.integrations import carrying_out
 from hf_lrq.integrations.compression import compress
 from hf_lrq.integrations.planning import plan_for
+from hf_lrq.work import Budget
 
 QUICK: dict[str, Any] = {"codebook": "e8p", "iters": 1, "refinements": 0, "sweeps": 0, "rounding": "nearest"}
 
@@ -64,6 +67,25 @@ def test_a_budget_chooses_the_bits_of_tables_or_leaves_them(
     tokens = torch.arange(10)[None]
     with torch.no_grad():
         assert torch.equal(again(tokens).logits, model(tokens).logits)
+
+
+def test_what_was_thought_too_large_is_spent_again(
+    original: Path, batches: list[torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How long a header is depends on what is chosen."""
+    known = carrying_out.budget_of
+
+    def too_much(*args: Any) -> Budget:
+        budget = known(*args)
+        return replace(budget, bytes=budget.bytes + 20_000)
+
+    monkeypatch.setattr(carrying_out, "budget_of", too_much)
+    model = AutoModelForCausalLM.from_pretrained(original)
+    report = compress(model, batches, LRQConfig(target_size="130kB", **QUICK))
+    model.save_pretrained(tmp_path)
+    assert 124_000 < (tmp_path / "model.safetensors").stat().st_size <= 130_000
+    assert report.budget is not None
+    assert report.budget["bytes"] == sum(layer.bytes for layer in report.layers) <= report.budget["budget_bytes"]
 
 
 def test_the_bits_of_tables_count_where_the_budget_chooses_them(original: Path, batches: list[torch.Tensor]) -> None:
