@@ -131,11 +131,11 @@ class ModuleOptions:
         "Patterns of modules to leave alone, in addition to tied weights, routers and the modules that a model reads "
         "in its own way.",
     )
-    embedding_bits: int = _option(
+    embedding_bits: int | str = _option(
         16,
         "Bits per weight of the embeddings of tokens and of the output head, in models of transformers: 16 leaves them "
-        "as they are, and makes them so where a compressed checkpoint has codes; 8, 6 or 4 stores codes. bits and "
-        "group_size of patterns and layers hold for them as well.",
+        "as they are, and makes them so where a compressed checkpoint has codes; 8, 6 or 4 stores codes, auto lets a "
+        "budget choose. bits and group_size of patterns and layers hold for them as well.",
     )
     bits_pattern: Mapping[str, int] | None = _option(None, "Pattern -> bits; short for patterns.")
     rank_pattern: Mapping[str, int] | None = _option(None, "Pattern -> rank; short for patterns.")
@@ -147,8 +147,9 @@ class ModuleOptions:
     )
     avg_bits: float | None = _option(
         None,
-        "True bits per weight of all compressed matrices together, factors and scales included; instead of bits, which "
-        "each matrix then gets, with a rank, by what it is predicted to lose. Needs calibration data.",
+        "True bits per weight of all compressed matrices together, with embedding_bits=auto of tables, too; instead of "
+        "bits, which each matrix then gets, with a rank, by what it is predicted to lose. One that is best left as it "
+        "is counts. Needs calibration data.",
     )
     target_size: str | None = _option(
         None,

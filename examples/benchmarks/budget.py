@@ -24,7 +24,7 @@ from hf_lrq.calibration.scoring import Scores, score
 from hf_lrq.evaluation import compare_windows
 from hf_lrq.integrations.planning import plan_for
 from hf_lrq.work import Budget, Plan, Threads
-from hf_lrq.work.budget import Menu
+from hf_lrq.work.menus import Menu, uniform
 
 TINY_LM = Path(__file__).parents[1] / "tiny_lm"
 Losses = list[list[float]]
@@ -46,25 +46,17 @@ def shuffled(menus: list[Menu], losses: Losses, seed: int) -> Losses:
 
 def without_factors(menus: list[Menu], losses: Losses) -> tuple[list[Menu], Losses]:
     """The choices of rank 0."""
-    kept = [[at for at, spec in enumerate(menu.specs) if spec.rank == 0] for menu in menus]
+    kept = [[at for at, spec in menu.offers if spec.rank == 0] for menu in menus]
     bare = [Menu(menu.sites, tuple(menu.specs[i] for i in at)) for menu, at in zip(menus, kept, strict=True)]
     return bare, [[row[i] for i in at] for row, at in zip(losses, kept, strict=True)]
 
 
-def uniform(menus: list[Menu], losses: Losses, budget: Budget) -> tuple[list[Menu], Losses]:
+def alike(menus: list[Menu], losses: Losses, budget: Budget) -> tuple[list[Menu], Losses]:
     """Menus of one choice each: the bits and the rank, the same for all, that fit and are predicted to lose least."""
-    best: tuple[float, list[int]] | None = None
-    for bits, rank in {(spec.bits, spec.rank) for menu in menus for spec in menu.specs}:
-        at = [next((i for i, s in enumerate(menu.specs) if (s.bits, s.rank) == (bits, rank)), -1) for menu in menus]
-        if min(at) < 0:
-            continue
-        stored = sum(menu.bytes(menu.specs[i]) for menu, i in zip(menus, at, strict=True))
-        loss = sum(row[i] for row, i in zip(losses, at, strict=True))
-        if stored <= budget.bytes and (best is None or loss < best[0]):
-            best = loss, at
+    best = uniform(menus, losses, budget.bytes)
     assert best is not None, "something uniform fits"
-    single = [Menu(menu.sites, (menu.specs[i],)) for menu, i in zip(menus, best[1], strict=True)]
-    return single, [[row[i]] for row, i in zip(losses, best[1], strict=True)]
+    single = [Menu(menu.sites, (menu.specs[i],)) for menu, i in zip(menus, best, strict=True)]
+    return single, [[row[i]] for row, i in zip(losses, best, strict=True)]
 
 
 def main() -> None:
@@ -108,7 +100,7 @@ def main() -> None:
             "budget": (menus, scores.losses),
             "shuffled": (menus, shuffled(menus, scores.losses, 0)),
             "bits alone": without_factors(menus, scores.losses),
-            "uniform": uniform(menus, scores.losses, budget),
+            "uniform": alike(menus, scores.losses, budget),
         }
         for name in arguments.controls:
             changed, stored = spent(plan, budget, *offers[name])

@@ -192,6 +192,17 @@ class _Seen:
         return (self.x.data_ptr(), self.x.shape, self.x.stride(), self.x.dtype, self.x.device, self.version)
 
 
+def _of_call(weights: Sequence[Tensor], name: str, number: int, x: Tensor) -> Tensor:
+    """Weights of the tokens [...] that one call of a module got, x [..., in]."""
+    if number >= len(weights) or weights[number].shape != x.shape[:-1]:
+        raise CalibrationError(
+            f"call {number + 1} of {name} gets tokens {list(x.shape[:-1])}; in the pass with gradients over the same "
+            f"batch its calls got {[list(each.shape) for each in weights]}. Weights of tokens need a model that calls "
+            "its layers alike with gradients and without. Leave two_sided and budgets out, or change the model."
+        )
+    return weights[number].to(x.device)
+
+
 class Hooked:
     """Whose hooks are removed where the `with` ends; a subclass puts them in place in `__enter__`."""
 
@@ -250,7 +261,7 @@ class InputRecorder(Hooked):
                         rows.setdefault(key, []).append(part)
                     continue
                 if name in weights:
-                    counts = weights[name][len(rows.get(name, ()))].to(one.kept.device)
+                    counts = _of_call(weights[name], name, len(rows.get(name, ())), one.kept)
                     rows.setdefault(name, []).append(masks.rows(name, one.kept.float() * counts.sqrt().unsqueeze(-1)))
                     continue
                 if one.identity not in known:

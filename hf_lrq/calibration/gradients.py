@@ -248,18 +248,28 @@ class GradientRecorder(Hooked):
 def _drawn(output: Any, masks: Masks, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
     """An output of the model, the gradient there of -log p of labels drawn from it, or a random one, and what of it is
     real."""
-    tensors = [leaf for _, leaf in leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    logits = output.get("logits") if isinstance(output, Mapping) else None
-    if not isinstance(logits, Tensor) or logits.shape[-1] < 2:
-        if not tensors:
-            raise CalibrationError(f"the model returns no floating-point tensor, got {type(output).__name__}.")
-        target = tensors[0]
+    target, probable = said(output)
+    if not probable:
         cotangent = torch.randn(target.shape, generator=generator).to(target)
     else:
-        target = logits
-        p = logits.detach().float().softmax(-1)
-        level = torch.rand(logits.shape[:-1], generator=generator).to(p).unsqueeze(-1)
+        p = target.detach().float().softmax(-1)
+        level = torch.rand(target.shape[:-1], generator=generator).to(p).unsqueeze(-1)
         label = (p.cumsum(-1) < level).sum(-1, keepdim=True).clamp(max=p.shape[-1] - 1)
-        cotangent = p.scatter_add(-1, label, torch.full_like(level, -1)).to(logits)
+        cotangent = p.scatter_add(-1, label, torch.full_like(level, -1)).to(target)
     kept = masks.kept("decoder", target.shape[:-1])
     return target, cotangent if kept is None else cotangent * kept.unsqueeze(-1), kept
+
+
+def said(output: Any) -> tuple[Tensor, bool]:
+    """What a model says, [..., out]: its logits, or its first floating-point output; whether they are logits.
+
+    Raises:
+        CalibrationError: if there is no such output.
+    """
+    logits = output.get("logits") if isinstance(output, Mapping) else None
+    if isinstance(logits, Tensor) and logits.shape[-1] > 1:
+        return logits, True
+    for _, leaf in leaves(output):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            return leaf, False
+    raise CalibrationError(f"the model returns no floating-point tensor, got {type(output).__name__}.")

@@ -63,7 +63,7 @@ def score(
 
     Args:
         model: the original one; not changed.
-        menus: for the sites to look at.
+        menus: of matrices, no tables.
         runner: of the model, over the calibration batches.
         workers: to spread the work over.
         seed: of the plan.
@@ -108,16 +108,18 @@ class _Scoring:
 
     def _score(self, site: Site, index: int, name: str, gram: InputGram | None, output: OutputGram | None) -> _Score:
         W = site.matrix(self._source.parameter(site), index).detach().float()
-        spec = self._specs[site][0]
+        specs = self._specs[site]
+        layouts = [None if each is None else each.layout for each in specs]
+        spec = next(each for each in specs if each is not None)
         gram = InputGram.identity(W.shape[1], W.device) if gram is None else gram
         with fixed_numerics(W.device):
             rotate_in = input_rotation(self.seed, name, W.shape[1], spec)
             rotated = rotate(W, gram, spec, generator_for(self.seed, name), rotate_in, output)
-            layouts = [each.layout for each in self._specs[site]]
             feeds_back = spec.rounding == "ldlq"
             feedback = Feedback(feeds_back, feeds_back and self._feedback)
-            model = NoiseModel(rotated, feedback, max(layout.rank for layout in layouts))
-            relative = [model.loss(layout) / max(model.energy, 1e-30) for layout in layouts]
+            model = NoiseModel(rotated, feedback, max(layout.rank for layout in layouts if layout is not None))
+            losses = [0.0 if layout is None else model.loss(layout) for layout in layouts]
+            relative = [loss / max(model.energy, 1e-30) for loss in losses]
         # Half of the curvature; the Grams of the model have a mean diagonal of 1, so their traces are their widths.
         stake = None if output is None else output.energy * model.energy / (2 * W.numel())
         return _Score(relative, stake, gram.n_tokens)

@@ -44,11 +44,23 @@ class Switch(str, Enum):
 def declared(*kinds: type) -> dict[str, Any]:
     """Name -> annotation for each option of `kinds` that is a number or a word; all can be left out."""
     hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
-    return {
-        name: Annotated[Optional[hints[name]], Option(help=f"{item.metadata['text']} Default: {item.default}.")]  # noqa: UP045
-        for name, item in options_of(*kinds).items()
-        if hints[name] in (int, float, str, int | None, float | None, str | None)
-    }
+    found: dict[str, Any] = {}
+    for name, item in options_of(*kinds).items():
+        text = f"{item.metadata['text']} Default: {item.default}."
+        if hints[name] == int | str:
+            found[name] = Annotated[Any, Option(help=text, parser=number_or_word, metavar="INTEGER|TEXT")]
+        elif hints[name] in (int, float, str, int | None, float | None, str | None):
+            found[name] = Annotated[Optional[hints[name]], Option(help=text)]  # noqa: UP045
+    return found
+
+
+def number_or_word(text: str) -> int | str:
+    """A whole number where it is one.
+
+    >>> number_or_word("8"), number_or_word("auto")
+    (8, 'auto')
+    """
+    return int(text) if text.isdecimal() else text
 
 
 @dataclass(frozen=True, kw_only=True)

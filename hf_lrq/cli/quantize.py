@@ -221,12 +221,16 @@ def _announce(model: Any, plan: Plan, config: LRQConfig) -> int:
     say(f"{type(model).__name__}: {inventory.summary()}")
     for line in left_lines(inventory):
         say(f"  {line}")
-    layers, whole, limit = then.compressed, Part(then.tensors.weights, then.total_bytes), ""
+    layers, whole, limit, where = then.compressed, Part(then.tensors.weights, then.total_bytes), "", "layers"
     if config.budget_option is not None:
-        layers = Part(layers.weights, budget_of(model, plan, config).bytes)
-        whole, limit = replace(whole, bytes=whole.bytes - then.compressed.bytes + layers.bytes), "at most "
+        budget = budget_of(model, plan, config)
+        sites = budget.sites(plan)
+        planned = sum(site.bytes(inventory.layouts[site]) for site in sites)
+        layers = Part(sum(site.weights for site in sites), budget.bytes)
+        whole, limit = replace(whole, bytes=whole.bytes - planned + budget.bytes), "at most "
+        where = "layers and tables" if budget.tables else where
     say(
-        f"Expected: {limit}{bits(layers.bits_per_weight)} bits per weight in the compressed layers, "
+        f"Expected: {limit}{bits(layers.bits_per_weight)} bits per weight in the compressed {where}, "
         f"{bits(whole.bits_per_weight)} in the whole file; {human_bytes(whole.bytes)} "
         f"instead of {human_bytes(now.total_bytes)}"
     )

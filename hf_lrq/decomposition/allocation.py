@@ -20,7 +20,7 @@ class Choice:
     loss: float
 
 
-def allocate(menus: Sequence[Sequence[Choice]], budget: int) -> list[int]:
+def allocate(menus: Sequence[Sequence[Choice]], budget: int, tried: Sequence[int] = ()) -> list[int]:
     """Position of the choice that each item gets.
 
     The Lagrangian relaxation of the knapsack problem (Shoham and Gersho, Efficient bit allocation for an arbitrary set
@@ -31,6 +31,7 @@ def allocate(menus: Sequence[Sequence[Choice]], budget: int) -> list[int]:
     Args:
         menus: for each item its choices, at least one.
         budget: bytes of all items together.
+        tried: numbers of a few items whose steps are large: the others are chosen for each of their choices.
 
     Raises:
         SpecError: if not even the smallest choices fit; says what they take.
@@ -38,6 +39,18 @@ def allocate(menus: Sequence[Sequence[Choice]], budget: int) -> list[int]:
     least = sum(min(choice.bytes for choice in menu) for menu in menus)
     if least > budget:
         raise SpecError(f"the smallest choices take {least:,} bytes, the budget is {budget:,}.")
+    found: list[list[int]] = []
+    for fixed in itertools.product(*(range(len(menus[item])) for item in tried)):
+        place = dict(zip(tried, fixed, strict=True))
+        open_menus = [[menu[place[item]]] if item in place else menu for item, menu in enumerate(menus)]
+        if sum(min(choice.bytes for choice in menu) for menu in open_menus) <= budget:
+            chosen = _relaxed(open_menus, budget)
+            found.append([place.get(item, at) for item, at in enumerate(chosen)])
+    return min(found, key=lambda chosen: sum(menu[at].loss for menu, at in zip(menus, chosen, strict=True)))
+
+
+def _relaxed(menus: Sequence[Sequence[Choice]], budget: int) -> list[int]:
+    """Position of the choice that each item gets; the smallest ones fit."""
     hulls = [_hull(menu) for menu in menus]
     chosen = [hull[0] for hull in hulls]
     left = budget - sum(menu[at].bytes for menu, at in zip(menus, chosen, strict=True))

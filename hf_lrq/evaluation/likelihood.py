@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_lrq.divergence import kl_divergence
 from hf_lrq.errors import EvaluationError
 from hf_lrq.evaluation.windows import (
     Plan,
@@ -241,18 +242,6 @@ def compare_windows(
             if progress is not None:
                 progress(done, len(plan.windows))
     return WindowSums(plan, *map(list, zip(*rows, strict=True)))
-
-
-def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) in nats of each row, from log-probabilities [..., vocabulary]: [...].
-
-    Computed as sum_v [p ln(p/q) - p + q], each term of which is at least 0. For exact distributions that adds nothing;
-    in float32 it cancels the rounding of both normalisers, which is larger than a small divergence.
-    """
-    p = log_p.exp()
-    # Where p underflows the difference of logarithms may be infinite; the term's limit is q.
-    surprise = torch.where(p > 0, p * (log_p - log_q), 0)
-    return (surprise - p + log_q.exp()).sum(-1)
 
 
 def _compare_rows(p_logits: Tensor, q_logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:

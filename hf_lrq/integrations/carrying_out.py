@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from hf_lrq.calibration import Batch, Progress, check_data, compress_model, fit_budget
+from hf_lrq.calibration import Batch, Budgeted, Progress, check_data, compress_model, fit_budget
 from hf_lrq.checks import bytes_of
 from hf_lrq.errors import SpecError
 from hf_lrq.evaluation import size
@@ -37,8 +37,7 @@ def carry_out(
     check_data(batches, config.two_sided, config.budget_option)
     plan, found = with_ranks(plan, model), None
     if config.budget_option is not None and batches is not None:
-        budget = budget_of(model, plan, config)
-        found = fit_budget(model, plan, batches, budget, two_sided=config.two_sided, progress=progress)
+        found = _within_budget(model, plan, batches, config, progress)
         plan = found.plan
     report = compress_model(
         model,
@@ -55,24 +54,40 @@ def carry_out(
     return plan.without(report.skipped), report
 
 
+def _within_budget(
+    model: nn.Module, plan: Plan, batches: Iterable[Batch], config: LRQConfig, progress: Progress | None
+) -> Budgeted:
+    """The plan that fits; whole files fit to the byte, as the length of a header is known once all is chosen."""
+    budget = budget_of(model, plan, config)
+    found = fit_budget(model, plan, batches, budget, two_sided=config.two_sided, progress=progress)
+    if config.target_size is None:
+        return found
+    whole = bytes_of(config.target_size)
+    while (file := size(model, found.plan.inventory.layouts).predicted_bytes) > whole:
+        found = found.again(plan, replace(budget, bytes=found.spent.bytes - (file - whole)))
+    return found
+
+
 def budget_of(model: nn.Module, plan: Plan, config: LRQConfig) -> Budget:
-    """What the matrices of a plan may take.
+    """What the matrices of a plan may take, and where the budget is for them as well the tables.
 
     Raises:
         SpecError: if the rest of the model takes more than the whole file may.
     """
+    option = config.budget_option
+    assert option is not None, "asked for where there is a budget"
+    budget = Budget(0, config.spec, {option: getattr(config, option)}, tables=config.embedding_bits == "auto")
+    sites = budget.sites(plan)
     if config.avg_bits is not None:
-        weights = sum(site.weights for site in plan.specs if not site.of_tables)
-        return Budget(int(config.avg_bits * weights / 8), config.spec, {"avg_bits": config.avg_bits})
+        return replace(budget, bytes=int(config.avg_bits * sum(site.weights for site in sites) / 8))
     whole = bytes_of(config.target_size)
     # With factors everywhere, as their names make the header longest.
     layouts = dict(plan.inventory.layouts)
-    matrices = [site for site in layouts if not site.of_tables]
-    layouts |= {site: replace(layouts[site], rank=max(layouts[site].rank, 1)) for site in matrices}
-    rest = size(model, layouts).predicted_bytes - sum(site.bytes(layouts[site]) for site in matrices)
+    layouts |= {site: replace(layouts[site], rank=max(layouts[site].rank, 1)) for site in sites if not site.of_tables}
+    rest = size(model, layouts).predicted_bytes - sum(site.bytes(layouts[site]) for site in sites)
     if rest >= whole:
         raise SpecError(
             f"target_size={config.target_size!r} is {whole:,} bytes, and what is not compressed takes {rest:,}: "
             f"{plan.inventory.summary()}. Choose a larger size, or compress more modules."
         )
-    return Budget(whole - rest, config.spec, {"target_size": config.target_size})
+    return replace(budget, bytes=whole - rest)

@@ -86,8 +86,8 @@ class LRQConfig(QuantizationConfigMixin):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise SpecError(f"{name} must be an integer of at least 1, got {value!r}.")
-        if isinstance(self.embedding_bits, bool) or self.embedding_bits not in EMBEDDING_BITS:
-            raise SpecError(f"embedding_bits must be 16, 8, 6 or 4, got {self.embedding_bits!r}.")
+        if isinstance(self.embedding_bits, bool) or self.embedding_bits not in (*EMBEDDING_BITS, "auto"):
+            raise SpecError(f"embedding_bits must be 16, 8, 6 or 4, or 'auto', got {self.embedding_bits!r}.")
         for name in ("dequantize", "sequential", "two_sided", "fuse", "verify"):
             if not isinstance(getattr(self, name), bool):
                 raise SpecError(f"{name} must be True or False, got {getattr(self, name)!r}.")
@@ -129,6 +129,11 @@ class LRQConfig(QuantizationConfigMixin):
             raise SpecError(
                 f"{self.budget_option} chooses ranks by what is predicted to be lost, rank_threshold by singular "
                 "values. Leave one out, or set rank."
+            )
+        if self.embedding_bits == "auto" and self.budget_option is None:
+            raise SpecError(
+                "embedding_bits='auto' lets a budget choose, and there is none. Give avg_bits or target_size, or "
+                "choose 16, 8, 6 or 4."
             )
         if self.budget_option is not None and "bits" in self._given:
             raise SpecError(

@@ -15,6 +15,8 @@ from hf_lrq.patterns import check_names
 from hf_lrq.work import Plan, Site, excluded, find_sites, make_plan, with_ranks
 from hf_lrq.work.plan import listed, nothing_left
 
+TABLE_BITS = 8  # Until a budget chooses.
+
 
 def plan_for(model: nn.Module, config: LRQConfig) -> Plan:
     """Decide about every matrix of a model; of transformers or any other.
@@ -36,15 +38,14 @@ def plan_for(model: nn.Module, config: LRQConfig) -> Plan:
         return with_ranks(make_plan(model, spec, excluded(model, patterns)), model)
     alone = skip_reasons(model, patterns)
     alone |= {name: reason for name, reason in left.items() if name in alone}
-    plan = make_plan(
-        model, spec, alone, tables={site: spec.for_table(site.label, config.embedding_bits) for site in tables}
-    )
+    bits = TABLE_BITS if config.embedding_bits == "auto" else config.embedding_bits
+    plan = make_plan(model, spec, alone, tables={site: spec.for_table(site.label, bits) for site in tables})
     return with_ranks(without_read(model, replace(plan, left_alone={**left, **plan.left_alone})), model)
 
 
 def _tables(model: nn.Module, config: LRQConfig, patterns: Sequence[str]) -> tuple[list[Site], dict[str, str]]:
     """Embeddings and heads that are compressed, and why others are not; none of either where nobody asks for it."""
-    asked = isinstance(model, PreTrainedModel) and config.embedding_bits < 16
+    asked = isinstance(model, PreTrainedModel) and config.embedding_bits != 16
     return tables_of(model, patterns) if asked else ([], {})
 
 

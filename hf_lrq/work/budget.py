@@ -1,40 +1,23 @@
 """A budget of bytes for the matrices of a plan: which of them get how many bits, and which rank.
 
-Embeddings and output heads have bits of their own, and are not part of it. Matrices that are computed together get the
-same, see `fitting`.
+Matrices that are computed together get the same, see `fitting`. Embeddings and output heads are part of it where that
+is asked for; else they have bits of their own.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hf_lrq.codebooks import known_families
 from hf_lrq.decomposition.allocation import Choice, allocate
 from hf_lrq.errors import SpecError
 from hf_lrq.spec import CompressionSpec, LayerSpec
 from hf_lrq.work.fitting import computed_together
+from hf_lrq.work.menus import Menu, menu_of, uniform
 from hf_lrq.work.plan import Plan
 from hf_lrq.work.sites import Site
 
-CANDIDATE_BITS = (2, 3, 4, 8)
-CANDIDATE_RANKS = (0, 2, 4, *range(8, 65, 8))
-
-
-@dataclass(frozen=True)
-class Menu:
-    """Sites that get the same spec, and those that they can get.
-
-    Attributes:
-        sites: at least one.
-        specs: at least one, with a codebook and a rank each.
-    """
-
-    sites: tuple[Site, ...]
-    specs: tuple[LayerSpec, ...]
-
-    def bytes(self, spec: LayerSpec) -> int:
-        """Of all matrices of these sites."""
-        return sum(site.bytes(spec.layout) for site in self.sites)
+LEFT = "its budget has room for it as it is"
 
 
 @dataclass(frozen=True)
@@ -46,35 +29,34 @@ class Budget:
         spec: what is wanted of each but its bits and rank; values that a pattern or `layers` names stay, as does a
             rank that is not None.
         asked: the words in which it was given, for messages and reports.
+        tables: whether embeddings and output heads are among them.
     """
 
     bytes: int
     spec: CompressionSpec = field(default_factory=CompressionSpec)
     asked: Mapping[str, Any] = field(default_factory=dict)
+    tables: bool = False
 
-    def menus(self, plan: Plan, blocks: bool = True) -> list[Menu]:
-        """What each group of matrices of a plan can get.
+    def sites(self, plan: Plan) -> list[Site]:
+        """Those of a plan that it is for."""
+        return [site for site in plan.specs if self.tables or not site.of_tables]
+
+    def menus(self, plan: Plan, blocks: bool = True, plain: Mapping[Site, int] | None = None) -> list[Menu]:
+        """What each group of matrices of a plan can get; tables come last.
 
         Args:
             plan: made for the model.
             blocks: see `LayerSpec.fitted`.
+            plain: bytes of the parameters of sites that may be left as they are, if any.
         """
-        wanted = {site: self.spec.for_layer(site.label) for site in plan.specs if not site.of_tables}
-        return [Menu(tuple(group), self._specs(group, wanted[group[0]], blocks)) for group in computed_together(wanted)]
-
-    def _specs(self, group: Sequence[Site], wanted: LayerSpec, blocks: bool) -> tuple[LayerSpec, ...]:
-        fixed = self.spec.named(group[0].label)
-        shapes = [(site.out_features, site.in_features) for site in group]
-        found: list[LayerSpec] = []
-        for bits in (wanted.bits,) if "bits" in fixed else _bits_of(wanted.codebook):
-            fitted = replace(wanted, bits=bits).fitted(*shapes, blocks=blocks)
-            if "rank" in fixed or wanted.rank is not None:
-                found.append(fitted)
-            else:
-                smallest = min(map(min, shapes))
-                found += [replace(fitted, rank=rank) for rank in CANDIDATE_RANKS if rank < smallest or rank == 0]
-        smaller = [spec for spec in found if all(site.bytes(spec.layout) < 2 * site.weights for site in group)]
-        return tuple(smaller or found)
+        sites = self.sites(plan)
+        # A module computes with all of its stacks compressed or with none, and each chooses alone.
+        owners = Counter(site.name for site in sites)
+        free = {site: size for site, size in (plain or {}).items() if owners[site.name] == 1}
+        wanted = {site: self.spec.for_layer(site.label) for site in sites if not site.of_tables}
+        tables = {site: plan.specs[site] for site in sites if site.of_tables}
+        groups = [*computed_together(wanted), *([site] for site in tables)]
+        return [menu_of(group, (wanted | tables)[group[0]], self.spec, blocks, free) for group in groups]
 
     def spend(self, plan: Plan, menus: Sequence[Menu], losses: Sequence[Sequence[float]]) -> tuple[Plan, "Spent"]:
         """The plan within this budget that loses least.
@@ -82,53 +64,40 @@ class Budget:
         Args:
             plan: to be changed.
             menus: of this plan.
-            losses: of each menu, for each of its specs.
+            losses: of each menu, for each of its specs, whoever found them.
 
         Raises:
             SpecError: if the budget is below the least that can be had, or above what the best would take; says both.
         """
-        tables = [
+        choices = [
             [Choice(menu.bytes(spec), loss) for spec, loss in zip(menu.specs, row, strict=True)]
             for menu, row in zip(menus, losses, strict=True)
         ]
-        self._check_range(plan, tables)
-        chosen = allocate(tables, self.bytes)
-        specs = {site: menu.specs[at] for menu, at in zip(menus, chosen, strict=True) for site in menu.sites}
+        self._check_range(plan, choices)
+        # A table can be a large part of all, and its steps with it.
+        chosen = allocate(choices, self.bytes, [at for at, menu in enumerate(menus) if menu.of_tables])
+        same = uniform(menus, losses, self.bytes)
         spent = Spent(
             dict(self.asked),
             self.bytes,
-            sum(table[at].bytes for table, at in zip(tables, chosen, strict=True)),
-            {
-                ", ".join(site.label for site in menu.sites): table[at].loss
-                for menu, table, at in zip(menus, tables, chosen, strict=True)
-            },
-            self._uniform(menus, tables),
+            sum(row[at].bytes for row, at in zip(choices, chosen, strict=True)),
+            {menu.label: row[at].loss for menu, row, at in zip(menus, choices, chosen, strict=True)},
+            None if same is None else sum(row[at] for row, at in zip(losses, same, strict=True)),
         )
-        return replace(plan, specs={site: specs.get(site, spec) for site, spec in plan.specs.items()}), spent
+        return _changed(plan, {menu: menu.specs[at] for menu, at in zip(menus, chosen, strict=True)}), spent
 
-    def _check_range(self, plan: Plan, tables: Sequence[Sequence[Choice]]) -> None:
-        least = sum(min(choice.bytes for choice in table) for table in tables)
-        most = sum(max(choice.bytes for choice in table) for table in tables)
+    def _check_range(self, plan: Plan, choices: Sequence[Sequence[Choice]]) -> None:
+        least = sum(min(choice.bytes for choice in row) for row in choices)
+        most = sum(max(choice.bytes for choice in row) for row in choices)
         if least <= self.bytes <= most:
             return
-        weights = sum(site.weights for site in plan.specs if not site.of_tables)
+        weights = sum(site.weights for site in self.sites(plan))
         asked = ", ".join(f"{name}={value!r}" for name, value in self.asked.items()) or f"{self.bytes} bytes"
         raise SpecError(
-            f"{asked} leaves {self.bytes:,} bytes, {8 * self.bytes / weights:.3f} bits per weight, for {len(tables)} "
+            f"{asked} leaves {self.bytes:,} bytes, {8 * self.bytes / weights:.3f} bits per weight, for {len(choices)} "
             f"groups of matrices; they can be had in {least:,} to {most:,}, {8 * least / weights:.3f} to "
             f"{8 * most / weights:.3f} bits. Choose a value in between."
         )
-
-    def _uniform(self, menus: Sequence[Menu], tables: Sequence[Sequence[Choice]]) -> float | None:
-        """The least loss within the budget with the same bits and rank everywhere, ranks cut to the matrix."""
-        best: float | None = None
-        for key in dict.fromkeys((spec.bits, spec.rank) for menu in menus for spec in menu.specs):
-            at = [_nearest(menu, *key) for menu in menus]
-            size = sum(table[one].bytes for table, one in zip(tables, at, strict=True))
-            loss = sum(table[one].loss for table, one in zip(tables, at, strict=True))
-            if size <= self.bytes and (best is None or loss < best):
-                best = loss
-        return best
 
 
 @dataclass(frozen=True)
@@ -137,7 +106,7 @@ class Spent:
 
     Attributes:
         asked: the words in which it was given.
-        budget, bytes: what there was for the matrices, and what they take.
+        budget, bytes: what there was for the matrices, and what they take; those that are left as they are, too.
         losses: predicted loss of each group of matrices, by the labels of its sites; see `calibration.scoring`.
         uniform: predicted loss of all with equal bits and ranks within the same budget, None where none fits.
     """
@@ -160,18 +129,8 @@ class Spent:
         }
 
 
-def _bits_of(codebook: str) -> tuple[int, ...]:
-    if codebook == "auto":
-        return CANDIDATE_BITS
-    return tuple(bits for bits in CANDIDATE_BITS if bits in known_families()[codebook])
-
-
-def _nearest(menu: Menu, bits: int, rank: int | None) -> int:
-    """Position of the spec with these bits and the largest rank up to this one, or what comes next to it."""
-
-    def distance(at: int) -> tuple[int, int, int]:
-        spec = menu.specs[at]
-        own, wanted = spec.rank or 0, rank or 0
-        return abs(spec.bits - bits), max(own - wanted, 0), wanted - own
-
-    return min(range(len(menu.specs)), key=distance)
+def _changed(plan: Plan, chosen: Mapping[Menu, LayerSpec | None]) -> Plan:
+    """The plan with what was chosen for each menu."""
+    specs = {site: spec for menu, spec in chosen.items() for site in menu.sites}
+    left = {site.label: LEFT for site, spec in specs.items() if spec is None}
+    return replace(plan, specs={site: specs.get(site) or own for site, own in plan.specs.items()}).without(left)

@@ -11,7 +11,7 @@ from hf_lrq.calibration.capture import InputRecorder, ModelRunner, as_for_infere
 from hf_lrq.calibration.masks import Masks
 from hf_lrq.errors import CalibrationError
 from hf_lrq.spec import CompressionSpec
-from hf_lrq.work import Site, excluded, make_plan
+from hf_lrq.work import Site, excluded, find_sites, make_plan
 
 Rows = dict[str, list[Tensor]]
 
@@ -223,3 +223,33 @@ def test_a_failing_pass_names_the_batch(make_toy: Callable[[], nn.Module]) -> No
     runner = ModelRunner(make_toy(), [torch.tensor([1]), torch.tensor([5000])])
     with pytest.raises(CalibrationError, match=r"^Toy fails on calibration batch 1: IndexError: .* below the"):
         runner.run(1)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (
+            [[1, 5]],
+            r"call 2 of layer gets tokens \[1, 5\]; in the pass with gradients .* its calls got \[\[1, 5\]\]\. ",
+        ),
+        (
+            [[1, 4], [1, 4]],
+            r"call 1 of layer gets tokens \[1, 5\]; .* got \[\[1, 4\], \[1, 4\]\]\. .* Leave two_sided and budgets out",
+        ),
+    ],
+)
+def test_weights_of_other_calls_are_refused(tokens: list[list[int]], message: str) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(self.layer(x))
+
+    model = Twice()
+    targets = find_sites(model)
+    runner = ModelRunner(model, [{"x": torch.ones(1, 5, 4)}])
+    weights = {"layer": [torch.ones(shape) for shape in tokens]}
+    with torch.no_grad(), InputRecorder(model, targets) as recorder, pytest.raises(CalibrationError, match=message):
+        recorder.watch(lambda: runner.run(0), runner.masks(0), weights)

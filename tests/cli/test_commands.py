@@ -96,12 +96,27 @@ def test_quantize_prints_a_table_and_how_to_load(cli, original: Path, text: Path
 
 def test_a_file_of_a_given_size(cli, original: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    given = ("--target-size", "185kB", "--iters", "1", "--dataset", text, "--nsamples", "8", "--seqlen", "64")
+    given = (
+        "--target-size",
+        "80kB",
+        "--embedding-bits",
+        "auto",
+        "--iters",
+        "1",
+        "--dataset",
+        text,
+        "--nsamples",
+        "8",
+        "--seqlen",
+        "64",
+    )
     result = cli("quantize", original, "-o", out, *given, "--no-eval", "--device", "cpu", "--codebook", "e8p")
     assert result.exit_code == 0, result.output
     assert "Expected: at most" in result.output
     assert "KL predicted for this budget" in result.output
-    assert 175_000 < (out / "model.safetensors").stat().st_size <= 185_000
+    assert 70_000 < (out / "model.safetensors").stat().st_size <= 80_000
+    assert report_of(out)["recipe"]["embedding_bits"] == "auto"
+    assert report_of(out)["bits"]["embeddings"] < 16
 
 
 def test_equal_seeds_give_equal_bytes(cli, original: Path, tmp_path: Path) -> None:

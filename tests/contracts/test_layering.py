@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "hf_lrq"
 # A member may import the rows above it and itself. A package folder is one member.
 ROWS = (
     ("errors",),
-    ("checks", "digests", "numerics", "options", "patterns", "safetensors_headers"),
+    ("checks", "digests", "divergence", "numerics", "options", "patterns", "safetensors_headers"),
     ("codebooks",),
     ("layout",),
     ("spec", "matrices"),

@@ -36,6 +36,21 @@ def test_no_combination_is_better_by_more_than_one_step(seed: int) -> None:
         assert best <= loss <= best + max(largest_step, 0)
 
 
+def test_large_items_are_tried_one_by_one() -> None:
+    """Alone, the steeper steps of the small ones come first, and leave too little for that of the large one."""
+    large = [Choice(10, 1.0), Choice(40, 0.3), Choice(60, 0.0)]
+    small = [Choice(10, 0.6), Choice(22, 0.2)]
+    menus = [large, small, small]
+    assert totals(menus, allocate(menus, 80)) == (54, pytest.approx(1.4))
+    assert totals(menus, allocate(menus, 80, [0])) == (72, pytest.approx(1.1))
+    for seed in range(20):
+        menus = random_menus(torch.Generator().manual_seed(seed))
+        for budget in range(sum(min(choice.bytes for choice in menu) for menu in menus), 80, 7):
+            every = itertools.product(range(4), repeat=4)
+            best = min(loss for size, loss in (totals(menus, chosen) for chosen in every) if size <= budget)
+            assert totals(menus, allocate(menus, budget, range(4)))[1] == pytest.approx(best)
+
+
 def test_a_budget_for_everything_gets_the_least_loss_of_each() -> None:
     menus = random_menus(torch.Generator().manual_seed(0))
     _, loss = totals(menus, allocate(menus, 1000))

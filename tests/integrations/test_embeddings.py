@@ -206,7 +206,7 @@ def test_fewer_bits_take_fewer_bytes(bits):
 
 def test_other_values_than_16_8_6_and_4_are_refused():
     for value in (5, 0, True, "8", None):
-        with pytest.raises(SpecError, match="embedding_bits must be 16, 8, 6 or 4, got"):
+        with pytest.raises(SpecError, match="embedding_bits must be 16, 8, 6 or 4, or 'auto', got"):
             LRQConfig(embedding_bits=value)
 
 

@@ -6,7 +6,9 @@ from torch import nn
 
 from hf_lrq.errors import SpecError
 from hf_lrq.spec import CompressionSpec, LayerSpec
-from hf_lrq.work import Budget, make_plan
+from hf_lrq.work import Budget, Plan, make_plan
+from hf_lrq.work.census import Census
+from hf_lrq.work.sites import ExpertStackSite
 
 WIDTH = 256
 
@@ -76,6 +78,32 @@ def test_a_given_rank_and_codebook_stay(block: nn.Module) -> None:
     spec = CompressionSpec(default=LayerSpec(codebook="e8p", rank=4))
     for menu in Budget(70_000, spec).menus(make_plan(block, spec)):
         assert [(each.codebook, each.bits, each.rank) for each in menu.specs] == [("e8p", b, 4) for b in (2, 3, 4)]
+
+
+def test_what_matters_most_is_left_as_it_is(block: nn.Module) -> None:
+    plan = make_plan(block, CompressionSpec())
+    plain = {site: 2 * site.weights for site in plan.specs}
+    budget = Budget(plain[next(site for site in plan.specs if site.label == "o_proj")] + 45_000)
+    menus = budget.menus(plan, plain=plain)
+    table = [[0.0 if spec is None else 4.0**-spec.bits for spec in menu.specs] for menu in menus]
+    table[1] = [1e5 * loss for loss in table[1]]
+    changed, spent = budget.spend(plan, menus, table)
+    assert changed.left_alone == {"o_proj": "its budget has room for it as it is"}
+    assert {site.label: spec.bits for site, spec in changed.specs.items()} == dict.fromkeys(
+        ("q_proj", "k_proj", "v_proj"), 2
+    )
+    assert spent.losses["o_proj"] == 0
+    left = sum(site.bytes(spec.layout) for site, spec in changed.specs.items())
+    assert spent.bytes == 2 * 256 * WIDTH + left <= budget.bytes
+
+
+def test_two_stacks_of_one_module_are_not_left_one_by_one() -> None:
+    """A module computes with all of its stacks compressed or with none."""
+    stacks = [ExpertStackSite("experts", 256, 256, stack, 4) for stack in ("up", "down")]
+    plan = Plan(dict.fromkeys(stacks, LayerSpec(codebook="int", rank=0)), {}, Census())
+    menus = Budget(0, CompressionSpec()).menus(plan, plain={site: 2 * site.weights for site in stacks})
+    assert len(menus) == 2
+    assert all(None not in menu.specs for menu in menus)
 
 
 @pytest.mark.parametrize("size", [40_000, 900_000])
