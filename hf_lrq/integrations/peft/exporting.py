@@ -40,7 +40,7 @@ def export_lora(
         The config that was saved.
 
     Raises:
-        SpecError: if there is no such adapter, or it is of another type.
+        SpecError: if there is no such adapter, it is of another type, or it has no ranks.
         CheckpointError: if `out` is taken.
     """
     config = _config_of(model, adapter)
@@ -49,6 +49,11 @@ def export_lora(
         for name, module in model.get_base_model().named_modules()
         if isinstance(module, LRQAdapterLinear) and module.holds(adapter)
     }
+    pairs = {name: (L, R) for name, (L, R) in pairs.items() if L.shape[1]}
+    if not pairs:
+        raise SpecError(
+            f"adapter {adapter!r} adds nothing to any layer: it has no rank left to export."
+        )
     lora = _as_lora(config, {name: R.shape[0] for name, (_, R) in pairs.items()})
     whole = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     tensors = {name: tensor for name, tensor in whole.items() if not name.rpartition(".")[2].startswith(PREFIX)}

@@ -63,6 +63,15 @@ def test_one_of_several_adapters(base: Any, trained: Any, logits: Any, tmp_path:
     assert (logits(again) - expected).abs().max() < ROUNDING * expected.abs().max()
 
 
+def test_an_adapter_without_ranks_is_refused(base: Any, adapted: Any, tmp_path: Path) -> None:
+    model = adapted(base(), "sparse:2")
+    for name, parameter in model.named_parameters():
+        if ".lrq_C." in name:
+            parameter.data.zero_()
+    with pytest.raises(SpecError, match="adds nothing to any layer"):
+        export_lora(model, tmp_path / "lora")
+
+
 def test_refusals_say_what_is_there(base: Any, adapted: Any, tmp_path: Path) -> None:
     model = adapted(base())
     with pytest.raises(SpecError, match=r"There is no adapter 'defaul'. Did you mean 'default'\? Adapters: default"):
