@@ -26,7 +26,7 @@ ROWS = (
     ("nn",),
     ("work",),
     ("calibration", "checkpoint", "evaluation"),
-    ("recovery",),
+    ("recovery", "serving"),
     ("report",),
     ("integrations",),
     ("cli",),

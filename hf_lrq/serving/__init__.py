@@ -1,0 +1,16 @@
+"""What a serving engine needs of compressed checkpoints, in torch alone: headers, parts of layers, shards."""
+
+from hf_lrq.serving.experts import routed_experts
+from hf_lrq.serving.headers import check_files, compressed_modules, read_header
+from hf_lrq.serving.parts import Part, PlainPart
+from hf_lrq.serving.shards import Shard
+
+__all__ = [
+    "Part",
+    "PlainPart",
+    "Shard",
+    "check_files",
+    "compressed_modules",
+    "read_header",
+    "routed_experts",
+]
