@@ -25,6 +25,7 @@ from hf_lrq.evaluation.files import StoredLayer
 from hf_lrq.integrations.loading import empty_layers
 from hf_lrq.integrations.saved_class import class_named_in, empty_model
 from hf_lrq.report import human_bytes
+from hf_lrq.work.cuts import common_counts, shard_counts
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,14 @@ class Inspection:
         tables = [layer for layer in self.layers if layer.of_tables]
         return 8 * sum(t.bytes for t in tables) / sum(t.weights for t in tables) if tables else None
 
+    @property
+    def tensor_parallel(self) -> tuple[int, ...]:
+        """Numbers of processes that a serving engine can spread every matrix over, as far as their names tell."""
+        matrices = [layer for layer in self.layers if not layer.of_tables]
+        return common_counts(
+            shard_counts(layer.name, layer.layout, layer.out_features, layer.in_features) for layer in matrices
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
         return {
@@ -85,6 +94,7 @@ class Inspection:
             },
             "size": self.size.to_dict(),
             "quantization_config": None if self.header is None else self.header.to_dict(),
+            "tensor_parallel": list(self.tensor_parallel),
             "modules": [layer.to_dict() for layer in self.layers],
         }
 
@@ -179,6 +189,9 @@ def run(options: InspectOptions) -> None:
             out.print(f"Bits per weight of compressed embeddings and heads: {bits(found.embedding_bits)}")
         out.print(f"Bits per parameter of the whole file: {bits(found.size.bits_per_parameter)}")
         out.print(f"Bits per weight as the CALDERA paper counts, codes and factors only: {bits(found.caldera_bits)}")
+        out.print(
+            f"Tensor parallel sizes that every matrix can be cut for: {', '.join(map(str, found.tensor_parallel))}"
+        )
 
 
 def _row(layer: StoredLayer) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_lrq.kernels import linear, linear_group
+from hf_lrq.serving.options import AUTOMATIC, Way
 from hf_lrq.serving.parts import Part
 
 
@@ -16,7 +17,7 @@ def routed_experts(
     up: list[Part],
     down: Part,
     act: Callable[[Tensor], Tensor],
-    way: tuple[str, str] = ("auto", "float"),
+    way: Way = AUTOMATIC,
 ) -> Tensor:
     """The sum over each token's experts of weight * down(act(up x)).
 

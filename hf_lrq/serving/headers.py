@@ -1,9 +1,19 @@
 """What headers say to an engine: how a checkpoint is compressed, which matrices are, and whether all is there."""
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-from hf_lrq.checkpoint import Headers, QuantizationHeader, check_headers, parse_header
+from hf_lrq.checkpoint import (
+    Headers,
+    QuantizationHeader,
+    check_headers,
+    check_record,
+    headers_of,
+    parse_header,
+    read_file_headers,
+    weight_files,
+)
 from hf_lrq.errors import CheckpointError
 from hf_lrq.evaluation import compressed_layers, stored_tensors
 
@@ -29,6 +39,17 @@ def compressed_modules(names: Iterable[str]) -> frozenset[str]:
     ['a.q_proj']
     """
     return frozenset(name.removesuffix(".scales") for name in names if name.endswith(".scales"))
+
+
+def local_headers(header: QuantizationHeader, directory: Path) -> Headers:
+    """Headers of all tensors of a checkpoint in a folder, which are compared with what its files record.
+
+    Raises:
+        CheckpointError: if a file is missing or damaged, or if tensors were removed or added.
+    """
+    files = read_file_headers(weight_files(directory))
+    check_record(header, files)
+    return headers_of(files)
 
 
 def check_files(header: QuantizationHeader, headers: Headers) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from hf_lrq.errors import CheckpointError, SpecError
 from hf_lrq.kernels import Operands
 from hf_lrq.layout import TENSOR_NAMES, LayerLayout
+from hf_lrq.matrices import QuantizedMatrix
 from hf_lrq.nn.soundness import unsound_values
 from hf_lrq.serving.shards import Shard
 
@@ -108,6 +109,18 @@ class Part(nn.Module):
             stored = [{key: stack[one] for key, stack in tensors.items()} for one in each] or [tensors]
             self._operands = [Operands.of(one, self.layout) for one in stored]
         return self._operands[expert]
+
+    def look_up(self, at: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of a table of codes, as those of an embedding: [..., columns].
+
+        Args:
+            at: [...] integers, counted from the first row that is held.
+            dtype: of the result; computed in float32.
+        """
+        flat, columns = at.reshape(-1), self.shard.shape[1]
+        weight, scales = (self.get_parameter(key).index_select(0, flat) for key in ("weight", "scales"))
+        rows = QuantizedMatrix(weight, scales, self.layout.codebook, columns, self.layout.group_size)
+        return rows.dequantize(dtype).reshape(*at.shape, columns)
 
     def _cut(self, key: str, whole: Tensor) -> Tensor:
         try:

@@ -12,7 +12,7 @@ from hf_lrq.codebooks import known_families
 from hf_lrq.decomposition.allocation import Choice, allocate
 from hf_lrq.errors import SpecError
 from hf_lrq.spec import CompressionSpec, LayerSpec
-from hf_lrq.work.fitting import computed_together
+from hf_lrq.work.fitting import computed_together, fitted_spec
 from hf_lrq.work.plan import Plan
 from hf_lrq.work.sites import Site
 
@@ -67,7 +67,7 @@ class Budget:
         shapes = [(site.out_features, site.in_features) for site in group]
         found: list[LayerSpec] = []
         for bits in (wanted.bits,) if "bits" in fixed else _bits_of(wanted.codebook):
-            fitted = replace(wanted, bits=bits).fitted(*shapes, blocks=blocks)
+            fitted = fitted_spec(group, replace(wanted, bits=bits), blocks, self.spec.tensor_parallel)
             if "rank" in fixed or wanted.rank is not None:
                 found.append(fitted)
             else:

@@ -129,3 +129,11 @@ def test_an_uncompressed_matrix_is_cut_in_the_same_way():
     for wrong in (W.int(), W.T):
         with pytest.raises(CheckpointError, match=r"m\.k_proj\.weight: expected floats \[6, 4\]"):
             part.load("weight", wrong)
+
+
+def test_rows_of_a_table_are_looked_up():
+    layer = random_layer(64, 50, LayerLayout(codebook="int8", rank=0, rotation="none", group_size=32))
+    at = torch.tensor([[0, 3], [9, 3]])
+    for start, stop in ((0, 50), (20, 30)):
+        found = loaded(layer, Shard.of_rows(50, 64, start, stop)).look_up(at, torch.float32)
+        assert torch.equal(found, layer.dense()[start + at])
