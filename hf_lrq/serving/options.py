@@ -15,6 +15,7 @@ class Way(NamedTuple):
     activation: str = "float"
 
 
+KNOWN = ("backend", "activation")
 AUTOMATIC = Way()
 
 
