@@ -4,7 +4,7 @@ from hf_lrq.serving.experts import routed_experts
 from hf_lrq.serving.headers import check_files, compressed_modules, local_headers, read_header
 from hf_lrq.serving.options import Way, read_way
 from hf_lrq.serving.parts import Part, PlainPart
-from hf_lrq.serving.shards import Shard
+from hf_lrq.serving.shards import Shard, in_one_matrix
 
 __all__ = [
     "Part",
@@ -13,6 +13,7 @@ __all__ = [
     "Way",
     "check_files",
     "compressed_modules",
+    "in_one_matrix",
     "local_headers",
     "read_header",
     "read_way",

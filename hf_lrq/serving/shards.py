@@ -1,5 +1,6 @@
 """Which part of a matrix a process holds."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -67,3 +68,20 @@ class Shard:
         """The same of an uncompressed weight [out, in]."""
         (top, bottom), (left, right) = self.rows, self.columns
         return tensor[top:bottom, left:right]
+
+
+def in_one_matrix(shards: Sequence[Shard]) -> list[Shard]:
+    """Shards of matrices that are stored below each other as one, as shards of that one; a single one if it is whole.
+
+    Args:
+        shards: of each matrix, from above.
+    """
+    total = sum(shard.out_features for shard in shards)
+    found, top = [], 0
+    for shard in shards:
+        rows = top + shard.rows[0], top + shard.rows[1]
+        found.append(Shard(total, shard.in_features, rows, shard.columns))
+        top += shard.out_features
+    whole = Shard.whole(total, shards[0].in_features)
+    held = sum(shard.shape[0] for shard in found)
+    return [whole] if held == total and shards[0].columns == whole.columns else found

@@ -7,7 +7,7 @@ from hf_lrq.errors import CheckpointError, SpecError
 from hf_lrq.kernels import linear
 from hf_lrq.layout import LayerLayout
 from hf_lrq.nn.random import random_layer
-from hf_lrq.serving import Part, PlainPart, Shard
+from hf_lrq.serving import Part, PlainPart, Shard, in_one_matrix
 
 OUT, IN = 512, 256
 CODEBOOKS = ("bt2", "bt4", "tcq3", "e8p2", "int4", "nf4")
@@ -137,3 +137,20 @@ def test_rows_of_a_table_are_looked_up():
     for start, stop in ((0, 50), (20, 30)):
         found = loaded(layer, Shard.of_rows(50, 64, start, stop)).look_up(at, torch.float32)
         assert torch.equal(found, layer.dense()[start + at])
+
+
+def test_matrices_that_are_stored_as_one_are_cut_apart(x):
+    """q of 256 rows above k and v of 128, for two processes."""
+    layer = random_layer(IN, OUT, LayerLayout(codebook="e8p2", rank=3, rotation_block=32))
+    told, heights = x @ layer.dense().T, (256, 128, 128)
+    q, k, v = told.split(heights, -1)
+    for rank in (0, 1):
+        own = [Shard.of_rows(rows, IN, rank * rows // 2, (rank + 1) * rows // 2) for rows in heights]
+        found = [linear(x, loaded(layer, shard).operands(), backend="torch") for shard in in_one_matrix(own)]
+        expected = [y.chunk(2, -1)[rank] for y in (q, k, v)]
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_all_of_what_is_stored_as_one_is_one_shard():
+    assert in_one_matrix([Shard.whole(rows, IN) for rows in (256, 128)]) == [Shard.whole(384, IN)]

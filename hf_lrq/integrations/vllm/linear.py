@@ -15,7 +15,7 @@ from vllm.model_executor.layers.linear import (
 from hf_lrq.errors import CheckpointError
 from hf_lrq.integrations.vllm.loading import add_parts, parts_of
 from hf_lrq.kernels import linear, linear_group
-from hf_lrq.serving import Part, PlainPart, Shard
+from hf_lrq.serving import Part, PlainPart, Shard, in_one_matrix
 
 
 class LRQLinearMethod(LinearMethodBase):
@@ -51,12 +51,10 @@ class LRQLinearMethod(LinearMethodBase):
         names = self.names
         stored_as_one = len(names) == 1 and len(held) > 1
         if stored_as_one:  # As in Phi-3.
-            held, names = _in_one_matrix(held), names * len(held)
+            held = in_one_matrix(held)
+            names = names * len(held)
         if len(names) != len(held):
             raise CheckpointError(f"{', '.join(names)} are stored, vLLM's layer has {len(held)} partitions.")
-        if stored_as_one and _is_whole(held):
-            first = held[0]
-            held, names = [Shard.whole(first.out_features, first.in_features)], names[:1]
         parts = [self._part(name, shard, params_dtype) for name, shard in zip(names, held, strict=True)]
         add_parts(layer, parts, stored_as_one)
 
@@ -116,18 +114,3 @@ def _held(layer: Any, index: int, rows: int, columns: int, full_columns: int) ->
         full = layer.total_num_kv_heads * (layer.v_head_size if index == 2 else layer.head_size)
         rank //= layer.num_kv_head_replicas
     return Shard.of_rows(full, full_columns, rank * rows, (rank + 1) * rows)
-
-
-def _in_one_matrix(held: list[Shard]) -> list[Shard]:
-    """Shards of matrices that stand below each other in one, as shards of that one."""
-    total, found, top = sum(shard.out_features for shard in held), [], 0
-    for shard in held:
-        start, stop = shard.rows
-        found.append(Shard(total, shard.in_features, (top + start, top + stop), shard.columns))
-        top += shard.out_features
-    return found
-
-
-def _is_whole(held: list[Shard]) -> bool:
-    """Whether shards of one matrix are all of it."""
-    return sum(shard.shape[0] for shard in held) == held[0].out_features and held[0].columns == (0, held[0].in_features)
