@@ -46,7 +46,7 @@ def test_lora_of_peft_on_top(compressed, in_vllm, greedy, tmp_path):
     alone = greedy(model)
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
     adapted.save_pretrained(tmp_path / "adapter")
-    options = {"enable_lora": True, "max_lora_rank": 8}
+    options = {"enable_lora": True, "max_lora_rank": 8, "additional_config": {"hf_lrq": {"backend": "torch"}}}
     found = in_vllm({"model": tmp_path / "model", "lora": str(tmp_path / "adapter"), "options": options})
     assert found == [greedy(adapted)]
     assert found != [alone]
