@@ -36,11 +36,9 @@ def read_way(options: Any) -> Way:
     if not isinstance(options, Mapping):
         raise SpecError(f"options of hf_lrq are a dict such as {{'activation': 'int8'}}, got {shown(options)}.")
     for key in options:
-        if key not in Way._fields:
-            known = ", ".join(Way._fields)
-            raise SpecError(
-                f"Unknown option {shown(key)}.{did_you_mean(str(key), Way._fields)} Known options: {known}."
-            )
+        if key not in KNOWN:
+            hint = did_you_mean(str(key), KNOWN)
+            raise SpecError(f"Unknown option {shown(key)}.{hint} Known options: {', '.join(KNOWN)}.")
     way = Way(**options)
     check_choice("backend", way.backend, tuple(known_backends()))
     check_choice("activation", way.activation, tuple(ACTIVATIONS))
