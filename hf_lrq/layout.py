@@ -20,6 +20,7 @@ ROTATIONS = ("hadamard", "none", "trained")
 FACTOR_NAMES = ("lr_L", "lr_R", "lr_L_scale", "lr_R_scale", "ft_L", "ft_R")
 TENSOR_NAMES = ("weight", "scales", "rot_in", "rot_out", *FACTOR_NAMES)
 SMALLEST_BLOCK, LARGEST_BLOCK = 8, 4096  # Shorter transforms mix too few weights to be worth a pass: signs only.
+MOST_SHARDS = 64  # Equal ones that are looked for; engines spread a layer over no more processes.
 
 Side = Literal["out", "in"]  # Which features of a matrix are meant.
 # Axes along the out and the in features, from the end; None: no axis. Those of scales depend on the codebook.
@@ -145,6 +146,16 @@ class LayerLayout:
             unit = math.lcm(unit, self.group_size)
         return unit if self.rotation == "none" else math.lcm(unit, hadamard_block(features, self.rotation_block))
 
+    def shard_counts(self, side: Side, features: int) -> tuple[int, ...]:
+        """Numbers of equal shards, at most `MOST_SHARDS`, that the features can be cut into; the first is 1.
+
+        >>> LayerLayout(codebook="bt2", rank=0).shard_counts("out", 14336)
+        (1, 2, 4, 7, 8, 14, 28, 56)
+        """
+        # Shards of whole units are rotated in blocks of the same length as the whole.
+        units = features // self.shard_unit(side, features) if features % self.shard_unit(side, features) == 0 else 1
+        return tuple(count for count in range(1, min(units, MOST_SHARDS) + 1) if units % count == 0)
+
     def check_shard(self, side: Side, features: int, start: int, stop: int) -> None:
         """Whether the features from `start` to `stop` of a matrix of so many are computed exactly on their own.
 
@@ -157,14 +168,21 @@ class LayerLayout:
         if start % unit or (stop % unit and stop < features):
             raise SpecError(
                 f"{side} features {start} to {stop} of {features} are no multiples of {unit}, where {self.codebook!r} "
-                f"with rotation_block {self.rotation_block} can be cut. Use fewer shards, or smaller blocks."
+                f"with rotation_block {self.rotation_block} can be cut. Use fewer shards, or smaller blocks; "
+                f"{self._what_fits(side, features)}"
             )
         whole, own = (hadamard_block(n, self.rotation_block) for n in (features, stop - start))
         if self.rotation != "none" and whole != own:
             raise SpecError(
                 f"{features} {side} features are rotated in blocks of {whole}; {stop - start} of them alone would be "
-                f"rotated in blocks of {own}. Use shards of another size, or compress with a smaller rotation_block."
+                f"rotated in blocks of {own}. Use shards of another size, or compress with a smaller rotation_block; "
+                f"{self._what_fits(side, features)}"
             )
+
+    def _what_fits(self, side: Side, features: int) -> str:
+        _, *counts = self.shard_counts(side, features)
+        listed = ", ".join(f"{count} of {features // count}" for count in counts)
+        return f"equal shards that fit: {listed or 'none'}."
 
     def shard(self, name: str, tensor: Tensor, side: Side, features: int, start: int, stop: int) -> Tensor:
         """What the shard with the features from `start` to `stop` needs of a stored tensor: a view of it.

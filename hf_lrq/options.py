@@ -145,6 +145,11 @@ class ModuleOptions:
     layers: Mapping[str, Any] | None = _option(
         None, "Name of a module -> its LayerSpec, or a dict of one; wins over all patterns."
     )
+    tensor_parallel: int = _option(
+        1,
+        "Processes that a serving engine is to spread each matrix over: the largest Hadamard blocks, and of "
+        "codebook auto the best, with which every shard can be cut out. One process can run them as well.",
+    )
     avg_bits: float | None = _option(
         None,
         "True bits per weight of all compressed matrices together, with embedding_bits=auto of tables, too; instead of "

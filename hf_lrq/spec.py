@@ -2,14 +2,14 @@
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from hf_lrq.checks import check_choice, check_fraction, check_integer, check_share
 from hf_lrq.codebooks import BITS, codebook_name, get_codebook, known_families
 from hf_lrq.errors import SpecError, did_you_mean
-from hf_lrq.layout import LayerLayout
+from hf_lrq.layout import MOST_SHARDS, LayerLayout
 from hf_lrq.options import LayerOptions, documented
 from hf_lrq.patterns import check_pattern, matches
 
@@ -96,18 +96,26 @@ class LayerSpec(LayerOptions):
         >>> LayerSpec().fitted((2048, 8192)).rank, LayerSpec(factor_bits=16).fitted((2048, 8192)).rank
         (56, 24)
         """
-        spec = self if self.codebook != "auto" else replace(self, codebook=self._fitting_family(shapes, blocks))
+        spec = replace(self, codebook=self.families(*shapes, blocks=blocks)[0])
         settled = spec.rank is not None or spec.rank_threshold is not None
         return spec if settled else replace(spec, rank=automatic_rank(spec.layout, shapes))
 
-    def _fitting_family(self, shapes: Sequence[tuple[int, int]], blocks: bool) -> str:
+    def families(self, *shapes: tuple[int, int], blocks: bool = True) -> list[str]:
+        """The families of codebooks that suit matrices of these shapes, the best first; just one unless "auto".
+
+        Args:
+            shapes, blocks: see `fitted`.
+        """
+        if self.codebook != "auto":
+            return [self.codebook]
         needed = self.bits * sum(rows * columns for rows, columns in shapes) / 8
-        for family in self._automatic():
+        found, families = [], self._automatic()
+        for family in families:
             book = get_codebook(codebook_name(family, self.bits))
             stored = sum(math.prod(book.packed_shape(*shape)) for shape in shapes)
             if book.row_block == 1 or (blocks and stored <= (1 + LARGEST_PADDING) * needed):
-                break
-        return family
+                found.append(family)
+        return found or families[-1:]
 
     @property
     def layout(self) -> LayerLayout:
@@ -157,6 +165,7 @@ class CompressionSpec:
         layers: {name of a module: its spec, or a dict of it}, which wins over the patterns. A stack of experts has the
             name of its parameter, such as "model.layers.0.mlp.experts.down_proj".
         seed: the seed of every random choice; it is combined with the name of each module.
+        tensor_parallel: processes that a serving engine is to spread each matrix over.
 
     Raises:
         SpecError: on a wrong type, an unknown field, a value out of range, or what is not a regular expression.
@@ -169,9 +178,11 @@ class CompressionSpec:
     patterns: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     layers: Mapping[str, LayerSpec] = field(default_factory=dict)
     seed: int = 0
+    tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
         check_integer("seed", self.seed, 0, 2**63 - 1)
+        check_integer("tensor_parallel", self.tensor_parallel, 1, MOST_SHARDS)
         _check_table("patterns", self.patterns, Mapping, "{'q_proj': {'rank': 8}}")
         _check_table("layers", self.layers, (LayerSpec, Mapping), "{'model.layers.0.mlp.up_proj': LayerSpec(rank=8)}")
         # Copies, as those of the caller may change.
@@ -221,6 +232,7 @@ class CompressionSpec:
             "patterns": {pattern: dict(changes) for pattern, changes in self.patterns.items()},
             "layers": {name: spec.to_dict() for name, spec in self.layers.items()},
             "seed": self.seed,
+            "tensor_parallel": self.tensor_parallel,
         }
 
     @classmethod

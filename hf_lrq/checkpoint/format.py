@@ -56,7 +56,9 @@ not know the format stops with a size mismatch instead of loading random numbers
     group_size              a multiple of 8; columns per scale of codebooks with group scales
     rotation                "hadamard", "none", or "trained": as "hadamard", but rot_in and rot_out need not be signs
     rotation_block          a power of two from 8 to 4096; the largest Hadamard block
-    modules_to_not_convert  names of the linear layers and expert modules that are not compressed; all others are
+    modules_to_not_convert  names of the linear layers and expert modules that are not compressed; all others are, of
+                            those that transformers calls linear. Whoever calls more so asks the files: a module is
+                            compressed where they hold its scales
     modules                 {name: {key: value}}: what differs from the above for one module; keys: codebook, bits,
                             rank, factor_bits, group_size, rotation, rotation_block, and ft_rank (0 to 65536; absent: 0)
     embeddings              names of the embeddings, and of the output heads that are not tied to one, that are

@@ -1,6 +1,5 @@
 """`hf-lrq inspect`: what a saved model is, from config.json and the headers of its files; no tensor is read."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,12 @@ from hf_lrq.checkpoint import (
 from hf_lrq.cli.arguments import InspectOptions
 from hf_lrq.cli.output import bits, console, print_json, print_size, print_table
 from hf_lrq.errors import CheckpointError
-from hf_lrq.evaluation import Size, compressed_layers, size_of_headers
+from hf_lrq.evaluation import Size, compressed_layers, size_of_headers, stored_tensors
 from hf_lrq.evaluation.files import StoredLayer
 from hf_lrq.integrations.loading import empty_layers
 from hf_lrq.integrations.saved_class import class_named_in, empty_model
-from hf_lrq.layout import TensorLayout
-from hf_lrq.nn.fused_experts import PREFIX
 from hf_lrq.report import human_bytes
+from hf_lrq.work.cuts import common_counts, shard_counts
 
 
 @dataclass(frozen=True)
@@ -72,6 +70,14 @@ class Inspection:
         tables = [layer for layer in self.layers if layer.of_tables]
         return 8 * sum(t.bytes for t in tables) / sum(t.weights for t in tables) if tables else None
 
+    @property
+    def tensor_parallel(self) -> tuple[int, ...]:
+        """Numbers of processes that a serving engine can spread every matrix over, as far as their names tell."""
+        matrices = [layer for layer in self.layers if not layer.of_tables]
+        return common_counts(
+            shard_counts(layer.name, layer.layout, layer.out_features, layer.in_features) for layer in matrices
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
         return {
@@ -88,6 +94,7 @@ class Inspection:
             },
             "size": self.size.to_dict(),
             "quantization_config": None if self.header is None else self.header.to_dict(),
+            "tensor_parallel": list(self.tensor_parallel),
             "modules": [layer.to_dict() for layer in self.layers],
         }
 
@@ -114,7 +121,7 @@ def inspect_directory(directory: Path) -> Inspection:
         if not checked:
             biases = {f"{name}.bias" for name in layers}  # As in the uncompressed model, whatever that was.
             stored = {name: entry for name, entry in headers.items() if name not in biases}
-            check_headers(_expected(layers), stored)
+            check_headers(stored_tensors(layers.values()), stored)
             check_record(header, read_file_headers(files))
     architectures = config.get("architectures")
     return Inspection(
@@ -182,6 +189,9 @@ def run(options: InspectOptions) -> None:
             out.print(f"Bits per weight of compressed embeddings and heads: {bits(found.embedding_bits)}")
         out.print(f"Bits per parameter of the whole file: {bits(found.size.bits_per_parameter)}")
         out.print(f"Bits per weight as the CALDERA paper counts, codes and factors only: {bits(found.caldera_bits)}")
+        out.print(
+            f"Tensor parallel sizes that every matrix can be cut for: {', '.join(map(str, found.tensor_parallel))}"
+        )
 
 
 def _row(layer: StoredLayer) -> tuple[str, ...]:
@@ -200,13 +210,3 @@ def _row(layer: StoredLayer) -> tuple[str, ...]:
 def _natural(layer: StoredLayer) -> list[tuple[int, str]]:
     """Sorts block 10 after block 9."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in layer.name.split(".")]
-
-
-def _expected(layers: Mapping[str, StoredLayer]) -> dict[str, TensorLayout]:
-    """Every tensor that config.json calls for, by full name."""
-    expected = {}
-    for name, layer in layers.items():
-        stack = (layer.experts,) if name.rpartition(".")[2].startswith(PREFIX) else ()
-        for tensor, wanted in layer.layout.tensors(layer.out_features, layer.in_features).items():
-            expected[f"{name}.{tensor}"] = TensorLayout((*stack, *wanted.shape), wanted.dtype)
-    return expected

@@ -1,6 +1,6 @@
 """Measurements of a compressed model: perplexity, divergence from the original, distance of outputs, exact size."""
 
-from hf_lrq.evaluation.files import compressed_layers, size_of_headers
+from hf_lrq.evaluation.files import compressed_layers, size_of_headers, stored_tensors
 from hf_lrq.evaluation.likelihood import (
     Comparison,
     Estimate,
@@ -35,4 +35,5 @@ __all__ = [
     "position_limit",
     "size",
     "size_of_headers",
+    "stored_tensors",
 ]

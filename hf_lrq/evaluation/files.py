@@ -1,13 +1,14 @@
 """Exact size of a saved model and of its compressed matrices, from the headers of its files; no model is built."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from hf_lrq.codebooks import get_codebook
 from hf_lrq.evaluation.sizes import Size, StoredTensor
-from hf_lrq.layout import TENSOR_NAMES, LayerLayout
+from hf_lrq.layout import TENSOR_NAMES, LayerLayout, TensorLayout
+from hf_lrq.nn.fused_experts import PREFIX
 from hf_lrq.safetensors_headers import Headers, tensor_bytes
 
 
@@ -108,6 +109,16 @@ def _layer_from_headers(prefix: str, headers: Headers, layouts: Layouts) -> Stor
     stored = sum(tensor_bytes(dtype, shape) for dtype, shape in own.values())
     experts = stack[0] if stack else 1
     return StoredLayer(prefix, layout, experts, out_features, in_features, stored, prefix in layouts.embeddings)
+
+
+def stored_tensors(layers: Iterable[StoredLayer]) -> dict[str, TensorLayout]:
+    """Every tensor that the layouts of these matrices call for, by full name; biases excluded."""
+    expected = {}
+    for layer in layers:
+        stack = (layer.experts,) if layer.name.rpartition(".")[2].startswith(PREFIX) else ()
+        for tensor, wanted in layer.layout.tensors(layer.out_features, layer.in_features).items():
+            expected[f"{layer.name}.{tensor}"] = TensorLayout((*stack, *wanted.shape), wanted.dtype)
+    return expected
 
 
 def size_of_headers(headers: Headers, file_bytes: int | None = None, layouts: Layouts | None = None) -> Size:

@@ -174,6 +174,7 @@ class LRQConfig(QuantizationConfigMixin):
         if isinstance(spec, LayerSpec):
             spec = CompressionSpec(default=spec)
         modules: dict[str, Any] = {"patterns": spec.patterns or None, "layers": spec.layers or None, "seed": spec.seed}
+        modules["tensor_parallel"] = spec.tensor_parallel
         return cls(**spec.default.to_dict(), **modules, **options)
 
     @property
@@ -186,6 +187,7 @@ class LRQConfig(QuantizationConfigMixin):
             patterns=in_one([*entries, *(self.patterns or {}).items()]),
             layers=self.layers or {},
             seed=self.seed,
+            tensor_parallel=self.tensor_parallel,
         )
 
     @property

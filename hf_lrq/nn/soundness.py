@@ -1,12 +1,12 @@
 """Whether the small tensors of compressed layers hold what they can hold: finite numbers, and signs."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from hf_lrq.layout import TENSOR_NAMES
+from hf_lrq.layout import TENSOR_NAMES, LayerLayout
 from hf_lrq.nn.embedding import LRQEmbedding
 from hf_lrq.nn.experts import LRQExpertStack
 from hf_lrq.nn.linear import LRQLinear
@@ -33,16 +33,25 @@ class Unsound:
         return f"{self.name}: expected {self.expected}, found values from {self.low:g} to {self.high:g}"
 
 
-@torch.no_grad()
 def unsound_tensors(model: nn.Module) -> list[Unsound]:
     """Scales, rotations and factors of compressed layers with values that a compression never gives.
 
     All values are read once, where they are, and waited for once per device. Tensors on the meta device are passed
     over. Rotations are signs unless the layout says that they were trained.
     """
+    return _faults(_checked(model))
+
+
+def unsound_values(name: str, layout: LayerLayout, tensors: Mapping[str, Tensor]) -> list[Unsound]:
+    """`unsound_tensors` of one matrix or stack, by the tensors that are stored of it."""
+    return _faults(_to_check(name, layout, tensors))
+
+
+@torch.no_grad()
+def _faults(checked: Iterable[tuple[str, Tensor, bool]]) -> list[Unsound]:
     ranges: dict[torch.device, list[Tensor]] = {}
     names: dict[torch.device, list[tuple[str, bool]]] = {}
-    for name, tensor, signs in _checked(model):
+    for name, tensor, signs in checked:
         low, high = torch.aminmax(tensor.abs() if signs else tensor)
         ranges.setdefault(tensor.device, []).append(torch.stack((low, high)).float())
         names.setdefault(tensor.device, []).append((name, signs))
@@ -63,12 +72,14 @@ def are_signs(rotations: Iterable[Tensor | None]) -> bool:
 
 
 def _checked(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
-    """Name, tensor, and whether it must be signs."""
     for prefix, module in model.named_modules():
-        if not isinstance(module, LRQLinear | LRQExpertStack | LRQEmbedding):
-            continue
-        for name in TENSOR_NAMES:
-            tensor = getattr(module, name)
-            if tensor is None or not tensor.is_floating_point() or tensor.device.type == "meta" or not tensor.numel():
-                continue
-            yield f"{prefix}.{name}", tensor, name in ROTATION_NAMES and module.layout.rotation == "hadamard"
+        if isinstance(module, LRQLinear | LRQExpertStack | LRQEmbedding):
+            stored = {name: tensor for name in TENSOR_NAMES if (tensor := getattr(module, name)) is not None}
+            yield from _to_check(prefix, module.layout, stored)
+
+
+def _to_check(prefix: str, layout: LayerLayout, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, bool]]:
+    """Name, tensor, and whether it must be signs."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.device.type != "meta" and tensor.numel():
+            yield f"{prefix}.{name}", tensor, name in ROTATION_NAMES and layout.rotation == "hadamard"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from hf_lrq.codebooks import known_families
 from hf_lrq.options import EMBEDDING_BITS
 from hf_lrq.spec import CompressionSpec, LayerSpec
+from hf_lrq.work.fitting import fitted_spec
 from hf_lrq.work.sites import Site
 
 CANDIDATE_BITS = (2, 3, 4, 8)
@@ -64,7 +65,9 @@ def menu_of(
     shapes = [(site.out_features, site.in_features) for site in group]
     found: list[LayerSpec] = []
     for bits in (wanted.bits,) if "bits" in named else _bits_of(group[0], wanted):
-        fitted = replace(wanted, bits=bits).fitted(*shapes, blocks=blocks)
+        # Tables are cut by the vocabulary, wherever.
+        processes = 1 if group[0].of_tables else spec.tensor_parallel
+        fitted = fitted_spec(group, replace(wanted, bits=bits), blocks, processes)
         if "rank" in named or wanted.rank is not None:
             found.append(fitted)
         else:

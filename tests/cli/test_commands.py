@@ -221,6 +221,7 @@ def test_inspect_counts_what_is_in_the_files(cli, compressed: Path) -> None:
     assert found["compressed"]
     assert found["bits"] == pytest.approx(report["bits"])
     assert found["size"] == report["size"]
+    assert found["tensor_parallel"] == [1]  # Rows of 64 are rotated as one block.
     assert found["quantization_config"] == json.loads((compressed / "config.json").read_text())["quantization_config"]
     by_name = {module["name"]: module for module in found["modules"]}
     assert list(by_name) == sorted(by_name)
@@ -243,6 +244,7 @@ def test_inspect_prints_tables(cli, compressed: Path) -> None:
     assert f"everything stored: {report['bits']['compressed_layers']:.3f}" in result.stdout
     assert f"whole file: {report['bits']['whole_file']:.3f}" in result.stdout
     assert f"codes and factors only: {report['bits']['caldera']:.3f}" in result.stdout
+    assert "every matrix can be cut for: 1\n" in result.stdout
 
 
 def test_inspect_reads_stacks_of_experts_with_a_rank_of_their_own(cli, tmp_path: Path) -> None:

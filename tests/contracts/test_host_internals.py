@@ -26,6 +26,7 @@ from hf_lrq.integrations.host_internals import HOST_NAMES, HostName
 PACKAGE = Path(hf_lrq.__file__).parent
 TABLE = "integrations/host_internals.py"
 HOSTS = ("transformers", "peft", "accelerate")
+ENGINES = ("vllm", "sglang")  # Installed where they serve, and nowhere else; our modules for one need it.
 
 # Modules that a host documents; what it exports at the top is documented, too.
 DOCUMENTED = {"transformers.utils.logging"}
@@ -265,8 +266,10 @@ def test_other_names_pass(source: str) -> None:
 
 def hosted_classes() -> list[type]:
     """Classes of the package that inherit from a host's."""
+    of_engines = re.compile(rf"hf_lrq\.integrations\.(?:{'|'.join(ENGINES)})\.")
     for module in pkgutil.walk_packages([str(PACKAGE / "integrations")], "hf_lrq.integrations."):
-        importlib.import_module(module.name)
+        if not of_engines.match(module.name):
+            importlib.import_module(module.name)
     modules = [module for name, module in sys.modules.items() if name.startswith("hf_lrq.")]
     classes = {each for module in modules for each in vars(module).values() if inspect.isclass(each)}
     return sorted(

@@ -26,18 +26,18 @@ ROWS = (
     ("nn",),
     ("work",),
     ("calibration", "checkpoint", "evaluation"),
-    ("recovery",),
+    ("recovery", "serving"),
     ("report",),
     ("integrations",),
     ("cli",),
 )
 ROW_OF = {member: row for row, members in enumerate(ROWS) for member in members}
 
-HOSTS = {"transformers", "peft", "huggingface_hub"}
+HOSTS = {"transformers", "peft", "huggingface_hub", "vllm", "sglang"}
 MAY_IMPORT_HOSTS = {"report", "integrations", "cli"}
 
 # Absent hosts, and the start-up time of the command line: the only reasons for an import inside a function.
-MAY_IMPORT_IN_FUNCTIONS = re.compile(r"integrations/__init__\.py|cli\.py|cli/.*")
+MAY_IMPORT_IN_FUNCTIONS = re.compile(r"integrations/(\w+/)?__init__\.py|cli\.py|cli/.*")
 
 FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 FORBIDDEN_BUILTINS = {"eval", "exec"}
@@ -193,6 +193,7 @@ def test_nothing_runs_code_from_a_file() -> None:
         ("evaluation.py", "from peft import PeftModel", "hosts are imported in"),
         ("evaluation.py", "if TYPE_CHECKING:\n    import transformers", "hosts are imported in"),
         ("evaluation.py", "try:\n    import huggingface_hub\nexcept ImportError:\n    pass", "hosts are imported in"),
+        ("serving/parts.py", "import vllm", "hosts are imported in"),
         ("evaluation.py", "def f():\n    import json", "imports stand at the top of the file"),
         ("integrations/peft.py", "class A:\n    def f(self):\n        import peft", "imports stand at the top"),
         ("__init__.py", "from hf_lrq.spec import LayerSpec", "the package itself imports integrations only"),
@@ -215,6 +216,7 @@ def test_the_checker_sees_a_wrong_import(path: str, source: str, fault: str) -> 
         ("cli.py", "def main():\n    import transformers\n    from hf_lrq.calibration.compress import compress"),
         ("cli/quantize.py", "def run():\n    import transformers"),
         ("integrations/transformers.py", "from transformers.quantizers import HfQuantizer"),
+        ("integrations/vllm/__init__.py", "def register():\n    import vllm"),
         ("__init__.py", "if TYPE_CHECKING:\n    from hf_lrq.spec import LayerSpec"),
     ],
 )

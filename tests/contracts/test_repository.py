@@ -1,6 +1,8 @@
 """What a stranger finds in the checkout: the files, what they promise, and nothing that belongs to one machine."""
 
 import ast
+import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -19,6 +21,8 @@ MEGABYTE = 1_000_000
 
 # Imported name -> name of the distribution, where they differ.
 DISTRIBUTIONS = {"yaml": "pyyaml"}
+# Engines find this package where they are installed; a requirement would pull one of several builds of them.
+ENGINES = {"vllm", "sglang"}
 
 
 def tracked_files() -> list[Path]:
@@ -164,9 +168,22 @@ def test_every_import_of_the_package_is_declared(project: dict[str, Any]) -> Non
             for module in modules:
                 top = module.partition(".")[0]
                 distribution = DISTRIBUTIONS.get(top, top).lower().replace("-", "_")
-                if top not in sys.stdlib_module_names and distribution not in declared | {"hf_lrq"}:
+                if top not in sys.stdlib_module_names | ENGINES and distribution not in declared | {"hf_lrq"}:
                     missing.add(f"{path.relative_to(ROOT).as_posix()}: {top}")
     assert missing == set()
+
+
+def test_no_extra_pulls_an_engine(project: dict[str, Any]) -> None:
+    names = [re.split(r"[\[>=; ]", requirement)[0].lower() for requirement in requirements(project)]
+    assert [name for name in names if any(engine in name for engine in ENGINES)] == []
+
+
+def test_entry_points_name_functions(project: dict[str, Any]) -> None:
+    """Engines call them without arguments."""
+    for group in project["project"]["entry-points"].values():
+        for target in group.values():
+            module, _, name = target.partition(":")
+            assert inspect.signature(getattr(importlib.import_module(module), name)).parameters == {}
 
 
 def test_the_version_is_written_once(project: dict[str, Any]) -> None:

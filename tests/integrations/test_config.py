@@ -60,7 +60,7 @@ def test_the_text_of_codebook_names_each_family_with_its_bits() -> None:
     "spec",
     [
         CompressionSpec(),
-        CompressionSpec(default=LayerSpec(bits=4, sweeps=0), seed=3),
+        CompressionSpec(default=LayerSpec(bits=4, sweeps=0), seed=3, tensor_parallel=2),
         CompressionSpec(patterns={"up": {"rank": 2}, "layers.0": {"init": "zero"}}, layers={"a.b": LayerSpec(rank=1)}),
     ],
 )
@@ -118,6 +118,7 @@ def test_patterns_reach_the_spec() -> None:
         ({"dequantize": 1}, "dequantize must be True or False"),
         ({"modules_to_not_convert": "lm_head"}, r"must be a list of names, got 'lm_head'. Write \['lm_head'\]"),
         ({"seed": -1}, "seed must be between"),
+        ({"tensor_parallel": 0}, "tensor_parallel must be between 1 and 64"),
         ({"quant_method": "gptq"}, "quant_method must be 'hf_lrq'"),
     ],
 )

@@ -51,9 +51,7 @@ def export_lora(
     }
     pairs = {name: (L, R) for name, (L, R) in pairs.items() if L.shape[1]}
     if not pairs:
-        raise SpecError(
-            f"adapter {adapter!r} adds nothing to any layer: it has no rank left to export."
-        )
+        raise SpecError(f"adapter {adapter!r} adds nothing to any layer: it has no rank left to export.")
     lora = _as_lora(config, {name: R.shape[0] for name, (_, R) in pairs.items()})
     whole = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     tensors = {name: tensor for name, tensor in whole.items() if not name.rpartition(".")[2].startswith(PREFIX)}
