@@ -239,6 +239,7 @@ TRANSFORMERS = (
         ("cli",),
         "whether a config is that of a causal language model",
     ),
+    HostName("transformers.cli.serve.Serve", "class", ("cli",), "whether its server takes a model as an argument"),
     HostName("transformers.generation.streamers.BaseStreamer", "class", ("cli",), "when the first token came"),
     HostName("transformers.utils.logging.is_progress_bar_enabled", "function", _HOSTED, "whether to show ours"),
 )
