@@ -168,6 +168,7 @@ _add_command(app, "eval", arguments.EvalOptions, "evaluation")
 _add_command(app, "recover", arguments.RecoverOptions, "recover")
 _add_command(app, "export-lora", arguments.ExportLoraOptions, "export_lora")
 _add_command(app, "export-gguf", arguments.ExportGgufOptions, "export_gguf")
+_add_command(app, "serve", arguments.ServeOptions, "serve")
 _add_command(app, "presets", arguments.PresetsOptions, "presets")
 _add_command(app, "doctor", arguments.DoctorOptions, "doctor")
 

@@ -33,6 +33,14 @@ class Stored(str, Enum):
     float32 = "float32"
 
 
+class EngineName(str, Enum):
+    """Names of what can serve a model."""
+
+    auto = "auto"
+    vllm = "vllm"
+    transformers = "transformers"
+
+
 class Switch(str, Enum):
     """What is done to something that is on or off."""
 
@@ -210,6 +218,24 @@ class ExportGgufOptions(Loading):
     model: Annotated[str, Argument(help="Folder or id on the Hub of the compressed model.")]
     like: Annotated[Path, Option(help="GGUF file of the original: its tokenizer, settings and uncompressed tensors.")]
     out: Annotated[Path, Option("--out", "-o", help="Folder to write; must be empty or not exist.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions(Loading):
+    """Serve a compressed model to clients of OpenAI's interface, on this machine alone unless told otherwise."""
+
+    model: Annotated[str, Argument(help="Folder or id on the Hub of the compressed model; clients name it so, too.")]
+    further: Annotated[
+        list[str] | None,
+        Argument(metavar="-- ...", help="What comes after -- is handed to the engine.", show_default=False),
+    ] = None
+    host: Annotated[str, Option(help="Address to listen at. Others than 127.0.0.1 let other machines in.")] = (
+        "127.0.0.1"
+    )
+    port: Annotated[int, Option(min=1, max=65535, help="Port to listen at.")] = 8000
+    engine: Annotated[
+        EngineName, Option(help="Server to take; auto is vllm where it is installed, else that of transformers.")
+    ] = EngineName.auto
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,11 +3,10 @@
 from importlib.util import find_spec
 
 import torch
-from transformers.utils.hub import cached_file
 
 from hf_lrq.checkpoint import check_free
 from hf_lrq.cli.arguments import ExportLoraOptions
-from hf_lrq.cli.loading import chosen_device, load_model, set_threads
+from hf_lrq.cli.loading import chosen_device, first_line, load_model, set_threads
 from hf_lrq.cli.output import hush, say
 from hf_lrq.errors import LRQError, SpecError
 
@@ -22,9 +21,10 @@ def run(options: ExportLoraOptions) -> None:
 
     hush(False)
     check_free(options.out)
-    if cached_file(options.adapter, "adapter_config.json", _raise_exceptions_for_missing_entries=False) is None:
-        raise LRQError(f"{options.adapter} holds no adapter: it has no adapter_config.json.")
-    config = PeftConfig.from_pretrained(options.adapter)
+    try:
+        config = PeftConfig.from_pretrained(options.adapter)
+    except (ValueError, OSError) as error:
+        raise LRQError(f"{options.adapter} holds no adapter: {first_line(error)}") from error
     if not isinstance(config, LRQAdapterConfig):
         raise SpecError(f"{options.adapter} is an adapter of type {config.peft_type.value} already, not LRQ.")
     base = options.model or config.base_model_name_or_path

@@ -239,6 +239,7 @@ TRANSFORMERS = (
         ("cli",),
         "whether a config is that of a causal language model",
     ),
+    HostName("transformers.cli.serve.Serve", "class", ("cli",), "whether its server takes a model as an argument"),
     HostName("transformers.generation.streamers.BaseStreamer", "class", ("cli",), "when the first token came"),
     HostName("transformers.utils.logging.is_progress_bar_enabled", "function", _HOSTED, "whether to show ours"),
 )
@@ -247,6 +248,13 @@ PEFT = (
     # Registration.
     HostName("peft.mapping_func", "module", _HOSTED, "its import is awaited"),
     HostName("peft.PeftType", "class", _ADAPTERS, "gets a member"),
+    HostName(
+        "peft.get_peft_model_state_dict",
+        "function",
+        _ADAPTERS,
+        "what is saved of an adapter",
+        ("model", "adapter_name", "save_embedding_layers"),
+    ),
     HostName("peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING", "attribute", _ADAPTERS, "register again"),
     HostName("peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING", "attribute", _ADAPTERS, "register again"),
     HostName("peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING", "attribute", _ADAPTERS, "register again"),
