@@ -35,7 +35,7 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (
             ["--codebook", "e9p"],
-            "Unknown codebook family 'e9p'. Known families: e8p, bt, tcq, int, lloyd, nf. Did you mean 'e8p'?",
+            "Unknown codebook family 'e9p'. Known families: e8p, bt, tcq, int, lloyd, nf, gguf. Did you mean 'e8p'?",
         ),
         (["--codebook", "nf", "--bits", "8"], "Codebook family 'nf' has no 8-bit codebook. Choose bits from: 2, 3, 4."),
         (["--rank", "-1"], "rank must be between 0 and 65536, got -1"),
@@ -334,7 +334,21 @@ def test_help_lists_the_commands(cli) -> None:
     assert result.exit_code == 0
     commands = [command.name for command in (*app.registered_commands, *app.registered_groups)]
     assert commands == [
-        *("quantize", "inspect", "verify", "eval", "recover", "presets", "doctor", "run", "autoload", "bench")
+        *(
+            "quantize",
+            "inspect",
+            "verify",
+            "eval",
+            "recover",
+            "export-lora",
+            "export-gguf",
+            "serve",
+            "presets",
+            "doctor",
+            "run",
+            "autoload",
+            "bench",
+        )
     ]
     assert all(command in result.stdout for command in commands)
 
