@@ -21,7 +21,7 @@ from hf_lrq.calibration.token_weights import TokenWeights, Weights
 from hf_lrq.decomposition import OutputGram, OutputGramAccumulator, generator_for
 from hf_lrq.errors import CalibrationError
 from hf_lrq.work import Executor, Site
-from hf_lrq.work.memory import give_back_freed
+from hf_lrq.work.memory import give_back_freed, in_groups
 
 # Of the Grams and gradients that are in memory at a time; what does not fit gets passes of its own.
 BUDGET = 4 << 30
@@ -85,25 +85,15 @@ def sensitivity(
             found.without |= dict.fromkeys(site.matrices, "gradients of routed tokens are not seen at")
     linear = [site for site in sites if not site.routed]
     tokens = max(map(_tokens, runner.batches))
-    for group in _groups(linear, tokens, workers.count):
+
+    def needed(site: Site) -> int:
+        """Its Gram, and gradients of as many batches as there are workers."""
+        return 8 * site.out_features**2 + 4 * site.out_features * tokens * workers.count
+
+    for group in in_groups(linear, needed, BUDGET):
         _collect(runner, group, workers, seed, one_by_one, found)
         found.passes += 1
     return found
-
-
-def _groups(sites: Sequence[Site], tokens: int, count: int) -> Iterator[list[Site]]:
-    """Sites whose Grams, and gradients of as many batches as there are workers, fit into the budget; at least one."""
-    group: list[Site] = []
-    taken = 0
-    for site in sites:
-        needed = 8 * site.out_features**2 + 4 * site.out_features * tokens * count
-        if group and taken + needed > BUDGET:
-            yield group
-            group, taken = [], 0
-        group.append(site)
-        taken += needed
-    if group:
-        yield group
 
 
 def _tokens(batch: Batch) -> int:

@@ -1,17 +1,38 @@
-"""The memory of this process: how much it took, and how what was freed goes back to the system."""
+"""The memory of this process: how much it took, what fits into a budget, and how what was freed goes back."""
 
 import ctypes
 import os
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+Item = TypeVar("Item")
 
 _LIBC = ctypes.CDLL(None) if os.name == "posix" else None
 # Windows has no such module.
 _resource: Any = import_module("resource") if find_spec("resource") else None
+
+
+def in_groups(items: Iterable[Item], needed: Callable[[Item], int], budget: int) -> Iterator[list[Item]]:
+    """Items in their order, as many together as take no more bytes than the budget; at least one.
+
+    >>> list(in_groups([3, 4, 9, 1], lambda item: item, 8))
+    [[3, 4], [9], [1]]
+    """
+    group: list[Item] = []
+    taken = 0
+    for item in items:
+        if group and taken + needed(item) > budget:
+            yield group
+            group, taken = [], 0
+        group.append(item)
+        taken += needed(item)
+    if group:
+        yield group
 
 
 def give_back_freed() -> None:

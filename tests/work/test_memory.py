@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_lrq.work.memory import give_back_freed, peak_memory
+from hf_lrq.work.memory import give_back_freed, in_groups, peak_memory
 
 
 def test_peak_memory_is_in_bytes() -> None:
@@ -31,3 +31,8 @@ def test_what_lies_below_something_kept_goes_back_too() -> None:
 def resident() -> int:
     """Bytes of this process that are in memory."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def test_groups_fit_into_the_budget_and_keep_the_order() -> None:
+    assert list(in_groups([3, 4, 9, 1, 7, 1], lambda item: item, 8)) == [[3, 4], [9], [1, 7], [1]]
+    assert list(in_groups([], lambda item: item, 8)) == []

@@ -8,23 +8,14 @@ from torch import Tensor, nn
 
 from hf_lrq.errors import CalibrationError
 from hf_lrq.integrations.peft.layer import LRQAdapterLinear
+from hf_lrq.work.memory import in_groups
 
 BUDGET = 4 << 30  # Bytes of the gradients that are in memory at a time; more layers get passes of their own.
 
 
 def groups_of(layers: Sequence[LRQAdapterLinear]) -> Iterator[list[LRQAdapterLinear]]:
     """Layers whose gradients fit into the budget together; at least one."""
-    group: list[LRQAdapterLinear] = []
-    taken = 0
-    for layer in layers:
-        needed = 4 * layer.out_features * layer.in_features
-        if group and taken + needed > BUDGET:
-            yield group
-            group, taken = [], 0
-        group.append(layer)
-        taken += needed
-    if group:
-        yield group
+    return in_groups(layers, lambda layer: 4 * layer.out_features * layer.in_features, BUDGET)
 
 
 def mean_gradients(
