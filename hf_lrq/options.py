@@ -132,10 +132,10 @@ class ModuleOptions:
         "in its own way.",
     )
     embedding_bits: int | str = _option(
-        16,
-        "Bits per weight of the embeddings of tokens and of the output head, in models of transformers: 16 leaves them "
-        "as they are, and makes them so where a compressed checkpoint has codes; 8, 6 or 4 stores codes, auto lets a "
-        "budget choose. bits and group_size of patterns and layers hold for them as well.",
+        8,
+        "Bits per weight of the embeddings of tokens and of the output head, in models of transformers: 8, 6 or 4 "
+        "stores codes; 16 leaves them as they are, and makes them so where a compressed checkpoint has codes; auto "
+        "lets a budget choose. bits and group_size of patterns and layers hold for them as well.",
     )
     bits_pattern: Mapping[str, int] | None = _option(None, "Pattern -> bits; short for patterns.")
     rank_pattern: Mapping[str, int] | None = _option(None, "Pattern -> rank; short for patterns.")

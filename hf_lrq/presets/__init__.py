@@ -3,6 +3,8 @@
 `LRQConfig(preset="caldera")` and `hf-lrq quantize --preset caldera` take what is not written out from there.
 """
 
+from dataclasses import replace
+
 from hf_lrq.presets.base import (
     Paper,
     Preset,
@@ -26,5 +28,8 @@ __all__ = [
     "register_preset",
 ]
 
-for _preset in (*OWN, *ROUNDING, *CORRECTIONS, *LOOPS, *LOW_RANK_FIRST):
+for _preset in OWN:
     register_preset(_preset)
+for _preset in (*ROUNDING, *CORRECTIONS, *LOOPS, *LOW_RANK_FIRST):
+    # All of these leave embeddings and output heads as they are.
+    register_preset(replace(_preset, options={"embedding_bits": 16, **_preset.options}))

@@ -1,13 +1,16 @@
 """Ours: today's defaults, a quick one, and the best."""
 
-from hf_lrq.options import LayerOptions, options_of
+from hf_lrq.options import LayerOptions, ModuleOptions, options_of
 from hf_lrq.presets.base import Preset
+
+_DEFAULTS = {name: item.default for name, item in options_of(LayerOptions).items()}
+_DEFAULTS["embedding_bits"] = options_of(ModuleOptions)["embedding_bits"].default
 
 OWN = (
     Preset(
         name="lrq",
         what="What this package does if nothing else is said, written out.",
-        options={name: item.default for name, item in options_of(LayerOptions).items()},
+        options=_DEFAULTS,
         data="useful",
     ),
     Preset(

@@ -37,6 +37,11 @@ def compressed(name, gram):
     return compress_matrix(layer()[0], gram, spec, generator_for(0, name))
 
 
+@pytest.mark.parametrize("name", sorted(PRESETS.keys() - OURS))
+def test_methods_of_others_leave_embeddings_alone(name):
+    assert LRQConfig(preset=name, dataset="bundled").embedding_bits == 16
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_whole(name):
     preset = get_preset(name)
@@ -88,7 +93,11 @@ def test_what_needs_data_makes_something_else_of_it(name):
 
 def test_lrq_is_what_is_done_by_default():
     assert LRQConfig(preset="lrq").spec == LRQConfig().spec
-    assert dict(PRESETS["lrq"].options) == {name: item.default for name, item in options_of(LayerOptions).items()}
+    assert LRQConfig(preset="lrq").embedding_bits == LRQConfig().embedding_bits == 8
+    assert dict(PRESETS["lrq"].options) == {
+        **{name: item.default for name, item in options_of(LayerOptions).items()},
+        "embedding_bits": 8,
+    }
 
 
 def test_what_is_written_out_wins_even_if_it_is_the_default():
