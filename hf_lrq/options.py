@@ -111,10 +111,11 @@ class DataOptions:
     nsamples: int = _option(128, "Calibration sequences.")
     seqlen: int = _option(2048, "Tokens in each calibration sequence, never more than the model takes.")
     batch_size: int = _option(1, "Calibration sequences run at a time.")
-    two_sided: bool = _option(
-        False,
-        "Weigh the errors at the outputs of each layer, too, by gradients of what the model predicts (YAQA, 2025); "
-        "takes passes with gradients over the calibration data.",
+    two_sided: bool | None = _option(
+        None,
+        "Weigh the errors at the outputs of each layer, too, by gradients of what the model predicts (YAQA, 2025). "
+        "Takes passes with gradients over the calibration data, and memory for a Gram matrix of the outputs of every "
+        "layer; None does so where a budget takes them anyway.",
     )
     sequential: bool = _option(True, "Calibrate each block on the outputs of the compressed blocks before it.")
 

@@ -188,9 +188,13 @@ class QuantizeOptions(Saving):
         bool, Option("--independent", help="Calibrate every block on the original model's activations.")
     ] = False
     two_sided: Annotated[
-        bool,
-        Option("--two-sided", help="Weigh errors by what they do to the predictions; needs data, and takes gradients."),
-    ] = False
+        bool | None,
+        Option(
+            "--two-sided/--one-sided",
+            help="Weigh errors by what they do to the predictions; needs data, and takes gradients. Default: with a "
+            "budget.",
+        ),
+    ] = None
     skip: Annotated[list[str] | None, Option(help="Module name or pattern to leave as it is; may be repeated.")] = None
     rank_pattern: Annotated[list[str] | None, Option(help="REGEX=RANK for matching modules; may be repeated.")] = None
     bits_pattern: Annotated[list[str] | None, Option(help="REGEX=BITS for matching modules; may be repeated.")] = None

@@ -100,7 +100,7 @@ def config_of(options: QuantizeOptions) -> LRQConfig:
     others: dict[str, Any] = {
         "dataset": None if options.dataset == NO_DATA else options.dataset,
         "sequential": False if options.independent else None,
-        "two_sided": options.two_sided or None,
+        "two_sided": options.two_sided,
         "modules_to_not_convert": options.skip or None,
         "rank_pattern": _pattern("--rank-pattern", options.rank_pattern or ()),
         "bits_pattern": _pattern("--bits-pattern", options.bits_pattern or ()),

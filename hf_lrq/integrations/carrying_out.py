@@ -34,7 +34,7 @@ def carry_out(
         CompressionError, CalibrationError: see `compress_model`.
     """
     batches = None if batches is None else list(batches)
-    check_data(batches, config.two_sided, config.budget_option)
+    check_data(batches, bool(config.two_sided), config.budget_option)
     plan, found = with_ranks(plan, model), None
     if config.budget_option is not None and batches is not None:
         found = _within_budget(model, plan, batches, config, progress)
@@ -44,8 +44,8 @@ def carry_out(
         plan,
         batches,
         sequential=config.sequential,
-        two_sided=config.two_sided,
-        sensitivity=found.sensitivity if found is not None and config.two_sided else None,
+        two_sided=config.weighs_outputs,
+        sensitivity=found.sensitivity if found is not None and config.weighs_outputs else None,
         progress=progress,
     )
     if found is not None:
@@ -59,7 +59,7 @@ def _within_budget(
 ) -> Budgeted:
     """The plan that fits; whole files fit to the byte, as the length of a header is known once all is chosen."""
     budget = budget_of(model, plan, config)
-    found = fit_budget(model, plan, batches, budget, two_sided=config.two_sided, progress=progress)
+    found = fit_budget(model, plan, batches, budget, two_sided=config.weighs_outputs, progress=progress)
     if config.target_size is None:
         return found
     whole = bytes_of(config.target_size)
@@ -87,7 +87,8 @@ def budget_of(model: nn.Module, plan: Plan, config: LRQConfig) -> Budget:
     rest = size(model, layouts).predicted_bytes - sum(site.bytes(layouts[site]) for site in sites)
     if rest >= whole:
         raise SpecError(
-            f"target_size={config.target_size!r} is {whole:,} bytes, and what is not compressed takes {rest:,}: "
-            f"{plan.inventory.summary()}. Choose a larger size, or compress more modules."
+            f"target_size={config.target_size!r} is {whole:,} bytes, and all but the matrices that it is for takes "
+            f"{rest:,}: {plan.inventory.summary()}. Choose a larger size, compress more modules, or give "
+            "embedding_bits='auto'."
         )
     return replace(budget, bytes=whole - rest)

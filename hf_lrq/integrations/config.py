@@ -88,7 +88,9 @@ class LRQConfig(QuantizationConfigMixin):
                 raise SpecError(f"{name} must be an integer of at least 1, got {value!r}.")
         if isinstance(self.embedding_bits, bool) or self.embedding_bits not in (*EMBEDDING_BITS, "auto"):
             raise SpecError(f"embedding_bits must be 16, 8, 6 or 4, or 'auto', got {self.embedding_bits!r}.")
-        for name in ("dequantize", "sequential", "two_sided", "fuse", "verify"):
+        if self.two_sided is not None and not isinstance(self.two_sided, bool):
+            raise SpecError(f"two_sided must be True, False or None, got {self.two_sided!r}.")
+        for name in ("dequantize", "sequential", "fuse", "verify"):
             if not isinstance(getattr(self, name), bool):
                 raise SpecError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         for name, allowed in (("backend", known_backends()), ("activation", ACTIVATIONS)):
@@ -140,6 +142,11 @@ class LRQConfig(QuantizationConfigMixin):
                 f"{self.budget_option} chooses the bits of each matrix, and bits={self.bits} is given, too. Leave one "
                 "out; bits_pattern keeps those of some matrices."
             )
+
+    @property
+    def weighs_outputs(self) -> bool:
+        """Whether errors are weighed at the outputs, too: `two_sided`, with None resolved."""
+        return self.budget_option is not None if self.two_sided is None else self.two_sided
 
     @property
     def budget_option(self) -> str | None:

@@ -242,7 +242,7 @@ class LRQHfQuantizer(HfQuantizer):
                 batches = calibration_batches(model, config) if config.calibrated else None
                 self._afterwards = plan, batches
         else:
-            check_data(None, config.two_sided, config.budget_option)
+            check_data(None, bool(config.two_sided), config.budget_option)
             self._loading = LoadingCompression(model, plan)
         return model
 

@@ -31,5 +31,5 @@ __all__ = [
 for _preset in OWN:
     register_preset(_preset)
 for _preset in (*ROUNDING, *CORRECTIONS, *LOOPS, *LOW_RANK_FIRST):
-    # All of these leave embeddings and output heads as they are.
-    register_preset(replace(_preset, options={"embedding_bits": 16, **_preset.options}))
+    # These leave embeddings and output heads as they are, and few of them look at what comes out.
+    register_preset(replace(_preset, options={"embedding_bits": 16, "two_sided": False, **_preset.options}))

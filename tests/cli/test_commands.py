@@ -15,7 +15,7 @@ from hf_lrq.cli import self_test
 from hf_lrq.cli.measuring import bundled_text
 from hf_lrq.kernels import cpu
 from hf_lrq.kernels.cpu.library import Loader
-from hf_lrq.nn import LRQLinear
+from hf_lrq.nn import LRQHead, LRQLinear
 
 DATA_FREE = ("--rank", "4", "--iters", "1", "--dataset", "none", "--device", "cpu")
 
@@ -37,8 +37,8 @@ def test_quantize_writes_a_model_that_loads(compressed: Path) -> None:
     }
     model = AutoModelForCausalLM.from_pretrained(compressed)
     layers = [module for module in model.modules() if isinstance(module, LRQLinear)]
-    assert len(layers) == 14
-    assert all(layer.rank == 4 for layer in layers)
+    assert len(layers) == 15
+    assert all(layer.rank == 4 for layer in layers if not isinstance(layer, LRQHead))
 
 
 def test_quantize_reports_what_it_did(compressed: Path) -> None:
@@ -46,7 +46,7 @@ def test_quantize_reports_what_it_did(compressed: Path) -> None:
     assert report["base_model"] == {"name": "tiny-llama", "hub_id": None, "license": "mit"}
     assert report["architecture"] == "LlamaForCausalLM"
     assert (report["recipe"]["rank"], report["recipe"]["iters"], report["recipe"]["dataset"]) == (4, 1, "lines.txt")
-    assert len(report["compression"]["layers"]) == 14
+    assert len(report["compression"]["layers"]) == 14 + 2
     assert report["compression"]["calibration"]["tokens"] == 8 * 64
     assert report["size"]["file_bytes"] == (compressed / "model.safetensors").stat().st_size
     assert report["size"]["predicted_bytes"] == pytest.approx(report["size"]["file_bytes"], rel=0.01)
@@ -67,6 +67,7 @@ def test_quantize_prints_a_table_and_how_to_load(cli, original: Path, text: Path
     result = cli(
         "quantize", original, "-o", out, *DATA_FREE, "--eval-text", text, "--window", 32, "--stride", 31,
         "--skip", "layers.1", "--rank-pattern", "up_proj=2", "--bits-pattern", "q_proj=4", "--jsonl", log,
+        "--embedding-bits", 16,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     report = report_of(out)
@@ -138,7 +139,7 @@ def test_overwrite_replaces_a_model(cli, original: Path, compressed: Path, tmp_p
     result = cli("quantize", original, "-o", out, *arguments)
     assert result.exit_code == 0, result.output
     assert not (out / "stale.txt").exists()
-    assert report_of(out)["compression"]["layers"][0]["codebook"] == "int4"
+    assert report_of(out)["compression"]["layers"][1]["codebook"] == "int4"
 
 
 def test_a_model_without_perplexity_is_evaluated_by_its_outputs(cli, encoder: Path, text: Path, tmp_path: Path) -> None:
@@ -152,7 +153,7 @@ def test_a_model_without_perplexity_is_evaluated_by_its_outputs(cli, encoder: Pa
     result = cli("eval", out, "--against", encoder, "--text", text, "--json", "--device", "cpu")
     assert json.loads(result.stdout)["outputs"] == outputs
     modules = json.loads(cli("inspect", out, "--json").stdout)["modules"]
-    assert {(module["codebook"], module["rank"]) for module in modules} == {("e8p4", 4), ("bt4", 4)}
+    assert {(module["codebook"], module["rank"]) for module in modules} == {("e8p4", 4), ("bt4", 4), ("int8", 0)}
 
 
 def test_a_model_without_a_tokenizer_is_compressed_but_not_evaluated(cli, original: Path, tmp_path: Path) -> None:
@@ -228,7 +229,8 @@ def test_inspect_counts_what_is_in_the_files(cli, compressed: Path) -> None:
     for layer in report["compression"]["layers"]:
         module = by_name[layer["name"]]
         assert [module["out_features"], module["in_features"]] == layer["shape"]
-        for name in ("codebook", "rank", "factor_bits", "bits_per_weight", "bytes"):
+        # How factors would be stored is not in files that have none.
+        for name in ("codebook", "rank", *(["factor_bits"] if layer["rank"] else []), "bits_per_weight", "bytes"):
             assert module[name] == layer[name], name
     tensors = load_file(compressed / "model.safetensors")
     stored = [t for name, t in tensors.items() if name.startswith("model.layers.0.mlp.up_proj.")]

@@ -73,7 +73,7 @@ def test_a_compressed_model_is_not_compressed_again(compressed: Path) -> None:
 
 
 def test_a_spec_says_what_to_do_as_well(fast: dict[str, Any]) -> None:
-    layer = hf_lrq.LayerSpec(**{**fast, "codebook": "int"})
+    layer = hf_lrq.LayerSpec(bits=4, rank=4, codebook="int", iters=1, rounding="nearest", init="zero")
     spec = hf_lrq.CompressionSpec(default=layer, patterns={"3": {"bits": 3}}, seed=7)
     report = hf_lrq.compress(plain_model(), None, spec)
     assert {record.name: record.bits for record in report.layers} == {"0": 4, "2.0": 4, "3": 3}

@@ -38,8 +38,10 @@ def compressed(name, gram):
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS.keys() - OURS))
-def test_methods_of_others_leave_embeddings_alone(name):
-    assert LRQConfig(preset=name, dataset="bundled").embedding_bits == 16
+def test_methods_of_others_take_none_of_our_defaults_around_the_layers(name):
+    config = LRQConfig(preset=name, dataset="bundled")
+    assert config.embedding_bits == 16
+    assert config.two_sided == PRESETS[name].gradients
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -19,7 +19,7 @@ def model(request: pytest.FixtureRequest, fast: dict[str, Any]) -> Any:
     """A Llama whose embedding and head are codes."""
     with torch.random.fork_rng(devices=[]):
         model = LlamaForCausalLM(LlamaConfig(vocab_size=64, tie_word_embeddings=request.param, **ONE_LAYER))
-    compress(model, None, LRQConfig(**fast, embedding_bits=8))
+    compress(model, None, LRQConfig(**{**fast, "embedding_bits": 8}))
     return model.eval()
 
 
