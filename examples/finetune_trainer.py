@@ -137,7 +137,7 @@ def compress(arguments: argparse.Namespace, tokenizer: Any) -> Path:
     if not (folder / "config.json").is_file():
         config = hf_lrq.LRQConfig(
             bits=2, rank=arguments.rank, factor_bits=8, dataset=str(TINY_LM / "calibration.txt"),
-            nsamples=arguments.nsamples, seqlen=512, iters=1, sweeps=0,
+            nsamples=arguments.nsamples, seqlen=512, iters=1, sweeps=0, embedding_bits=16,
         )  # fmt: skip
         model = AutoModelForCausalLM.from_pretrained(TINY_LM / "model", quantization_config=config, dtype=torch.float32)
         hf_lrq.save(model, folder, tokenizer)

@@ -43,7 +43,7 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(TINY_LM / "model")
-    config = hf_lrq.LRQConfig(bits=2, rank=4, factor_bits=16, iters=1, rounding="nearest")
+    config = hf_lrq.LRQConfig(bits=2, rank=4, factor_bits=16, iters=1, rounding="nearest", embedding_bits=16)
     base = AutoModelForCausalLM.from_pretrained(TINY_LM / "model", quantization_config=config, dtype=torch.float32)
     train = windows("calibration.txt", tokenizer, arguments.steps * arguments.batch, arguments.length)
     test = windows("heldout.txt", tokenizer, 32, arguments.length)

@@ -42,7 +42,16 @@ def main() -> None:
     compress(
         model,
         None,
-        LRQConfig(rank=64, factor_bits=16, codebook="int", rounding="nearest", init="zero", iters=1, refinements=0),
+        LRQConfig(
+            rank=64,
+            factor_bits=16,
+            codebook="int",
+            rounding="nearest",
+            init="zero",
+            iters=1,
+            refinements=0,
+            embedding_bits=16,
+        ),
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

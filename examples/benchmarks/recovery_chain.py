@@ -65,7 +65,7 @@ def main() -> None:
     row("original", teacher, None, "16 bits")
 
     student, start = load(task.TINY_LM / "model"), time.perf_counter()
-    config = hf_lrq.LRQConfig(bits=2, rank=arguments.rank, factor_bits=arguments.factor_bits)
+    config = hf_lrq.LRQConfig(bits=2, rank=arguments.rank, factor_bits=arguments.factor_bits, embedding_bits=16)
     report = hf_lrq.compress(student, batches[:64], config)
     row("compressed", student, time.perf_counter() - start, f"{report.bits_per_weight:.3f} bits per weight")
 

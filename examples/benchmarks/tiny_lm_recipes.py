@@ -88,7 +88,7 @@ def main() -> None:
     for name, recipe in RECIPES.items():
         if not re.search(arguments.only, name):
             continue
-        options = {key: value for key, value in recipe.items() if key != "calibrated"}
+        options = {key: value for key, value in recipe.items() if key != "calibrated"} | {"embedding_bits": 16}
         model = copy.deepcopy(original)
         start = time.perf_counter()
         report = compress(model, batches if recipe.get("calibrated") else None, LRQConfig(**options))
