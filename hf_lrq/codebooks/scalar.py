@@ -91,7 +91,7 @@ class ScalarCodebook(VectorCodebook):
     @property
     @abstractmethod
     def levels(self) -> tuple[float, ...]:
-        """The 2**bits levels, ascending; code c means levels[c] rounded to float32."""
+        """The 2**bits levels, code c means levels[c] rounded to float32; ascending, or `_nearest` is another."""
 
     def _nearest(self, x: Tensor) -> Tensor:
         return torch.bucketize(x.squeeze(1).contiguous(), _midpoints(x.device, x.dtype, self))
