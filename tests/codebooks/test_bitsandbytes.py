@@ -5,7 +5,6 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from hf_lrq.codebooks import get_codebook
 from hf_lrq.codebooks.bitsandbytes import BlockFloat, BlockNormalFloat, Blocks
 from hf_lrq.decomposition.fitted import FittedNearest
 from tests.codebooks.test_scalar import levels_of, squared_error
