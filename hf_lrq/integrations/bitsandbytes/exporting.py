@@ -83,7 +83,7 @@ def _layers(model: nn.Module, with_factors: bool) -> Iterator[tuple[str, LRQLine
         found, layout = True, module.layout
         if not isinstance(module, LRQLinear):
             raise SpecError(
-                f"{name} is {type(module).__name__}; bitsandbytes takes linear layers. Compress with {HOW}."
+                f"{name} is {type(module).__name__}, no linear layer as bitsandbytes takes it. Compress with {HOW}."
             )
         if layout.codebook not in TYPES or layout.rotation != "none":
             raise SpecError(
@@ -92,7 +92,8 @@ def _layers(model: nn.Module, with_factors: bool) -> Iterator[tuple[str, LRQLine
             )
         if module.in_features % layout.group_size:
             raise SpecError(
-                f"{name} has {module.in_features} inputs, which are not whole blocks of {layout.group_size}."
+                f"{name} has {module.in_features} inputs, which are not whole blocks of {layout.group_size}. Compress "
+                "with a group_size that divides them."
             )
         if module.weight.device.type == "meta":
             raise SpecError(f"{name} is offloaded, so its codes are not at hand. Load the model without offloading.")

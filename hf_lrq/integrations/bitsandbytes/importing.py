@@ -21,7 +21,7 @@ from hf_lrq.work import Plan
 # Correlation of a weight with its codes, which rounding to 4 bits leaves at 0.99.
 ALIKE = 0.5
 # Q is known, and L R are fitted to W - Q once.
-ONCE = {"rotation": "none", "rounding": "nearest", "schedule": "q-first", "init": "zero", "iters": 1}
+ONCE: dict[str, Any] = {"rotation": "none", "rounding": "nearest", "schedule": "q-first", "init": "zero", "iters": 1}
 _NOT_IN_FOUR_BITS = "not in 4 bits in the model of bitsandbytes"
 _WITHOUT = "Quantize the model again without this module (llm_int8_skip_modules)."
 
@@ -32,7 +32,7 @@ def import_bitsandbytes(
     batches: Iterable[Batch] | None = None,
     *,
     rank: int | None = None,
-    factor_bits: int = 16,
+    factor_bits: int = 8,
     metric: str = "gram",
     seed: int = 0,
     dtype: torch.dtype | None = None,
@@ -116,9 +116,7 @@ def _take_weights(model: Any, original: Any, stored: Stored) -> None:
         shape = model.get_parameter(site.parameter).shape
         if parameter is None or parameter.shape != shape:
             seen = "has none of that name" if parameter is None else f"has it as {list(parameter.shape)}"
-            raise SpecError(
-                f"{site.parameter} is {list(shape)} here, the original {seen}. Give that of the same model."
-            )
+            raise SpecError(f"{site.parameter} is {list(shape)} here, the original {seen}. Give that of this model.")
         likeness = _correlation(site.matrix(parameter, 0).float().cpu(), matrix.dequantize())
         if likeness < ALIKE:
             raise SpecError(

@@ -32,7 +32,7 @@ MARK = ".quant_state.bitsandbytes__"
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 SAME = 1e-6  # Largest difference of values that are meant to be those of a table.
 _AGAIN = "Save the model again, or download it again."
-_HELD = "What can be held are whole blocks within rows"
+_HELD = "Only whole blocks in a row can be held"
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,8 @@ def read_matrix(name: str, tensors: Mapping[str, Tensor]) -> QuantizedMatrix:
         raise SpecError(f"{name} has blocks of {block} weights. {_HELD}, of a multiple of 8 up to {MAX_GROUP}.")
     if columns % block:
         raise SpecError(
-            f"{name} [{rows}, {columns}] has blocks of {block} weights, some of which are in two rows. {_HELD}: quantize the "
-            "model again without this module (llm_int8_skip_modules)."
+            f"{name} [{rows}, {columns}] has blocks of {block} weights, some of which are in two rows. {_HELD}: quantize "
+            "the model again without this module (llm_int8_skip_modules)."
         )
     packed, absmax = state.tensor("").contiguous().view(torch.uint8).flatten(), state.absmax()
     _check_length(name, packed, rows * columns // 2, "bytes of codes")
@@ -165,12 +165,11 @@ def written(name: str, matrix: QuantizedMatrix, dtype: torch.dtype) -> dict[str,
         dtype: of what bitsandbytes makes of it.
     """
     kind = TYPES[matrix.codebook]
-    shape = [matrix.out_features, matrix.in_features]
     values = {
         "quant_type": kind,
         "blocksize": matrix.group_size,
         "dtype": str(dtype).removeprefix("torch."),
-        "shape": shape,
+        "shape": [matrix.out_features, matrix.in_features],
     }
     return {
         name: matrix.packed.contiguous().view(-1, 1),

@@ -128,7 +128,7 @@ def _as_lora(pairs: Mapping[str, Pair], **settings: Any) -> LoraConfig:
 
 def _as_tensors(pairs: Mapping[str, Pair], dtype: torch.dtype) -> dict[str, Tensor]:
     """Name in the file -> tensor."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, (L, R) in pairs.items():
         found |= {f"{_INSIDE}{name}.lora_A.weight": R.to(dtype), f"{_INSIDE}{name}.lora_B.weight": L.to(dtype)}
     return found
