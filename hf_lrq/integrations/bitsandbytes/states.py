@@ -116,7 +116,7 @@ def read_matrix(name: str, tensors: Mapping[str, Tensor]) -> QuantizedMatrix:
         raise SpecError(f"{name} has blocks of {block} weights. {_HELD}, of a multiple of 8 up to {MAX_GROUP}.")
     if columns % block:
         raise SpecError(
-            f"{name} [{rows}, {columns}] has blocks of {block} weights, some of which are in two rows. {_HELD}: quantize "
+            f"{name} [{rows}, {columns}] has blocks of {block} weights, some of them in two rows. {_HELD}: quantize "
             "the model again without this module (llm_int8_skip_modules)."
         )
     packed, absmax = state.tensor("").contiguous().view(torch.uint8).flatten(), state.absmax()
