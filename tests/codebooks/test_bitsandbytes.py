@@ -7,14 +7,13 @@ import torch
 
 from hf_lrq.codebooks.bitsandbytes import BlockFloat, BlockNormalFloat, Blocks
 from hf_lrq.decomposition.fitted import FittedNearest
-from tests.codebooks.test_scalar import levels_of, squared_error
 
 BOOKS = [BlockNormalFloat(4), BlockFloat(4)]
 NAMES = {"bnbnf4": "nf4", "bnbfp4": "fp4"}  # Ours -> theirs.
 
 
-def ascending(book: Blocks) -> torch.Tensor:
-    return torch.unique(levels_of(book))
+def levels_of(book: Blocks) -> torch.Tensor:
+    return torch.tensor(book.levels, dtype=torch.float64)
 
 
 def test_floats_have_a_sign_an_exponent_and_a_mantissa() -> None:
@@ -24,14 +23,6 @@ def test_floats_have_a_sign_an_exponent_and_a_mantissa() -> None:
     normal = torch.tensor([[2 / 3, 1.0], [1 / 3, 1 / 2], [1 / 6, 1 / 4]], dtype=torch.float64)
     assert torch.allclose(levels[2:8].view(3, 2), normal)
     assert levels[:2].tolist() == [0.0, 1 / 192]
-
-
-@pytest.mark.parametrize("book", BOOKS, ids=lambda book: book.name)
-def test_levels_suit_their_deviation_best(book: Blocks) -> None:
-    levels, best = ascending(book), book.deviation
-    assert levels.abs().max() == levels.max() == 1
-    errors = [squared_error(levels / (best * factor)) for factor in (1, 1.0001, 1 / 1.0001)]
-    assert errors[0] == min(errors)
 
 
 @pytest.mark.parametrize("book", BOOKS, ids=lambda book: book.name)
@@ -53,6 +44,17 @@ def test_the_first_of_two_codes_is_in_the_high_nibble(book: Blocks, columns: int
     padded = torch.nn.functional.pad(codes, (0, -columns % 8))
     assert torch.equal(packed.flatten(1).long(), padded[:, ::2] * 16 + padded[:, 1::2])
     assert torch.equal(book.unpack(packed)[:, :columns], codes)
+
+
+@pytest.mark.parametrize("book", BOOKS, ids=lambda book: book.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_bytes_are_decoded_as_their_codes_are(book: Blocks, dtype: torch.dtype, generator: torch.Generator) -> None:
+    packed = torch.randint(0, 256, (3, 5, 4), dtype=torch.uint8, generator=generator)
+    expected = book.decode(book.unpack(packed), dtype).flatten(-2)
+    assert torch.equal(book.decode_packed(packed, dtype), expected)
+    assert torch.equal(book.decode_packed(packed[:, 1:3], dtype), expected[:, 8:24])
+    with pytest.raises(ValueError, match=r"stored as torch\.uint8"):
+        book.decode_packed(packed[..., :3], dtype)
 
 
 def test_fitted_scales_know_which_level_is_the_largest() -> None:

@@ -44,6 +44,7 @@ def export_bitsandbytes(
     out: str | os.PathLike[str],
     save_factors: Callable[[nn.Module, Path], object] | None = None,
     companions: Any = None,
+    max_shard_size: int | str = "50GB",
 ) -> Exported:
     """Save a compressed model as one in 4 bits of bitsandbytes; `from_pretrained` loads it where that is installed.
 
@@ -55,6 +56,7 @@ def export_bitsandbytes(
         save_factors: saves L R of a model to a folder, which becomes `lora` in `out`, as
             `integrations.peft.exporting.save_factors` does; None refuses layers with L R.
         companions: tokenizer or the like; its `save_pretrained` is called.
+        max_shard_size: of a file of weights, before they are those of bitsandbytes.
 
     Raises:
         SpecError: if a layer is stored in another way, or has L R that nobody saves; names it.
@@ -66,7 +68,7 @@ def export_bitsandbytes(
         if companions is not None:
             companions.save_pretrained(staging)
         # The class's own: what the model has bound to itself adds the report of a model of ours.
-        type(model).save_pretrained(model, staging)
+        type(model).save_pretrained(model, staging, max_shard_size=max_shard_size)
         _rewrite(staging, layers, names_in_files([f"{name}.weight" for name in layers], model), model.dtype)
         _declare(staging, model, next(iter(layers.values())))
         if factors and save_factors is not None:

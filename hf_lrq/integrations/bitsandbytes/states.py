@@ -51,7 +51,9 @@ class _State:
 
     def tensor(self, part: str) -> Tensor:
         if part not in self.tensors:
-            raise CheckpointError(f"{self.name} is stored in 4 bits, but {self.name}.{part} is missing. {_AGAIN}")
+            raise CheckpointError(
+                f"{self.name} is stored in 4 bits, but {f'{self.name}.{part}'.rstrip('.')} is missing. {_AGAIN}"
+            )
         return self.tensors[part]
 
     def whole(self, key: str) -> int:
