@@ -168,7 +168,9 @@ class RunOptions:
     """How a model runs: also for a checkpoint that is compressed already, and never stored in it."""
 
     dequantize: bool = _option(False, "End up with ordinary floating-point layers.")
-    backend: str = _option("auto", 'What computes the layers: "auto", "cpu", "triton" or "torch" (the reference).')
+    backend: str = _option(
+        "auto", 'What computes the layers: "auto", "cpu", "triton", "bitsandbytes" or "torch" (the reference).'
+    )
     activation: str = _option(
         "float", '"float", or "int8" to round the inputs of Q to 8 bits where that is faster and nothing is trained.'
     )
