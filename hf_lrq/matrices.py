@@ -19,6 +19,14 @@ def expand_scales(scales: Tensor, group_size: int, columns: int) -> Tensor:
     return scales.repeat_interleave(group_size, dim=1)[:, :columns]
 
 
+def times_scales(values: Tensor, scales: Tensor, group_size: int) -> Tensor:
+    """Values [out, columns] times the scales of their rows [out] or groups [out, groups]."""
+    if scales.ndim == 2 and values.shape[1] % group_size == 0:
+        # The same without a copy of the scales for each weight.
+        return (values.unflatten(1, (-1, group_size)) * scales.unsqueeze(2)).flatten(1)
+    return values * expand_scales(scales, group_size, values.shape[1])
+
+
 @dataclass(frozen=True, eq=False)
 class QuantizedMatrix:
     """Q: codes of a named codebook times scales.
@@ -67,7 +75,7 @@ class QuantizedMatrix:
     def rows(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Rows of `dequantize`; `start` is a multiple of the codebook's `row_block`."""
         values = decode_rows(self.packed, self.codebook, self.in_features, start, stop)
-        return (values * expand_scales(self.scales[start:stop].float(), self.group_size, self.in_features)).to(dtype)
+        return times_scales(values, self.scales[start:stop].float(), self.group_size).to(dtype)
 
 
 @dataclass(frozen=True, eq=False)

@@ -51,9 +51,9 @@ class LayerOptions:
     codebook: str = _option(
         "auto",
         "Family of the codebook of Q: bt (2, 4 bits), tcq (2, 3, 4), e8p (2, 3, 4), int (2, 3, 4, 6, 8), "
-        "lloyd (2, 3, 4), nf (2, 3, 4), gguf (4, 8), or auto.",
+        "lloyd (2, 3, 4), nf (2, 3, 4), gguf (4, 8), bnbnf (4) and bnbfp (4) of bitsandbytes, or auto.",
     )
-    group_size: int = _option(128, "Columns that share one scale, for codebooks int and gguf.")
+    group_size: int = _option(128, "Columns that share one scale, for codebooks int, gguf, bnbnf and bnbfp.")
     rotation: str = _option("hadamard", "hadamard (incoherence processing; QuIP#, 2024, section 3) or none.")
     rotation_block: int = _option(256, "Largest Hadamard block, a power of two.")
     rounding: str = _option(
@@ -169,7 +169,9 @@ class RunOptions:
     """How a model runs: also for a checkpoint that is compressed already, and never stored in it."""
 
     dequantize: bool = _option(False, "End up with ordinary floating-point layers.")
-    backend: str = _option("auto", 'What computes the layers: "auto", "cpu", "triton" or "torch" (the reference).')
+    backend: str = _option(
+        "auto", 'What computes the layers: "auto", "cpu", "triton", "bitsandbytes" or "torch" (the reference).'
+    )
     activation: str = _option(
         "float", '"float", or "int8" to round the inputs of Q to 8 bits where that is faster and nothing is trained.'
     )

@@ -81,3 +81,68 @@ def rng_untouched() -> Iterator[None]:
     yield
     assert torch.initial_seed() == seed, "the global generator was seeded"
     assert torch.equal(torch.get_rng_state(), state), "numbers were drawn from the global generator"
+
+
+FOUR_BITS = {
+    "nf4": (
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+        *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+        *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ),
+    "fp4": tuple(sign * value / 12 for sign in (1, -1) for value in (0, 0.0625, 8, 12, 4, 6, 2, 3)),
+}
+
+
+def _in_four_bits(W: torch.Tensor, kind: str, double: bool, block: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """What bitsandbytes stores of a weight [out, in], by the end of its name, and the values that it stands for."""
+    table = torch.tensor(FOUR_BITS[kind])
+    blocks = W.float().reshape(-1, block)
+    absmax = blocks.abs().amax(1)
+    order = table.unique()  # Ascending.
+    places = torch.bucketize(blocks / absmax[:, None], (order[1:] + order[:-1]) / 2)
+    codes = torch.tensor([table.tolist().index(value) for value in order.tolist()])[places]
+    stored = {"absmax": absmax, "quant_map": table}
+    state = {"quant_type": kind, "blocksize": block, "dtype": "float32", "shape": list(W.shape)}
+    if double:
+        inner, offset = torch.linspace(-1, 1, 256), absmax.mean()
+        outer = torch.stack([part.abs().max() for part in (absmax - offset).split(256)])
+        each = outer.repeat_interleave(256)[: len(absmax)]
+        eight = torch.bucketize((absmax - offset) / each, (inner[1:] + inner[:-1]) / 2)
+        absmax = inner[eight] * each + offset
+        stored |= {"absmax": eight.to(torch.uint8), "nested_absmax": outer, "nested_quant_map": inner}
+        state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": offset.item()}
+    pairs = codes.view(-1, 2)
+    stored[""] = (pairs[:, :1] << 4 | pairs[:, 1:]).to(torch.uint8)
+    stored[f"quant_state.bitsandbytes__{kind}"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    return stored, (table[codes] * absmax[:, None]).view(W.shape)
+
+
+@pytest.fixture(scope="session")
+def four_bits() -> Callable[..., Any]:
+    """Saves a model as transformers does in 4 bits of bitsandbytes, and gives it the values that these stand for."""
+
+    def save(
+        model: Any, folder: Path, kind: str = "nf4", double: bool = False, block: int = 64, but: tuple[str, ...] = ()
+    ) -> Path:
+        from safetensors.torch import load_file, save_file
+
+        model.save_pretrained(folder)
+        tensors = load_file(folder / "model.safetensors")
+        head = model.get_output_embeddings()
+        for name, module in model.named_modules():
+            kept = module is head or name in but
+            if type(module).__name__ not in ("Linear", "Conv1D") or kept:
+                continue
+            turned = type(module).__name__ == "Conv1D"
+            W = module.weight.data.T if turned else module.weight.data
+            stored, values = _in_four_bits(W.contiguous(), kind, double, block)
+            module.weight.data.copy_(values.T if turned else values)
+            del tensors[f"{name}.weight"]
+            tensors |= {f"{name}.weight.{end}".removesuffix("."): tensor for end, tensor in stored.items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    return save

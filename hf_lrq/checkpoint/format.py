@@ -27,8 +27,9 @@ The layer computes y = rot_out * H_out(scales * (Q z) + L (R z) + ft_L (ft_R z))
 second pair is there where an adapter was merged into factors that are codes; float16 factors gain ranks instead. H is
 block-diagonal orthonormal Sylvester-Hadamard; its block is the largest power of two that divides the axis, at most
 rotation_block, and 1 where that is below 8. Codes are packed least significant bit first: bit i of a tile of 8 columns
-is bit i % 8 of its byte i // 8, and code k of the tile takes the bits from k * (bits of a code) on. Columns are padded
-to whole tiles with codes of zeros. The docstring of `codebooks/trellis.py` says how a tile of a trellis is read; rows
+is bit i % 8 of its byte i // 8, and code k of the tile takes the bits from k * (bits of a code) on; of `bnbnf` and
+`bnbfp`, the first of the two codes of a byte is in its high nibble. Columns are padded to whole tiles with codes of
+zeros. The docstring of `codebooks/trellis.py` says how a tile of a trellis is read; rows
 and columns of its padding hold any codes. Which values a code means is fixed by the name of the codebook.
 
 A transposed linear (Conv1D of GPT-2) is stored like a linear layer. A stack of E expert matrices, a parameter [E, out,

@@ -62,6 +62,12 @@ def declared(*kinds: type) -> dict[str, Any]:
     return found
 
 
+def chosen(kind: type, *names: str) -> dict[str, Any]:
+    """Some of the options of a kind, see `declared`."""
+    options = declared(kind)
+    return {name: options[name] for name in names}
+
+
 def number_or_word(text: str) -> int | str:
     """A whole number where it is one.
 
@@ -222,6 +228,34 @@ class ExportGgufOptions(Loading):
     model: Annotated[str, Argument(help="Folder or id on the Hub of the compressed model.")]
     like: Annotated[Path, Option(help="GGUF file of the original: its tokenizer, settings and uncompressed tensors.")]
     out: Annotated[Path, Option("--out", "-o", help="Folder to write; must be empty or not exist.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportBnbOptions(Loading):
+    """Make a compressed model of one in 4 bits of bitsandbytes: codes stay, and L R make up for what they lost."""
+
+    model: Annotated[Path, Argument(metavar="DIR", help="Folder of the model, as transformers saved it.")]
+    out: Annotated[Path, Option("--out", "-o", help="Folder to write; must be empty or not exist.")]
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace a model at --out.")] = False
+    original: Annotated[
+        str | None, Option(help="Folder or id on the Hub of the model that was quantized. Default: none, no L R.")
+    ] = None
+    dataset: Annotated[
+        str | None,
+        Option(help="Text to fit L R on: bundled, a text file, or a data set's name. Default: none (data-free)."),
+    ] = None
+    fit: dict[str, Any] = field(metadata={DECLARED: chosen(LayerOptions, "rank", "factor_bits", "metric")})
+    data: dict[str, Any] = field(metadata={DECLARED: chosen(DataOptions, "nsamples", "seqlen", "batch_size")})
+    seed: Annotated[int, Option(help="Seed of every random choice.")] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportBnbOptions(Loading):
+    """Save a model compressed with codebook bnbnf or bnbfp as one in 4 bits of bitsandbytes, codes unchanged."""
+
+    model: Annotated[str, Argument(help="Folder or id on the Hub of the compressed model.")]
+    out: Annotated[Path, Option("--out", "-o", help="Folder to write; must be empty or not exist.")]
+    lora: Annotated[bool, Option("--lora", help="Save L R in a folder lora inside it, as a LoRA of PEFT.")] = False
 
 
 @dataclass(frozen=True, kw_only=True)

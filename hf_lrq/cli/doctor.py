@@ -26,7 +26,7 @@ REQUIRED = {
 OPTIONAL = {
     "peft": ((0, 20), "to fine-tune"),
     "triton": ((3, 6), "to compute layers fast on NVIDIA GPUs"),
-    "bitsandbytes": ((0, 45), "to compare with in hf-lrq bench"),
+    "bitsandbytes": ((0, 46, 1), "to compute layers in its codebooks, and to compare with in hf-lrq bench"),
 }
 
 
@@ -87,6 +87,7 @@ def examine() -> Iterator[Check]:
         if device.type == "cpu":
             yield replace(_tried("CPU kernels", tests.cpu_kernels), status=WARN if slow else OK)
         yield _tried(f"compression on {device}", tests.compression, device)
+    yield _tried("bitsandbytes kernels", tests.bitsandbytes_kernels)
     yield _tried("registration", tests.registration)
     yield _tried("save and load", tests.round_trip)
 

@@ -102,6 +102,14 @@ def load_tokenizer(*names: str) -> Any:
     ) from failure
 
 
+def tokenizer_if_any(name: str) -> Any:
+    """The tokenizer of a model, None if it has none that can be loaded."""
+    try:
+        return load_tokenizer(name)
+    except LRQError:
+        return None
+
+
 def tokenize(tokenizer: Any, text: str) -> Tensor:
     """Ids of a text, [n]; special tokens as the tokenizer adds them."""
     # `verbose` off: the text is longer than the model on purpose.

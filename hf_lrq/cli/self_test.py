@@ -18,7 +18,7 @@ from hf_lrq.errors import LRQError
 from hf_lrq.integrations.compression import compress
 from hf_lrq.integrations.saving import save
 from hf_lrq.integrations.transformers import LRQConfig, LRQHfQuantizer
-from hf_lrq.kernels import cpu, has_backend, status
+from hf_lrq.kernels import bitsandbytes, cpu, has_backend, status
 from hf_lrq.nn import LRQLinear
 from hf_lrq.spec import LayerSpec
 
@@ -59,6 +59,11 @@ def computes_fast(device: torch.device) -> bool:
 def cpu_kernels() -> str:
     """Which compiled library runs layers on the CPU, or why there is none."""
     return cpu.details()
+
+
+def bitsandbytes_kernels() -> str:
+    """Whether layers in the codebooks of bitsandbytes run by it, which is checked here."""
+    return bitsandbytes.BitsAndBytes().status()
 
 
 def registration() -> str:

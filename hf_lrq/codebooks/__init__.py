@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hf_lrq.checks import check_integer
 from hf_lrq.codebooks.base import BITS, Codebook
+from hf_lrq.codebooks.bitsandbytes import BlockFloat, BlockNormalFloat
 from hf_lrq.codebooks.lattice import E8P
 from hf_lrq.codebooks.scalar import LloydMax, NormalFloat, Uniform, Whole
 from hf_lrq.codebooks.trellis import BitTrellis, ByteTrellis
@@ -49,7 +50,7 @@ def register_codebook(kind: type[Codebook]) -> type[Codebook]:
     return kind
 
 
-for _kind in (E8P, ByteTrellis, BitTrellis, Uniform, LloydMax, NormalFloat, Whole):
+for _kind in (E8P, ByteTrellis, BitTrellis, Uniform, LloydMax, NormalFloat, Whole, BlockNormalFloat, BlockFloat):
     register_codebook(_kind)
 
 

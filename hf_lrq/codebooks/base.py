@@ -113,6 +113,10 @@ class Codebook(ABC):
         self._check_rows(codes.shape)
         return self._decode(codes, dtype)
 
+    def decode_packed(self, packed: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The points of stored bytes, [..., rows, columns] padding included; see `unpack` and `decode`."""
+        return self.decode(self.unpack(packed), dtype).flatten(-2)
+
     def pool_rows(self, values: Tensor) -> Tensor:
         """Sums of values [rows, n] over the rows that share a sequence of codes, at each of those rows."""
         return values
@@ -137,13 +141,16 @@ class Codebook(ABC):
         Raises:
             ValueError: if `packed` is not uint8 or its last axis has another length.
         """
+        self._check_packed(packed)
+        return self._unpack(packed)
+
+    def _check_packed(self, packed: Tensor) -> None:
         width = self.packed_shape(1, 1)[-1]
         if packed.dtype != torch.uint8 or packed.shape[-1:] != (width,):
             raise ValueError(
                 f"Codes of codebook {self.name!r} are stored as torch.uint8 [..., tiles, {width}], "
                 f"got {packed.dtype} {list(packed.shape)}. Check the codebook that the config of the checkpoint names."
             )
-        return self._unpack(packed)
 
     def _unpack(self, packed: Tensor) -> Tensor:
         return unpack_rows(packed, self.bits, self.dim)

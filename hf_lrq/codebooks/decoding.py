@@ -32,8 +32,8 @@ def decode_rows(
 def decode(packed: Tensor, codebook: str, in_features: int, start: int, stop: int, dtype: torch.dtype) -> Tensor:
     """The reference of `decode_rows`."""
     book = get_codebook(codebook)
-    codes = book.unpack(packed[start // book.row_block : -(-stop // book.row_block)])
-    return book.decode(codes, dtype).flatten(-2)[: stop - start, :in_features].contiguous()
+    blocks = packed[start // book.row_block : -(-stop // book.row_block)]
+    return book.decode_packed(blocks, dtype)[: stop - start, :in_features].contiguous()
 
 
 torch.library.register_kernel("hf_lrq::decode", None, decode)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_lrq.codebooks.base import VectorCodebook, cached_table, look_up
+from hf_lrq.codebooks.packing import TILE
 
 UNIFORM_STEPS = {
     # J. Max (1960), Table II: the step of the equally spaced levels of least squared error for N(0, 1).
@@ -91,7 +92,15 @@ class ScalarCodebook(VectorCodebook):
     @property
     @abstractmethod
     def levels(self) -> tuple[float, ...]:
-        """The 2**bits levels, ascending; code c means levels[c] rounded to float32."""
+        """The 2**bits levels, code c means levels[c] rounded to float32; ascending, or `_nearest` is another."""
+
+    def decode_packed(self, packed: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """See `Codebook`. At 4 bits, the two values of a byte are looked up as one number of twice their width."""
+        if self.bits != 4 or dtype not in _PAIRS:
+            return super().decode_packed(packed, dtype)
+        self._check_packed(packed)
+        pairs = _pairs(packed.device, _PAIRS[dtype], self, dtype).index_select(0, packed.flatten().int())
+        return pairs.view(dtype).view(*packed.shape[:-2], packed.shape[-2] * TILE)
 
     def _nearest(self, x: Tensor) -> Tensor:
         return torch.bucketize(x.squeeze(1).contiguous(), _midpoints(x.device, x.dtype, self))
@@ -184,6 +193,17 @@ class NormalFloat(ScalarCodebook):
 def _levels(book: ScalarCodebook) -> Tensor:
     """[2**bits]."""
     return torch.tensor(book.levels, dtype=torch.float32)
+
+
+# Integers as wide as two values of a dtype.
+_PAIRS = {torch.float32: torch.int64, torch.float16: torch.int32, torch.bfloat16: torch.int32}
+
+
+@cached_table
+def _pairs(book: ScalarCodebook, dtype: torch.dtype) -> Tensor:
+    """[256], the values of the two codes of each byte."""
+    every = torch.arange(256, dtype=torch.uint8).view(64, 1, 4)
+    return book.decode(book.unpack(every), dtype).flatten().view(_PAIRS[dtype])
 
 
 @cached_table

@@ -11,6 +11,7 @@ from hf_lrq.decomposition.correction import corrected
 from hf_lrq.decomposition.fitted import FittedNearest
 from hf_lrq.decomposition.gram import InputGram
 from hf_lrq.decomposition.incoherence import RandomHadamard
+from hf_lrq.decomposition.kept import Kept
 from hf_lrq.decomposition.lowrank import LPLR, LowRankSolver, WhitenedSVD, rank_above
 from hf_lrq.decomposition.output_gram import OutputGram
 from hf_lrq.decomposition.qlr import Decomposition, decompose
@@ -20,6 +21,7 @@ from hf_lrq.decomposition.schedule import ALTERNATING, Schedule, alternating, ge
 from hf_lrq.decomposition.starts import STARTS, TRIED, Setting
 from hf_lrq.errors import CompressionError
 from hf_lrq.layout import LayerLayout
+from hf_lrq.matrices import QuantizedMatrix
 from hf_lrq.numerics import fixed_numerics
 from hf_lrq.spec import LayerSpec
 
@@ -115,6 +117,7 @@ def compress_matrix(
     rotate_in: RandomHadamard | None = None,
     schedule: Schedule | None = None,
     output: OutputGram | None = None,
+    kept: QuantizedMatrix | None = None,
 ) -> CompressedMatrix:
     """Compress one weight matrix as `spec` says.
 
@@ -127,17 +130,18 @@ def compress_matrix(
         rotate_in: rotation of the inputs, to share it between matrices; None draws one.
         schedule: what to do instead of that of the spec; see `decomposition.schedule`.
         output: second moment of the gradients at the outputs; None weighs all outputs alike.
+        kept: Q, where it is known already: nothing is rounded, whatever the spec says of that.
 
     Raises:
         CompressionError: if W is not a matrix, is empty, or holds NaN or Inf; if a Gram is for another width; if the
-            schedule ends with factors of another rank than the spec stores.
+            schedule ends with factors of another rank than the spec stores; if Q is known and does not fit the spec.
     """
     with fixed_numerics(W.device):
         W = _checked(W)
         spec = spec.fitted((W.shape[0], W.shape[1]))
         if spec.rank is None and spec.rank_threshold is not None:
             spec = replace(spec, rank=rank_above(W, spec.rank_threshold))
-        return _compress(W, gram, spec, generator, rotate_in, schedule, output)
+        return _compress(W, gram, spec, generator, rotate_in, schedule, output, kept)
 
 
 def _compress(
@@ -148,6 +152,7 @@ def _compress(
     rotate_in: RandomHadamard | None,
     schedule: Schedule | None,
     output: OutputGram | None,
+    kept: QuantizedMatrix | None,
 ) -> CompressedMatrix:
     """See `compress_matrix`; W is float32 and finite."""
     gram = InputGram.identity(W.shape[1], W.device) if gram is None else gram
@@ -159,7 +164,7 @@ def _compress(
         decompose,
         rotated.W,
         rotated.gram,
-        _quantizer(spec),
+        _quantizer(spec) if kept is None else Kept.of(kept, spec, W),
         _solver(spec),
         generator,
         output=rotated.output,

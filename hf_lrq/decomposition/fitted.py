@@ -39,7 +39,7 @@ class FittedNearest(RoundToNearest):
     def scales(self, W: Tensor) -> Tensor:
         """The scale of each group [out, groups], in float32 values that float16 can hold."""
         groups = pad(W, (0, -W.shape[1] % self.group_size)).unflatten(1, (-1, self.group_size))
-        peak = groups.abs().amax(2) / self.book.decode(torch.tensor(2**self.book.bits - 1)).item()
+        peak = groups.abs().amax(2) / self.book.decode(torch.arange(2**self.book.bits)).max().item()
         best = super().scales(W)
         least = self._error(groups, best)
         for fraction in torch.linspace(*(FEW_LEVELS if self.book.bits < 5 else MANY_LEVELS)).tolist():

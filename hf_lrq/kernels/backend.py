@@ -65,12 +65,14 @@ class Registered:
     """A backend that can be asked for.
 
     Attributes:
-        device_type: "cpu", "cuda", ...: the tensors that it is for.
+        device_types: "cpu", "cuda", ...: the tensors that it is for.
         load: returns it; those of the package are imported when they are first asked.
+        codebooks: names of the only ones that it is for; None where it may take any.
     """
 
-    device_type: str
+    device_types: tuple[str, ...]
     load: Callable[[], Backend]
+    codebooks: tuple[str, ...] | None = None
 
 
 @cache
@@ -78,9 +80,16 @@ def _package(name: str) -> Backend:
     return cast(Backend, import_module(f"hf_lrq.kernels.{name}"))
 
 
+@cache
+def _bitsandbytes() -> Backend:
+    found: Backend = import_module("hf_lrq.kernels.bitsandbytes").BitsAndBytes()
+    return found
+
+
 REGISTERED = {
-    "cpu": Registered("cpu", partial(_package, "cpu")),
-    "triton": Registered("cuda", partial(_package, "triton")),
+    "cpu": Registered(("cpu",), partial(_package, "cpu")),
+    "triton": Registered(("cuda",), partial(_package, "triton")),
+    "bitsandbytes": Registered(("cpu", "cuda"), _bitsandbytes, ("bnbnf4", "bnbfp4")),
 }
 
 
@@ -97,4 +106,4 @@ def add_backend(name: str, device_type: str, backend: Backend) -> None:
         torch.device(device_type)
     except RuntimeError as error:
         raise BackendError(f"{device_type!r} is no type of device of this torch: {error}") from None
-    REGISTERED[name] = Registered(device_type, lambda: backend)
+    REGISTERED[name] = Registered((device_type,), lambda: backend)

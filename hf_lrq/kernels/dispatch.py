@@ -23,7 +23,8 @@ ACTIVATIONS = ("float", "int8")
 def register_backend(name: str, device_type: str, backend: Backend) -> None:
     """Make a backend known, which a layer can then ask for by `name`.
 
-    "auto" takes the first that can run on the device, in the order in which they were registered, our own first.
+    "auto" takes the first that can run on the device, in the order in which they were registered, our own first; what
+    that one declines goes to those that are for its codebook alone.
 
     Args:
         name: not one that is known.
@@ -38,7 +39,7 @@ def register_backend(name: str, device_type: str, backend: Backend) -> None:
 
 
 def chosen(device: torch.device, backend: str = "auto") -> Backend | None:
-    """The backend for tensors on `device`, None for the torch reference.
+    """The backend for tensors on `device`, whatever the codebook, None for the torch reference.
 
     Args:
         device: where the tensors are.
@@ -56,7 +57,7 @@ def _name_of(device: torch.device, backend: str) -> str | None:
         return None
     if backend == "auto":
         for name, known in REGISTERED.items():
-            if known.device_type == device.type and known.load().unavailable() is None:
+            if known.codebooks is None and device.type in known.device_types and known.load().unavailable() is None:
                 return name
         return None
     if backend not in REGISTERED:
@@ -65,19 +66,32 @@ def _name_of(device: torch.device, backend: str) -> str | None:
             "to be registered first: import the found."
         )
     asked = REGISTERED[backend]
-    if asked.device_type != device.type:
+    if device.type not in asked.device_types:
         raise BackendError(
-            f"backend {backend!r} runs on {asked.device_type} devices, the tensors are on {device}. Take 'auto'."
+            f"backend {backend!r} runs on {' and '.join(asked.device_types)} devices, the tensors are on {device}. "
+            "Take 'auto'."
         )
     if (reason := asked.load().unavailable()) is not None:
         raise BackendError(f"backend {backend!r} cannot run here: {reason}")
     return backend
 
 
+def _of_codebook(x: Tensor, layer: Operands, activation: str) -> str | None:
+    """The first backend that is for the codebook alone, and takes the call."""
+    for name, known in REGISTERED.items():
+        # Asked last: some are packages that nobody else may want to be imported.
+        if layer.codebook in (known.codebooks or ()) and x.device.type in known.device_types:
+            backend = known.load()
+            if backend.unavailable() is None and backend.declines(x, layer, activation) is None:
+                return name
+    return None
+
+
 def status(device: torch.device | str) -> str:
     """What runs compressed layers on `device`, or why it is only torch."""
     kind = torch.device(device).type
-    parts = [known.load().status() for known in REGISTERED.values() if known.device_type == kind]
+    known = [each for each in REGISTERED.values() if each.codebooks is None and kind in each.device_types]
+    parts = [each.load().status() for each in known]
     return "; ".join(parts) if parts else "torch (reference)"
 
 
@@ -88,11 +102,16 @@ def explain(x: Tensor, layer: Operands, backend: str = "auto", activation: str =
         BackendError: see `chosen`.
     """
     name = _name_of(x.device, backend)
-    if name is None:
-        told = "torch" if backend == "torch" else status(x.device)
-        return told if told.startswith("torch") else f"torch ({told})"
-    reason = REGISTERED[name].load().declines(x, layer, activation)
-    return name if reason is None else f"torch ({name}: {reason})"
+    reason = None if name is None else REGISTERED[name].load().declines(x, layer, activation)
+    if name is not None and reason is None:
+        return name
+    special = _of_codebook(x, layer, activation) if backend == "auto" else None
+    if special is not None:
+        return special
+    if name is not None:
+        return f"torch ({name}: {reason})"
+    told = "torch" if backend == "torch" else status(x.device)
+    return told if told.startswith("torch") else f"torch ({told})"
 
 
 def has_backend(device: torch.device) -> bool:
@@ -109,6 +128,8 @@ def lrq_linear(x: Tensor, layer: Operands, backend: str, activation: str) -> Ten
     found = chosen(x.device, backend)
     if found is not None and found.declines(x, layer, activation) is None:
         return found.lrq_linear(x, layer, activation)
+    if backend == "auto" and (name := _of_codebook(x, layer, activation)) is not None:
+        return REGISTERED[name].load().lrq_linear(x, layer, activation)
     return reference.lrq_linear(x, layer)
 
 
@@ -178,4 +199,5 @@ def _meet_operators(device_type: str) -> None:
 
 
 for _known in REGISTERED.values():
-    _meet_operators(_known.device_type)
+    for _device_type in _known.device_types:
+        _meet_operators(_device_type)

@@ -1,6 +1,6 @@
 """Pure-torch kernels: they run everywhere, and in float32 they define what every other backend must compute."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from hf_lrq.codebooks.base import cached_table
 from hf_lrq.codebooks.decoding import decode_rows
 from hf_lrq.kernels.operands import Operands
 from hf_lrq.layout import hadamard_block
-from hf_lrq.matrices import dense_factor, expand_scales
+from hf_lrq.matrices import dense_factor, times_scales
 
 TILE_WEIGHTS = 1 << 21  # Weights that are decoded at a time: what a layer needs beside its codes.
 
@@ -38,7 +38,13 @@ def hadamard(x: Tensor, largest: int) -> Tensor:
     return (x.unflatten(-1, (-1, block)) @ _hadamard_matrix(x.device, x.dtype, block)).flatten(-2)
 
 
-def lrq_linear(x: Tensor, layer: Operands) -> Tensor:
+def times_codes(z: Tensor, layer: Operands) -> Tensor:
+    """Q z, [..., out], in the dtype of z."""
+    scales, group_size = layer.scales, layer.group_size
+    return torch.cat([z @ _scaled(values, scales[part], group_size, z).T for part, values in _tiles(layer, z)], dim=-1)
+
+
+def lrq_linear(x: Tensor, layer: Operands, times_Q: Callable[[Tensor, Operands], Tensor] = times_codes) -> Tensor:
     """y = rot_out * H_out(Q z + L (R z)) + bias with z = H_in(rot_in * x), in the dtype of x.
 
     For float16 what lies between is float32: a rotation adds up to sqrt(block) times the largest number to one, which
@@ -47,15 +53,15 @@ def lrq_linear(x: Tensor, layer: Operands) -> Tensor:
     Args:
         x: [..., in], any float dtype.
         layer: its tensors, as stored.
+        times_Q: computes Q z; backends that do no more than that give their own.
 
     Returns:
         [..., out].
     """
     if x.dtype == torch.float16:
-        return lrq_linear(x.float(), layer).half()
+        return lrq_linear(x.float(), layer, times_Q).half()
     z = _rotate_in(x, layer)
-    scales, group_size = layer.scales, layer.group_size
-    y = torch.cat([z @ _scaled(values, scales[part], group_size, x).T for part, values in _tiles(layer, x)], dim=-1)
+    y = times_Q(z, layer)
     if layer.L is not None and layer.R is not None:
         y = y + (z @ _factor(layer.R, layer.R_scale, 0, x).T) @ _factor(layer.L, layer.L_scale, 1, x).T
     if layer.rot_out is not None:
@@ -131,7 +137,7 @@ def _tiles(layer: Operands, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 def _scaled(values: Tensor, scales: Tensor, group_size: int, x: Tensor) -> Tensor:
     """Rows of Q in the dtype of x."""
-    return (values * expand_scales(scales.float(), group_size, values.shape[1])).to(x.dtype)
+    return times_scales(values, scales.float(), group_size).to(x.dtype)
 
 
 def _scale_gradient(g: Tensor, z: Tensor, values: Tensor, scales: Tensor, group_size: int) -> Tensor:

@@ -10,6 +10,7 @@ from torch import nn
 from hf_lrq.errors import CompressionError
 from hf_lrq.kernels import has_backend, status
 from hf_lrq.layout import LayerLayout
+from hf_lrq.matrices import QuantizedMatrix
 from hf_lrq.patterns import first_match
 from hf_lrq.spec import CompressionSpec, LayerSpec
 from hf_lrq.work.census import Census, take_census
@@ -93,12 +94,14 @@ class Plan:
         left_alone: label of each other site -> reason.
         census: every weight of the whole model.
         seed: decides every random choice, together with the name of each matrix.
+        kept: name of a matrix -> its Q, where that is known already and is to stay.
     """
 
     specs: Mapping[Site, LayerSpec]
     left_alone: Mapping[str, str]
     census: Census
     seed: int = 0
+    kept: Mapping[str, QuantizedMatrix] = field(default_factory=dict)
 
     @property
     def inventory(self) -> Inventory:
@@ -134,7 +137,7 @@ class Plan:
     def jobs(self, site: Site) -> Iterator[Job]:
         """One for each matrix of a site."""
         for name in site.matrices:
-            yield Job(name, site.kind, self.specs[site], self.seed)
+            yield Job(name, site.kind, self.specs[site], self.seed, self.kept.get(name))
 
 
 def make_plan(

@@ -342,6 +342,8 @@ def test_help_lists_the_commands(cli) -> None:
             "recover",
             "export-lora",
             "export-gguf",
+            "import-bnb",
+            "export-bnb",
             "serve",
             "presets",
             "doctor",

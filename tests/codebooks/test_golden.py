@@ -13,6 +13,8 @@ from hf_lrq.codebooks import get_codebook, known_codebooks
 from hf_lrq.codebooks.trellis import Trellis
 
 POINTS = {
+    "bnbfp4": "05e4404ac75a4735e9e065a4e2655a2a9ad535c0e50722c71e837df4b7f79d7e",
+    "bnbnf4": "5bd0f41b84c2ffe6fd3dfe2b8b7f827a03beddd48c82a89bc0ac56f2c86d6461",
     "e8p2": "b0e62c4878f05dd6dd127ad8f2b9000addea3cd2f14dc82f2586b8a4179870fc",
     "e8p3": "320eaf5baa56856830d0e08ba27206fd2045bd36802e3fc4cc5a4ab4f73bc632",
     "e8p4": "5fbacda238eee2fa6d1324453b15a27e1e830274f4ef9053bfd66063cd677fd0",
@@ -31,6 +33,8 @@ POINTS = {
     "nf4": "e876a131ee6915826148866d44b5ee5e3f2439d4fe9f727fecf856591ed17f1c",
 }
 CODES = {
+    "bnbfp4": "040c9bf5ab37ce9c7604e327ead80bfe0e882b248a167b82f712e0958471e2c0",
+    "bnbnf4": "3a6c2b30bd089edbb459fa5d3989a12391f593d0f1a67c39f47f37f0cbf81a81",
     "e8p2": "fa77684340b4d5e385f8ee0373006861d9626fb26448f62e03ef42ae75a9f5db",
     "e8p3": "b6897096712e8c60c3e184dd96f664e61b9295c1e06cfcaada9c6f155a5c527b",
     "e8p4": "a7224712fd08ae7e085586b038673810c2a9c2925ee33feb307ded5cece2ef98",

@@ -39,6 +39,8 @@ def test_families_are_those_of_the_format() -> None:
         "lloyd": (2, 3, 4),
         "nf": (2, 3, 4),
         "gguf": (4, 8),
+        "bnbnf": (4,),
+        "bnbfp": (4,),
     }
 
 
@@ -48,8 +50,8 @@ def test_name_family_and_bits_agree(any_book: Codebook) -> None:
     assert book.column_block % book.dim == 0
 
 
-def test_only_uniform_grids_have_group_scales(any_book: Codebook) -> None:
-    assert any_book.grouped == (any_book.family in ("int", "gguf"))
+def test_blocks_and_uniform_grids_have_group_scales(any_book: Codebook) -> None:
+    assert any_book.grouped == (any_book.family in ("int", "gguf", "bnbnf", "bnbfp"))
 
 
 def test_codes_fill_what_is_stored(any_book: Codebook) -> None:
@@ -217,7 +219,7 @@ class TestCachedTable:
         assert table(self.cpu, torch.float32).tolist() == [0.0, 1.0, 2.0]
 
 
-@pytest.mark.parametrize("module", ["scalar", "lattice", "packing"])
+@pytest.mark.parametrize("module", ["scalar", "lattice", "packing", "bitsandbytes"])
 def test_examples_in_docstrings_run(module: str) -> None:
     results = doctest.testmod(importlib.import_module(f"hf_lrq.codebooks.{module}"))
     assert results.attempted > 0

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_lrq.codebooks import get_codebook
+from hf_lrq.codebooks.bitsandbytes import BlockFloat, BlockNormalFloat
 from hf_lrq.codebooks.scalar import LloydMax, NormalFloat, ScalarCodebook, Uniform, Whole
 
 GRIDS = [*map(Uniform, (2, 3, 4, 6, 8)), *map(Whole, (4, 8))]
@@ -99,6 +100,14 @@ def test_whole_numbers_suit_their_deviation_best(bits: int) -> None:
     assert levels.tolist() == list(range(-(2 ** (bits - 1)), 2 ** (bits - 1)))
     assert squared_error(levels / best) < squared_error(levels / (best * 1.0001))
     assert squared_error(levels / best) < squared_error(levels / (best / 1.0001))
+
+
+@pytest.mark.parametrize("book", [BlockNormalFloat(4), BlockFloat(4)], ids=lambda book: book.name)
+def test_levels_of_bitsandbytes_suit_their_deviation_best(book: ScalarCodebook) -> None:
+    levels, best = levels_of(book).unique(), book.deviation
+    assert levels.abs().max() == levels.max() == 1
+    errors = [squared_error(levels / (best * factor)) for factor in (1, 1.0001, 1 / 1.0001)]
+    assert errors[0] == min(errors)
 
 
 def test_nf_and_whole_numbers_have_a_zero_and_the_others_have_none() -> None:

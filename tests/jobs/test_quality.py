@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_lrq import InputGram, LayerSpec, LRQConfig, compress_matrix
 from hf_lrq.calibration.batches import make_batches
-from hf_lrq.evaluation import compare
+from hf_lrq.evaluation import compare, compare_windows
+from hf_lrq.integrations.bitsandbytes import import_bitsandbytes
 from hf_lrq.integrations.compression import compress
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -125,3 +126,17 @@ def test_gram_of_a_layer_is_well_formed(encoder_layer):
     assert isinstance(gram, InputGram)
     assert gram.H.shape == (W.shape[1], W.shape[1])
     assert gram.damped(0.01).steps == ()
+
+
+def test_factors_make_up_for_the_codes_of_bitsandbytes(four_bits, tmp_path) -> None:
+    """NF4 in blocks of 64: with the original at hand, L R bring the model nearer to it; the codes stay."""
+    original = AutoModelForCausalLM.from_pretrained(TINY_LM / "model", dtype=torch.float32)
+    original.model.layers, original.config.num_hidden_layers = original.model.layers[:2], 2
+    tokenizer = AutoTokenizer.from_pretrained(TINY_LM / "model")
+    text = (TINY_LM / "heldout.txt").read_text(encoding="utf-8")[:4000]
+    tokens = tokenizer(text, return_tensors="pt")["input_ids"][0][:513]
+    folder = four_bits(copy.deepcopy(original), tmp_path / "theirs")
+    plain, model = import_bitsandbytes(folder), import_bitsandbytes(folder, original, rank=16)
+    before, after = (compare_windows(each, original, tokens, window=129, stride=128).kl for each in (plain, model))
+    assert all(one < other for one, other in zip(after, before, strict=True))
+    assert sum(after) < 0.9 * sum(before)

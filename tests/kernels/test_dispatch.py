@@ -86,7 +86,7 @@ def test_the_reference_can_be_asked_for(layer, use):
     [
         ("cpu", "no compiler", "backend 'cpu' cannot run here: no compiler"),
         ("triton", None, "backend 'triton' runs on cuda devices, the tensors are on cpu. Take 'auto'"),
-        ("cuda", None, "Unknown backend 'cuda'. Known backends: auto, cpu, triton, torch"),
+        ("cuda", None, "Unknown backend 'cuda'. Known backends: auto, cpu, triton, bitsandbytes, torch"),
     ],
 )
 def test_a_backend_that_was_named_and_cannot_run_is_an_error(layer, use, backend, missing, message):
@@ -137,7 +137,7 @@ def fresh(monkeypatch):
 def test_a_backend_of_another_package_answers_to_its_name(layer, fresh):
     fake = Fake()
     register_backend("mine", "cpu", fake)
-    assert known_backends() == ("auto", "cpu", "triton", "mine", "torch")
+    assert known_backends() == ("auto", "cpu", "triton", "bitsandbytes", "mine", "torch")
     layer.backend = "mine"
     assert layer(torch.zeros(3, 40)).eq(1).all()
     assert layer.runs_on() == "mine"

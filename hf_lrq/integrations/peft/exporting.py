@@ -1,12 +1,14 @@
 """An adapter of this type as a plain LoRA of PEFT, for programs that know no other."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_lrq.checkpoint import staged_directory
 from hf_lrq.errors import SpecError, did_you_mean
@@ -14,6 +16,8 @@ from hf_lrq.factors import least_ranks
 from hf_lrq.integrations.peft.config import LRQAdapterConfig
 from hf_lrq.integrations.peft.layer import LRQAdapterLinear
 from hf_lrq.integrations.peft.model import PREFIX
+from hf_lrq.matrices import Pair
+from hf_lrq.nn import LRQLinear
 
 _INSIDE = "base_model.model."  # How PEFT names the model in an adapter's file.
 
@@ -52,13 +56,44 @@ def export_lora(
     pairs = {name: (L, R) for name, (L, R) in pairs.items() if L.shape[1]}
     if not pairs:
         raise SpecError(f"adapter {adapter!r} adds nothing to any layer: it has no rank left to export.")
-    lora = _as_lora(config, {name: R.shape[0] for name, (_, R) in pairs.items()})
+    lora = _as_lora(
+        pairs,
+        modules_to_save=config.modules_to_save,
+        base_model_name_or_path=config.base_model_name_or_path,
+        task_type=config.task_type,
+    )
     whole = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     tensors = {name: tensor for name, tensor in whole.items() if not name.rpartition(".")[2].startswith(PREFIX)}
-    for name, (L, R) in pairs.items():
-        tensors |= {f"{_INSIDE}{name}.lora_A.weight": R.to(dtype), f"{_INSIDE}{name}.lora_B.weight": L.to(dtype)}
     with staged_directory(out) as staging:
-        _save(tensors, lora, staging)
+        _save({**tensors, **_as_tensors(pairs, dtype)}, lora, staging)
+    return lora
+
+
+@torch.no_grad()
+def save_factors(model: nn.Module, out: str | os.PathLike[str]) -> LoraConfig:
+    """Save L R of the compressed layers themselves as a LoRA: what it adds to Q is what they add.
+
+    Args:
+        model: with compressed linear layers; not changed.
+        out: directory; made if it does not exist.
+
+    Returns:
+        The config that was saved.
+
+    Raises:
+        SpecError: if no layer has factors.
+        CheckpointError: if `out` is taken.
+    """
+    pairs = {
+        name: module.unrotated(*(factor.float() for factor in module.low_rank()))
+        for name, module in model.named_modules()
+        if isinstance(module, LRQLinear) and module.rank + module.ft_rank
+    }
+    if not pairs:
+        raise SpecError("no compressed layer of this model has L R, so there is nothing to save.")
+    lora = _as_lora(pairs)
+    with staged_directory(out) as staging:
+        _save(_as_tensors(pairs, torch.float32), lora, staging)
     return lora
 
 
@@ -75,8 +110,9 @@ def _config_of(model: PeftModel, adapter: str) -> LRQAdapterConfig:
     return config
 
 
-def _as_lora(config: LRQAdapterConfig, ranks: dict[str, int]) -> LoraConfig:
+def _as_lora(pairs: Mapping[str, Pair], **settings: Any) -> LoraConfig:
     """A config whose scaling, lora_alpha / r, is 1 in every layer."""
+    ranks = {name: R.shape[0] for name, (_, R) in pairs.items()}
     most = max(ranks.values())
     others = {name: rank for name, rank in ranks.items() if rank != most}
     return LoraConfig(
@@ -85,11 +121,17 @@ def _as_lora(config: LRQAdapterConfig, ranks: dict[str, int]) -> LoraConfig:
         rank_pattern=others,
         alpha_pattern=dict(others),
         target_modules=sorted(ranks),
-        modules_to_save=config.modules_to_save,
-        base_model_name_or_path=config.base_model_name_or_path,
-        task_type=config.task_type,
         inference_mode=True,
+        **settings,
     )
+
+
+def _as_tensors(pairs: Mapping[str, Pair], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Name in the file -> tensor."""
+    found: dict[str, Tensor] = {}
+    for name, (L, R) in pairs.items():
+        found |= {f"{_INSIDE}{name}.lora_A.weight": R.to(dtype), f"{_INSIDE}{name}.lora_B.weight": L.to(dtype)}
+    return found
 
 
 def _save(tensors: dict[str, Tensor], config: LoraConfig, directory: Path) -> None:
