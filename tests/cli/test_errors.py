@@ -35,7 +35,8 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (
             ["--codebook", "e9p"],
-            "Unknown codebook family 'e9p'. Known families: e8p, bt, tcq, int, lloyd, nf, gguf. Did you mean 'e8p'?",
+            "Unknown codebook family 'e9p'. Known families: e8p, bt, tcq, int, lloyd, nf, gguf, bnbnf, bnbfp. "
+            "Did you mean 'e8p'?",
         ),
         (["--codebook", "nf", "--bits", "8"], "Codebook family 'nf' has no 8-bit codebook. Choose bits from: 2, 3, 4."),
         (["--rank", "-1"], "rank must be between 0 and 65536, got -1"),

@@ -160,7 +160,7 @@ def test_the_way_back_gives_the_same_bytes(
 
 def test_what_we_round_can_be_given_away(tmp_path: Path) -> None:
     tiny().save_pretrained(tmp_path / "original")
-    config = LRQConfig(codebook="bnbnf", bits=4, group_size=64, rotation="none", rank=0)
+    config = LRQConfig(codebook="bnbnf", bits=4, group_size=64, rotation="none", rank=0, embedding_bits=16)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "original", quantization_config=config)
     export_bitsandbytes(model, tmp_path / "theirs")
     assert torch.equal(logits(import_bitsandbytes(tmp_path / "theirs")), logits(model))
@@ -190,9 +190,10 @@ def test_what_bitsandbytes_cannot_hold_is_refused(tmp_path: Path) -> None:
     for options, message in (
         ({**kept, "group_size": 64}, r"q_proj is stored with codebook 'bnbnf4' and rotation 'hadamard'"),
         ({**kept, "group_size": 128, "rotation": "none"}, r"q_proj has 64 inputs, which are not whole blocks of 128"),
+        ({"embedding_bits": 8}, "model.embed_tokens is LRQEmbedding, .*embedding_bits=16"),
         ({"bits": 4, "codebook": "nf", "rank": 0, "rotation": "none"}, "stored with codebook 'nf4'"),
     ):
-        config = LRQConfig(**options, iters=1, rounding="nearest")
+        config = LRQConfig(**{"embedding_bits": 16, **options}, iters=1, rounding="nearest")
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "original", quantization_config=config)
         with pytest.raises(SpecError, match=message):
             export_bitsandbytes(model, tmp_path / "theirs")

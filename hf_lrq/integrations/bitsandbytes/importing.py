@@ -76,6 +76,7 @@ def import_bitsandbytes(
         factor_bits=factor_bits,
         metric=metric,
         seed=seed,
+        embedding_bits=16,
         refinements=0,
         sweeps=0,
         **ONCE,
