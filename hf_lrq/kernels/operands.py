@@ -66,9 +66,8 @@ class Operands(NamedTuple):
         """
         pair = None
         if "ft_L" in tensors:
-            each = [{name: stack[one] for name, stack in tensors.items()} for one in range(len(tensors["weight"]))]
-            Ls, Rs = zip(*(concatenated(stored_pairs(one)) for one in each), strict=True)
-            pair = torch.stack(Ls), torch.stack(Rs)
+            factors = {name: stack for name, stack in tensors.items() if name.startswith(("lr_", "ft_"))}
+            pair = torch.vmap(lambda one: concatenated(stored_pairs(one)))(factors)
         return cls.of(tensors, layout, pair=pair)
 
     def layer(self, index: int) -> "Operands":
