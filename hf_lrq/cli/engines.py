@@ -67,8 +67,7 @@ class VLLM(Engine):
                     f"vllm has no --{name}: it takes the devices that it was built for, and threads from its "
                     f"environment. Leave out --{name}, or take --engine transformers."
                 )
-        # Its compilation stops at the lookup in compressed embeddings; what comes after -- can have it all the same.
-        return ["--model", options.model, "--enforce-eager", *_shared(options)]
+        return ["--model", options.model, *_shared(options)]
 
     def start(self, arguments: Sequence[str], options: ServeOptions) -> None:
         """Replace this process, whose threads would not survive in those that vLLM forks."""

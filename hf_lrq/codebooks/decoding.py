@@ -5,8 +5,10 @@ from torch import Tensor
 
 from hf_lrq.codebooks import get_codebook
 
+# SymInt: of a table of codes as many rows are asked for as there are tokens, which a compiled model leaves open.
 torch.library.define(
-    "hf_lrq::decode", "(Tensor packed, str codebook, int in_features, int start, int stop, ScalarType dtype) -> Tensor"
+    "hf_lrq::decode",
+    "(Tensor packed, str codebook, int in_features, SymInt start, SymInt stop, ScalarType dtype) -> Tensor",
 )
 
 

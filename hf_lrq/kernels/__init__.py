@@ -3,7 +3,7 @@
 from hf_lrq.kernels.backend import Backend, known_backends
 from hf_lrq.kernels.dispatch import ACTIVATIONS, explain, has_backend, register_backend, status
 from hf_lrq.kernels.operands import Operands
-from hf_lrq.kernels.ops import linear, linear_group
+from hf_lrq.kernels.ops import linear, linear_experts, linear_group
 from hf_lrq.kernels.reference import hadamard
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "has_backend",
     "known_backends",
     "linear",
+    "linear_experts",
     "linear_group",
     "register_backend",
     "status",

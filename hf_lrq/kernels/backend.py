@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_lrq.codebooks import nearest, viterbi
 from hf_lrq.errors import BackendError
-from hf_lrq.kernels.operands import Operands
+from hf_lrq.kernels.operands import Operands, one_by_one
 
 
 class Backend(Protocol):
@@ -36,6 +36,12 @@ class Backend(Protocol):
     def lrq_linear_group(self, x: Tensor, layers: Sequence[Operands], activation: str, /) -> list[Tensor]:
         """Outputs of several layers of one format with equal rot_in, none of which `declines` has anything against."""
         return [self.lrq_linear(x, layer, activation) for layer in layers]
+
+    def lrq_linear_experts(
+        self, x: Tensor, counts: Sequence[int], stacks: Sequence[Operands], activation: str, /
+    ) -> list[Tensor]:
+        """`operands.one_by_one` of `lrq_linear_group`, under its conditions."""
+        return one_by_one(x, counts, stacks, lambda rows, layers: self.lrq_linear_group(rows, layers, activation))
 
     def decode_rows(
         self, packed: Tensor, codebook: str, in_features: int, start: int, stop: int, dtype: torch.dtype, /

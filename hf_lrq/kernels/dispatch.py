@@ -10,7 +10,7 @@ from hf_lrq.codebooks import decoding, nearest, viterbi
 from hf_lrq.errors import BackendError
 from hf_lrq.kernels import reference
 from hf_lrq.kernels.backend import REGISTERED, Backend, add_backend, known_backends
-from hf_lrq.kernels.operands import Operands
+from hf_lrq.kernels.operands import Operands, one_by_one
 
 if TYPE_CHECKING:
     from hf_lrq.kernels import cpu, triton
@@ -147,6 +147,22 @@ def lrq_linear_group(x: Tensor, layers: Sequence[Operands], backend: str, activa
     ):
         return [lrq_linear(x, layer, backend, activation) for layer in layers]
     return found.lrq_linear_group(x, layers, activation)
+
+
+def lrq_linear_experts(
+    x: Tensor, counts: Sequence[int], stacks: Sequence[Operands], backend: str, activation: str
+) -> list[Tensor]:
+    """Rows through stacks of layers, see `ops.linear_experts`; what holds for one layer of a stack holds for all.
+
+    Raises:
+        BackendError: see `chosen`.
+    """
+    found = chosen(x.device, backend)
+    if found is None or any(found.declines(x, stack.layer(0), activation) for stack in stacks):
+        return one_by_one(x, counts, stacks, lambda rows, layers: lrq_linear_group(rows, layers, backend, activation))
+    if all(_same_rotation(stacks[0].rot_in, stack.rot_in) for stack in stacks[1:]):
+        return found.lrq_linear_experts(x, counts, stacks, activation)
+    return [found.lrq_linear_experts(x, counts, [stack], activation)[0] for stack in stacks]
 
 
 def _same_rotation(one: Tensor | None, other: Tensor | None) -> bool:

@@ -1,8 +1,9 @@
 """What a compressed layer is computed from, as one value."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from hf_lrq.factors import concatenated, stored_pairs
@@ -55,6 +56,25 @@ class Operands(NamedTuple):
         form = (layout.codebook, layout.group_size, layout.rotation_block)
         return cls(*own, L, R, L_scale, R_scale, bias, *form)
 
+    @classmethod
+    def of_stack(cls, tensors: Mapping[str, Tensor], layout: LayerLayout) -> "Operands":
+        """What a stack of layers of one layout is computed from: each tensor has a leading axis of them.
+
+        Args:
+            tensors: name -> stored tensors of all, one above the other.
+            layout: of each layer.
+        """
+        pair = None
+        if "ft_L" in tensors:
+            factors = {name: stack for name, stack in tensors.items() if name.startswith(("lr_", "ft_"))}
+            pair = torch.vmap(lambda one: concatenated(stored_pairs(one)))(factors)
+        return cls.of(tensors, layout, pair=pair)
+
+    def layer(self, index: int) -> "Operands":
+        """One layer of a stack."""
+        one = (None if stack is None else stack[index] for stack in self.tensors)
+        return Operands._make((*one, *self[TENSORS:]))
+
     @property
     def out_features(self) -> int:
         """Number of rows without padding."""
@@ -85,3 +105,31 @@ def by_field(layers: Sequence[Operands]) -> tuple[list[Tensor | None], ...]:
 def by_layer(fields: Sequence[Sequence[Tensor | None]], codebook: str, group_size: int, block: int) -> list[Operands]:
     """Inverse of `by_field`."""
     return [Operands._make((*tensors, codebook, group_size, block)) for tensors in zip(*fields, strict=True)]
+
+
+def one_by_one(
+    x: Tensor,
+    counts: Sequence[int],
+    stacks: Sequence[Operands],
+    compute: Callable[[Tensor, list[Operands]], Sequence[Tensor]],
+) -> list[Tensor]:
+    """Sorted rows through stacks of layers, see `ops.linear_experts`, by a function for the rows of one expert.
+
+    Args:
+        x: [n, in].
+        counts: how many rows each expert gets.
+        stacks: see `Operands.of_stack`.
+        compute: some rows and a layer of each stack -> an output of each.
+
+    Returns:
+        One tensor [n, out] for each stack; zeros in rows that no expert gets.
+    """
+    outputs = [x.new_zeros(len(x), stack.scales.shape[1]) for stack in stacks]
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            own = slice(start, start + count)
+            for y, found in zip(outputs, compute(x[own], [stack.layer(expert) for stack in stacks]), strict=True):
+                y[own] = found
+            start += count
+    return outputs

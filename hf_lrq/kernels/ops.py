@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_lrq.kernels import dispatch, reference
-from hf_lrq.kernels.operands import TENSORS, Operands, by_field, by_layer
+from hf_lrq.kernels.operands import TENSORS, Operands, by_field, by_layer, one_by_one
 
 _REQUIRED, _OPTIONAL = ("weight", "scales"), ("rot_in", "rot_out", "L", "R", "L_scale", "R_scale", "bias")
 _FORMAT = "str codebook, int group_size, int block"
@@ -24,6 +24,9 @@ torch.library.define("hf_lrq::linear", f"(Tensor x, {_tensors()}, {_FORMAT}, {_R
 # Without gradient: two passes through Python less, which small layers feel.
 torch.library.define("hf_lrq::linear_inference", f"(Tensor x, {_tensors()}, {_FORMAT}, {_RUN}) -> Tensor")
 torch.library.define("hf_lrq::linear_group", f"(Tensor x, {_tensors('[]')}, {_FORMAT}, {_RUN}) -> Tensor[]")
+torch.library.define(
+    "hf_lrq::linear_experts", f"(Tensor x, Tensor counts, {_tensors('[]')}, {_FORMAT}, {_RUN}) -> Tensor[]"
+)
 torch.library.define(
     "hf_lrq::linear_backward", f"(Tensor grad, Tensor x, {_WITHOUT_BIAS}, {_FORMAT}, bool[] needs) -> Tensor[]"
 )
@@ -52,6 +55,13 @@ def _linear_group(x: Tensor, *arguments: Any) -> list[Tensor]:
     return dispatch.lrq_linear_group(x, layers, backend, activation)
 
 
+def _linear_experts(x: Tensor, counts: Tensor, *arguments: Any) -> list[Tensor]:
+    *fields, backend, activation = arguments
+    stacks = by_layer(fields[:TENSORS], *fields[TENSORS:])
+    _refuse_gradients(x, stacks)
+    return dispatch.lrq_linear_experts(x, counts.tolist(), stacks, backend, activation)
+
+
 def _refuse_gradients(x: Tensor, layers: Sequence[Operands]) -> None:
     """Refuse inputs that need gradients: a graph captured without them can get such inputs, and would lose them."""
     if any(_wants_gradient(x, layer) for layer in layers):
@@ -76,6 +86,7 @@ for _name, _kernel in (
     ("linear", _linear_with_gradient),
     ("linear_inference", _linear_inference),
     ("linear_group", _linear_group),
+    ("linear_experts", _linear_experts),
     ("linear_backward", _linear_backward),
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
@@ -101,6 +112,12 @@ torch.library.register_fake("hf_lrq::linear_inference", _fake_linear)
 @torch.library.register_fake("hf_lrq::linear_group")
 def _(x: Tensor, *arguments: Any) -> list[Tensor]:
     return _empty_outputs(x, by_layer(arguments[:TENSORS], *arguments[TENSORS:-2]))
+
+
+@torch.library.register_fake("hf_lrq::linear_experts")
+def _(x: Tensor, counts: Tensor, *arguments: Any) -> list[Tensor]:
+    stacks = by_layer(arguments[:TENSORS], *arguments[TENSORS:-2])
+    return _empty_outputs(x, [stack.layer(0) for stack in stacks])
 
 
 @torch.library.register_fake("hf_lrq::linear_backward")
@@ -179,16 +196,48 @@ def linear_group(
     Raises:
         ValueError: if codebook, group size or block differ.
     """
+    form = _form_of_all(layers)
+    captured = torch.compiler.is_exporting() or torch.jit.is_tracing()  # Who runs the graph may want gradients.
+    if captured or any(_wants_gradient(x, layer) for layer in layers):
+        return [linear(x, layer, backend, activation) for layer in layers]
+    found: list[Tensor] = torch.ops.hf_lrq.linear_group(_cast(x), *by_field(layers), *form, backend, activation)
+    return found
+
+
+def linear_experts(
+    x: Tensor, counts: Tensor, stacks: Sequence[Operands], backend: str = "auto", activation: str = "float"
+) -> list[Tensor]:
+    """`linear` of rows that are sorted by experts, each with the layer of its expert: one operator for all of them.
+
+    Args:
+        x: [n, in], float: the first counts[0] rows are those of the first expert, and so on.
+        counts: [experts] integers, whose sum is n at most.
+        stacks: see `Operands.of_stack`, all for the same rows; of one codebook, group size and block.
+        backend, activation: see `linear`.
+
+    Returns:
+        One tensor [n, out] per stack; zeros in the rows after the last expert's.
+
+    Raises:
+        ValueError: if codebook, group size or block differ.
+    """
+    form = _form_of_all(stacks)
+    if any(_wants_gradient(x, stack) for stack in stacks):
+        each = lambda rows, layers: [linear(rows, layer, backend, activation) for layer in layers]  # noqa: E731
+        return one_by_one(_cast(x), counts.tolist(), stacks, each)
+    found: list[Tensor] = torch.ops.hf_lrq.linear_experts(
+        _cast(x), counts, *by_field(stacks), *form, backend, activation
+    )
+    return found
+
+
+def _form_of_all(layers: Sequence[Operands]) -> tuple[Any, ...]:
+    """Codebook, group size and block."""
     forms = {layer[TENSORS:] for layer in layers}
     if len(forms) > 1:
         told = " and ".join(map(str, sorted(forms)))
         raise ValueError(f"layers of a group have one (codebook, group size, block), got {told}.")
-    captured = torch.compiler.is_exporting() or torch.jit.is_tracing()  # Who runs the graph may want gradients.
-    if captured or any(_wants_gradient(x, layer) for layer in layers):
-        return [linear(x, layer, backend, activation) for layer in layers]
-    form = layers[0][TENSORS:]
-    found: list[Tensor] = torch.ops.hf_lrq.linear_group(_cast(x), *by_field(layers), *form, backend, activation)
-    return found
+    return layers[0][TENSORS:]
 
 
 def _cast(x: Tensor) -> Tensor:

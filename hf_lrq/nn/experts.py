@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_lrq.decomposition.compress_matrix import CompressedMatrix
-from hf_lrq.kernels import Operands, linear
+from hf_lrq.kernels import Operands, linear, linear_experts
 from hf_lrq.layout import TENSOR_NAMES, LayerLayout
 from hf_lrq.nn.linear import LRQLinear
 from hf_lrq.nn.stored import HoldsFactors, check_same_layout
@@ -60,10 +60,20 @@ class LRQExpertStack(HoldsFactors):
         for name, tensor in matrix.tensors().items():
             getattr(self, name).data[expert].copy_(tensor)
 
-    def forward(self, x: Tensor, expert: int) -> Tensor:
-        """[tokens, in] -> [tokens, out] through one expert."""
-        operands = Operands.of(self.stored_tensors(expert), self.layout)
-        return linear(x, operands, self.backend, "float" if self.training else self.activation)
+    def forward(self, x: Tensor, expert: int | Tensor, biases: Tensor | None = None) -> Tensor:
+        """[tokens, in] -> [tokens, out] through one expert, or through all.
+
+        Args:
+            x: [tokens, in]; for all experts, sorted by them.
+            expert: which one, or how many tokens each has [E], see `kernels.linear_experts`.
+            biases: [E, out] of all experts.
+        """
+        activation = "float" if self.training else self.activation
+        if isinstance(expert, Tensor):
+            tensors = {name: stack for name in TENSOR_NAMES if (stack := getattr(self, name)) is not None}
+            stack = Operands.of_stack(tensors, self.layout)._replace(bias=biases)
+            return linear_experts(x, expert, [stack], self.backend, activation)[0]
+        return linear(x, Operands.of(self.stored_tensors(expert), self.layout), self.backend, activation)
 
     def stored_tensors(self, expert: int) -> dict[str, Tensor]:
         """Name -> tensor of the format, of one expert."""

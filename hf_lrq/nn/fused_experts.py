@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hf_lrq.nn.classes import become
 from hf_lrq.nn.expert_weights import ExpertWeights, Product
 from hf_lrq.nn.experts import LRQExpertStack
+from hf_lrq.nn.routing import routed
 
 PREFIX = "qstack_"  # Not "<matrix>_...": the name patterns of some transformers releases have no end.
 GATED = ("gate_up_proj", "down_proj")
@@ -43,16 +44,13 @@ class GatedExperts(CompressedExperts):
             top_k_index: [tokens, k] experts; `num_experts` stands for none.
             top_k_weights: [tokens, k].
         """
-        out = torch.zeros_like(hidden_states)
-        for expert in top_k_index.unique().tolist():
-            if expert == self.num_experts:
-                continue
-            token, position = torch.where(top_k_index == expert)
-            gate_up = plus_bias(self, "gate_up_proj", expert, self.qstack_gate_up_proj(hidden_states[token], expert))
+
+        def through(rows: Tensor, counts: Tensor) -> Tensor:
+            gate_up = self.qstack_gate_up_proj(rows, counts, _biases(self, "gate_up_proj"))
             gated = self._apply_gate(gate_up)  # type: ignore[attr-defined]
-            result = plus_bias(self, "down_proj", expert, self.qstack_down_proj(gated, expert))
-            out.index_add_(0, token, (result * top_k_weights[token, position, None]).to(out.dtype))
-        return out
+            return self.qstack_down_proj(gated, counts, _biases(self, "down_proj"))
+
+        return routed(hidden_states, top_k_index, top_k_weights, self.num_experts, through)
 
 
 class OwnCodeExperts(CompressedExperts):
@@ -74,8 +72,14 @@ class OwnCodeExperts(CompressedExperts):
 
 def plus_bias(module: Any, stack: str, expert: int, y: Tensor) -> Tensor:
     """Products with the matrix of an expert, and its bias where the module has some."""
-    bias = module._parameters.get(f"{stack}_bias")
-    return y if bias is None else y + bias[expert]
+    biases = _biases(module, stack)
+    return y if biases is None else y + biases[expert]
+
+
+def _biases(module: Any, stack: str) -> Tensor | None:
+    """[E, out], or None where the module has none."""
+    biases: Tensor | None = module._parameters.get(f"{stack}_bias")
+    return biases
 
 
 def stack_names(module: nn.Module) -> tuple[str, ...]:

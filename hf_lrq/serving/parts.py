@@ -50,7 +50,7 @@ class Part(nn.Module):
             empty = torch.empty(cut.shape, dtype=dtype, device=device)
             self.register_parameter(key, nn.Parameter(empty, requires_grad=False))
         self.missing = set(self._stored)
-        self._operands: list[Operands] | None = None
+        self._operands: Operands | None = None
 
     @property
     def rows(self) -> int:
@@ -101,14 +101,12 @@ class Part(nn.Module):
                 self._operands = None
                 return
 
-    def operands(self, expert: int = 0) -> Operands:
-        """What the matrix, or that of one expert, is computed from; made once, when it is first asked for."""
+    def operands(self) -> Operands:
+        """What the matrix, or the stack of them, is computed from; made once, when it is first asked for."""
         if self._operands is None:
-            tensors = self.stored_tensors()
-            each = range(self.experts or 0)
-            stored = [{key: stack[one] for key, stack in tensors.items()} for one in each] or [tensors]
-            self._operands = [Operands.of(one, self.layout) for one in stored]
-        return self._operands[expert]
+            make = Operands.of if self.experts is None else Operands.of_stack
+            self._operands = make(self.stored_tensors(), self.layout)
+        return self._operands
 
     def look_up(self, at: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of a table of codes, as those of an embedding: [..., columns].

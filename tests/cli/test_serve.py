@@ -111,9 +111,7 @@ def test_vllm_is_called_as_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
     options = ServeOptions(model="m", port=8001, dtype=DType.float32, further=["--max-model-len", "64"])
     engine = VLLM()
     engine.start(engine.arguments(options), options)
-    server = (
-        "-m vllm.entrypoints.openai.api_server --model m --enforce-eager --host 127.0.0.1 --port 8001 --dtype float32"
-    )
+    server = "-m vllm.entrypoints.openai.api_server --model m --host 127.0.0.1 --port 8001 --dtype float32"
     assert seen == [[sys.executable, sys.executable, *server.split(), "--max-model-len", "64"]]
 
 

@@ -57,6 +57,16 @@ def test_forward_is_the_weighted_sum_over_the_experts_of_each_token(experts: nn.
         assert torch.equal(experts(x[:0], index[:0], weights[:0]), x[:0])
 
 
+def test_one_graph_holds_any_choice_of_experts(experts: nn.Module) -> None:
+    compiled = torch.compile(experts, fullgraph=True, backend="eager")
+    generator = torch.Generator().manual_seed(0)
+    x, weights = torch.randn(5, 32, generator=generator), torch.rand(5, 2, generator=generator)
+    for _ in range(3):
+        index = torch.randint(0, 4, (5, 2), generator=generator)
+        with torch.no_grad():
+            assert torch.equal(compiled(x, index, weights), experts(x, index, weights))
+
+
 def test_experts_are_named_by_stack_and_index(fast: dict[str, Any]) -> None:
     report = compress(tiny_mixtral(intermediate_size=64), config=LRQConfig(**fast))
     names = [layer.name for layer in report.layers if layer.kind == "experts"]

@@ -144,3 +144,17 @@ def test_a_compiled_lookup_gives_the_same_rows():
     layer = embedding(6)
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     assert torch.equal(compiled(IDS), layer(IDS))
+
+
+def test_one_graph_looks_up_any_number_of_rows():
+    layer, graphs = embedding(6), []
+
+    def keep(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(layer, backend=keep, fullgraph=True, dynamic=True)
+    for count in (3, 2, 9):
+        ids = torch.arange(count)
+        assert torch.equal(compiled(ids), layer(ids))
+    assert len(graphs) == 1

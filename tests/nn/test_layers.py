@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from hf_lrq import kernels
 from hf_lrq.decomposition import compress_matrix
-from hf_lrq.kernels import linear
 from hf_lrq.nn import LRQExpertStack, LRQLinear
 from hf_lrq.spec import LayerSpec
 
@@ -105,21 +105,38 @@ def test_an_expert_stack_is_its_experts():
     torch.testing.assert_close(stack.dense(), torch.stack([compressed.dense() for compressed in matrices]))
 
 
-@pytest.mark.parametrize("kind", ["layer", "experts"])
+def test_tokens_that_are_sorted_meet_their_experts_and_the_biases_of_those():
+    stack = LRQExpertStack(3, 24, 16, SPEC.layout)
+    for expert in range(3):
+        stack.load_matrix(expert, matrix(expert))
+    generator = torch.Generator().manual_seed(9)
+    x, biases = torch.randn(6, 24, generator=generator), torch.randn(3, 16, generator=generator)
+    found = stack(x, torch.tensor([2, 0, 3]), biases)
+    expected = [stack(x[:2], 0) + biases[0], stack(x[2:5], 2) + biases[2], torch.zeros(1, 16)]
+    torch.testing.assert_close(found, torch.cat(expected))
+
+
+@pytest.mark.parametrize("kind", ["layer", "one expert", "experts"])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_in_training_inputs_are_never_rounded(monkeypatch, kind, reentrant):
     """Checkpointing computes twice: first without gradients, if it is reentrant. Both passes must be the same."""
     seen = []
+    module, function, arguments = {
+        "layer": ("linear", "linear", ()),
+        "one expert": ("experts", "linear", (0,)),
+        "experts": ("experts", "linear_experts", (torch.tensor([2]),)),
+    }[kind]
+    original = getattr(kernels, function)
 
     def spy(x, *arguments):
         seen.append(arguments[-1])
-        return linear(x, *arguments)
+        return original(x, *arguments)
 
-    monkeypatch.setattr(f"hf_lrq.nn.{'linear' if kind == 'layer' else 'experts'}.linear", spy)
+    monkeypatch.setattr(f"hf_lrq.nn.{module}.{function}", spy)
     if kind == "layer":
-        layer, arguments = LRQLinear.from_matrix(matrix()), ()
+        layer = LRQLinear.from_matrix(matrix())
     else:
-        layer, arguments = LRQExpertStack(1, 24, 16, SPEC.layout), (0,)
+        layer = LRQExpertStack(1, 24, 16, SPEC.layout)
         layer.load_matrix(0, matrix())
     layer.activation = "int8"
     x = torch.ones(2, 24, requires_grad=True)

@@ -139,6 +139,22 @@ def test_rows_of_a_table_are_looked_up():
         assert torch.equal(found, layer.dense()[start + at])
 
 
+def test_one_graph_looks_up_any_number_of_rows():
+    """As engines compile a model: for whatever number of tokens a step has."""
+    layer = random_layer(64, 50, LayerLayout(codebook="int6", rank=0, rotation="none", group_size=32))
+    part, graphs = loaded(layer, Shard.of_rows(50, 64, 20, 30)), []
+
+    def keep(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    look_up = torch.compile(part.look_up, backend=keep, fullgraph=True, dynamic=True)
+    for count in (3, 2, 9):
+        at = torch.arange(count)
+        assert torch.equal(look_up(at, torch.float32), layer.dense()[20 + at])
+    assert len(graphs) == 1
+
+
 def test_matrices_that_are_stored_as_one_are_cut_apart(x):
     """q of 256 rows above k and v of 128, for two processes."""
     layer = random_layer(IN, OUT, LayerLayout(codebook="e8p2", rank=3, rotation_block=32))

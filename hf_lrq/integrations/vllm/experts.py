@@ -86,6 +86,8 @@ class LRQExpertsMethod(FusedMoEMethodBase):
         """
         for part in (*layer.lrq_up, layer.lrq_down):
             part.check()
+        for part in layer.lrq_up[1:]:
+            part.share_rotation(layer.lrq_up[:1])
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
         """None: no kernel of vLLM is used."""

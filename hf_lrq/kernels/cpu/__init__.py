@@ -65,6 +65,11 @@ def lrq_linear_group(x: Tensor, layers: Sequence[Operands], activation: str) -> 
     return linear.lrq_linear_group(_library(), x, layers, activation)
 
 
+def lrq_linear_experts(x: Tensor, counts: Sequence[int], stacks: Sequence[Operands], activation: str) -> list[Tensor]:
+    """`dispatch.lrq_linear_experts`; for stacks of layers that `declines` has nothing against."""
+    return linear.lrq_linear_experts(_library(), x, counts, stacks, activation)
+
+
 def decode_rows(
     weight: Tensor, codebook: str, in_features: int, start: int, stop: int, dtype: torch.dtype
 ) -> Tensor | None:

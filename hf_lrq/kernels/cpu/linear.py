@@ -41,6 +41,7 @@ ORDER = (torch.bfloat16, torch.float16, torch.float32)
 # Rows decoded at a time.
 TILE_ROWS = 1024
 SURELY_FEW = 4
+CODES_NDIM = 3  # axes of the codes of one matrix, see `Codebook.packed_shape`; a stack has one more
 ONE_GROUP = 1 << 30  # columns; a multiple of whatever a kernel takes at a time
 
 # The two halves of `Call` of layer.c.
@@ -99,27 +100,59 @@ def _declines(
 
 def lrq_linear_group(library: Library, x: Tensor, layers: Sequence[Operands], activation: str) -> list[Tensor]:
     """`dispatch.lrq_linear_group` by the library, for layers that `declines` has nothing against."""
-    columns, dtype, codebook = x.shape[-1], x.dtype, layers[0].codebook
-    tokens = x.reshape(-1, columns)
-    count = tokens.shape[0]
-    if tokens.stride(1) != 1:
-        tokens = tokens.contiguous()
-    prepared = [_prepared(layer, columns) for layer in layers]
-    outputs = [new_output(x, each.rows) for each in prepared]
-    rows = sum(each.rows for each in prepared)
-    if count * rows == 0:
-        return outputs
-    if count >= SURELY_FEW and count >= many_tokens(library, codebook, dtype):
+    tokens = _in_rows(x)
+    prepared = [_prepared(layer, x.shape[-1])[0] for layer in layers]
+    if len(tokens) >= SURELY_FEW and len(tokens) >= many_tokens(library, layers[0].codebook, x.dtype):
         z = _rotated(tokens, layers[0].rot_in, layers[0].block)
         return [by_matrix_products(library, z, layer).view(*x.shape[:-1], -1) for layer in layers]
+    outputs = [new_output(x, each.rows) for each in prepared]
+    _by_integer_sums(library, tokens, prepared, outputs, activation)
+    return outputs
+
+
+def lrq_linear_experts(
+    library: Library, x: Tensor, counts: Sequence[int], stacks: Sequence[Operands], activation: str
+) -> list[Tensor]:
+    """`dispatch.lrq_linear_experts` by the library, under the conditions of `lrq_linear_group`."""
+    tokens, many = _in_rows(x), max(SURELY_FEW, many_tokens(library, stacks[0].codebook, x.dtype))
+    prepared = [_prepared(stack, x.shape[-1]) for stack in stacks]
+    outputs = [x.new_zeros(len(x), each[0].rows) for each in prepared]
+    start = 0
+    for expert, count in enumerate(counts):
+        own = slice(start, start + count)
+        start += count
+        if count >= many:
+            layers = [stack.layer(expert) for stack in stacks]
+            z = _rotated(tokens[own], layers[0].rot_in, layers[0].block)
+            for y, layer in zip(outputs, layers, strict=True):
+                y[own] = by_matrix_products(library, z, layer)
+        elif count:
+            of_expert = [each[expert] for each in prepared]
+            _by_integer_sums(library, tokens[own], of_expert, [y[own] for y in outputs], activation)
+    return outputs
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    """[..., in] -> [tokens, in], each in one piece."""
+    tokens = x.reshape(-1, x.shape[-1])
+    return tokens if tokens.stride(1) == 1 else tokens.contiguous()
+
+
+def _by_integer_sums(
+    library: Library, tokens: Tensor, layers: Sequence["_Prepared"], outputs: Sequence[Tensor], activation: str
+) -> None:
+    """Fill the outputs of layers of one input, in one call."""
+    count, columns = tokens.shape
+    rows = sum(each.rows for each in layers)
+    if count * rows == 0:
+        return
     blocked = activation == "int8"
-    digits = 1 if blocked else DIGITS[dtype]
-    given = (tokens.data_ptr(), tokens.stride(0), KINDS[dtype])
+    digits = 1 if blocked else DIGITS[tokens.dtype]
+    given = (tokens.data_ptr(), tokens.stride(0), KINDS[tokens.dtype])
     how = (count, columns, digits, blocked, _useful_threads(count * columns * rows))
-    records = [_RUN.pack(*given, y.data_ptr(), *how) + each.record for y, each in zip(outputs, prepared, strict=True)]
+    records = [_RUN.pack(*given, y.data_ptr(), *how) + each.record for y, each in zip(outputs, layers, strict=True)]
     if library.linear(b"".join(records), len(records)):
         raise MemoryError(f"no memory for a compressed layer of [{rows}, {columns}] and {count} tokens.")
-    return outputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,24 +170,26 @@ class _Prepared:
     copies: tuple[Tensor, ...] = ()
 
 
-# Codes and columns -> all that a record depends on, and the record. To describe a small layer takes longer than to
+# Codes, columns and axes -> all that records depend on, and the records. To describe a small layer takes longer than to
 # compute it.
-_known: dict[tuple[int, int], tuple[Hashable, _Prepared]] = {}
+_known: dict[tuple[int, int, int], tuple[Hashable, list[_Prepared]]] = {}
 _MOST_KNOWN = 1 << 14
 
 
-def _prepared(layer: Operands, columns: int) -> _Prepared:
-    tensors = layer.tensors
+def _prepared(layer: Operands, columns: int) -> list[_Prepared]:
+    """The layer, or each of a stack."""
+    weight, tensors = layer.weight, layer.tensors
     key = (
         *(layer.codebook, layer.group_size, layer.block),
         *[None if t is None else (t.data_ptr(), t.dtype, t.shape, t.is_cpu and t.is_contiguous()) for t in tensors],
     )
-    place = layer.weight.data_ptr(), columns
+    place = weight.data_ptr(), columns, weight.ndim
     found = _known.get(place)
     if found is not None and found[0] == key:
         return found[1]
-    prepared = _prepare(layer, columns)
-    if not prepared.copies:
+    layers = [layer] if weight.ndim == CODES_NDIM else [layer.layer(index) for index in range(len(weight))]
+    prepared = [_prepare(one, columns) for one in layers]
+    if not any(one.copies for one in prepared):
         if len(_known) >= _MOST_KNOWN:
             _known.clear()
         _known[place] = key, prepared

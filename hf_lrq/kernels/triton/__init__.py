@@ -13,6 +13,7 @@ __all__ = [
     "declines",
     "decode_rows",
     "lrq_linear",
+    "lrq_linear_experts",
     "lrq_linear_group",
     "nearest_e8p",
     "nearest_point",
@@ -37,7 +38,7 @@ def _installed() -> str | None:
 
 if _installed() is None:
     from hf_lrq.kernels.triton.bit_viterbi import bit_viterbi
-    from hf_lrq.kernels.triton.linear import declines, decode_rows, lrq_linear, lrq_linear_group
+    from hf_lrq.kernels.triton.linear import declines, decode_rows, lrq_linear, lrq_linear_experts, lrq_linear_group
     from hf_lrq.kernels.triton.viterbi import viterbi
 
 

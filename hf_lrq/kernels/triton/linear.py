@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from hf_lrq.errors import BackendError
-from hf_lrq.kernels.operands import Operands
+from hf_lrq.kernels.operands import Operands, one_by_one
 from hf_lrq.kernels.reference import hadamard
 from hf_lrq.kernels.stacks import joined
 from hf_lrq.kernels.triton import launches, layer
@@ -116,6 +116,11 @@ def lrq_linear_group(x: Tensor, layers: Sequence[Operands], activation: str) -> 
     with torch.cuda.device_of(x):
         _from_codes(tokens, _codes(whole, columns), whole, ends, activation, out)
     return [part.reshape(*x.shape[:-1], -1) for part in (each.contiguous() for each in out.split(rows, -1))]
+
+
+def lrq_linear_experts(x: Tensor, counts: Sequence[int], stacks: Sequence[Operands], activation: str) -> list[Tensor]:
+    """`dispatch.lrq_linear_experts`, one after another."""
+    return one_by_one(x, counts, stacks, lambda rows, layers: lrq_linear_group(rows, layers, activation))
 
 
 def stacked(layers: Sequence[Operands]) -> Operands | None:

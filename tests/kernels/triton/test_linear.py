@@ -12,7 +12,7 @@ from hf_lrq.errors import BackendError
 from hf_lrq.kernels import Operands
 from hf_lrq.kernels.reference import hadamard
 from hf_lrq.kernels.stacks import side_by_side
-from hf_lrq.kernels.triton import decode_rows, layer, lrq_linear, lrq_linear_group
+from hf_lrq.kernels.triton import decode_rows, layer, lrq_linear, lrq_linear_experts, lrq_linear_group
 from hf_lrq.kernels.triton import linear as operator
 from hf_lrq.kernels.triton.decoders import decoder_for
 from hf_lrq.kernels.triton.gemv import gemv_kernel
@@ -183,6 +183,20 @@ def test_a_group_is_one_launch_and_as_exact_as_its_layers(case, device, make_lay
     assert launches.count("reduce") == len(rows)
     largest = max(part.abs().max().item() for part in y)
     torch.testing.assert_close(again, y, rtol=0, atol=1e-5 * largest)
+
+
+def test_rows_of_each_expert_meet_its_layer(device, make_layer):
+    rows, columns, counts = 128, 40, [1, 0, 2]
+    layers = []
+    for seed in range(len(counts)):
+        made = make_layer("bt2", rows, columns, device, seed=seed)
+        x, *given = operands(made, rows, columns, 4, torch.float32, device, rank=3, bits=8)
+        layers.append(layer_of(made, *given, 8))
+    fields = zip(*(each.tensors for each in layers), strict=True)
+    stack = Operands(*map(torch.stack, fields), *layers[0][9:])
+    (y,) = lrq_linear_experts(x, counts, [stack], "float")
+    expected = [lrq_linear(x[:1], layers[0], "float"), lrq_linear(x[1:3], layers[2], "float")]
+    torch.testing.assert_close(y, torch.cat([*expected, torch.zeros(1, rows, device=device)]))
 
 
 CASES = [
