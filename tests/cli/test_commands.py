@@ -328,6 +328,7 @@ def test_doctor_finds_a_working_installation(cli) -> None:
     names = [check["name"] for check in found["checks"]]
     assert names[:3] == ["python", "torch", "transformers"]
     assert {"peft", "triton", "device cpu", "compression on cpu", "registration", "save and load"} <= set(names)
+    assert "bitsandbytes kernels" in names
     assert torch.equal(torch.get_rng_state(), state)
 
 
