@@ -1,6 +1,6 @@
 """Adam's averages in 8 bits against 32, in the optimizers of this package and in bitsandbytes', in one run.
 
-    python examples/benchmarks/optimizer_states.py [--steps 30] [--seeds 3] [--out DIR]
+    python examples/benchmarks/optimizer_states.py [--steps 20] [--seeds 2] [--out DIR]
 
 Task, examples and model are those of `finetune_trainer.py` (docstrings of PyTorch), with factors of rank 32, which are
 large enough for 8 bits; L and R are trained. The rate is constant. "hooks" are `precondition_gradients`, before an
@@ -69,8 +69,8 @@ def main() -> None:
     """Print the table, a row as soon as it is known."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("optimizer-states"))
-    parser.add_argument("--lr", type=float, default=3e-4)
-    numbers = {"rank": 32, "nsamples": 16, "steps": 30, "batch": 8, "head": 16, "body": 40, "test": 64, "seeds": 3}
+    parser.add_argument("--lr", type=float, default=1e-3)
+    numbers = {"rank": 32, "nsamples": 16, "steps": 20, "batch": 8, "head": 16, "body": 40, "test": 64, "seeds": 2}
     for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     arguments = parser.parse_args()
