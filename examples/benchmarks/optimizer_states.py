@@ -70,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("optimizer-states"))
     parser.add_argument("--lr", type=float, default=1e-3)
-    numbers = {"rank": 32, "nsamples": 16, "steps": 20, "batch": 8, "head": 16, "body": 40, "test": 64, "seeds": 2}
+    numbers = {"rank": 32, "nsamples": 16, "steps": 20, "batch": 4, "head": 16, "body": 40, "test": 64, "seeds": 2}
     for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     arguments = parser.parse_args()
