@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from hf_lrq.checks import check_number
 from hf_lrq.errors import SpecError
-from hf_lrq.integrations.peft.layer import LRQAdapterLinear
+from hf_lrq.integrations.peft.layer import AdapterLinear
 from hf_lrq.integrations.peft.variants import Sparse
 
 
@@ -67,7 +67,7 @@ class GateThreshold(TrainerCallback):
 def gates(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Name and value of every gate that is trained."""
     for name, module in model.named_modules():
-        if isinstance(module, LRQAdapterLinear):
+        if isinstance(module, AdapterLinear):
             for adapter, mode in module.modes.items():
                 gate = module.get_parameter(f"lrq_C.{adapter}") if isinstance(mode, Sparse) else None
                 if gate is not None and gate.requires_grad:

@@ -1,7 +1,8 @@
 """What the optimizers share: one step over pairs of factors and plain parameters, and the checks around it."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hf_lrq.optim.eight_bit import DynamicCode, check_averages, exact_averages
 from hf_lrq.optim.low_bits import is_16_bit
 from hf_lrq.optim.pairs import (
     METRICS,
@@ -55,6 +57,7 @@ class PairedOptimizer(Optimizer):
         use_present_names(self.param_groups[-1])
         try:
             check_group(self.param_groups[-1], self.PRECONDITIONERS)
+            check_averages(self.param_groups[-1:])
         except (ValueError, TypeError):
             self.param_groups.pop()
             raise
@@ -71,13 +74,15 @@ class PairedOptimizer(Optimizer):
 
         Raises:
             FloatingPointError: if a gradient or a factor is not finite; nothing has been updated then.
-            ValueError: if a wrapper has put parameters into a paired group that do not pair up.
+            ValueError: if a wrapper has put parameters into a paired group that do not pair up, or into one with
+                state_bits=8 that are sharded.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         check_gradients(self.param_groups)
+        check_averages(self.param_groups)  # A wrapper may have replaced parameters.
         batches = self._batches()
         clipped = any(batch.group["clip_projected"] is not None for batch in batches)
         norm = projected_norm(batches) if clipped else None
@@ -123,7 +128,7 @@ class PairedOptimizer(Optimizer):
             use_present_names(group)
             if own is not None:
                 group[METRICS] = own
-        # torch casts state to the dtype of its parameter; beside 16-bit parameters, ours is float32 and int16. The
+        # torch casts state to the dtype of its parameter; ours may be float32, int16 and uint8 beside any other. The
         # counts stay on the CPU, or each would cost a synchronisation per step.
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         for number, p in zip(chain.from_iterable(group["params"] for group in saved), params, strict=True):
@@ -150,13 +155,20 @@ class PairedOptimizer(Optimizer):
             grads: local parts, neither whitened nor preconditioned yet; not to be written to.
         """
 
-    def _running(self, batch: UpdateBatch, name: str) -> list[Tensor]:
-        """Local parts of a running average, which starts at zero; in the dtype of computation."""
-        for p in batch.params:
-            if name not in self.state[p]:
-                zeros = torch.zeros_like(p, dtype=compute_dtype(p), memory_format=torch.preserve_format)
-                self.state[p][name] = zeros
-        return [local(self.state[p][name]) for p in batch.params]
+    @contextmanager
+    def _running(self, batch: UpdateBatch, codes: Mapping[str, DynamicCode]) -> Iterator[list[list[Tensor]]]:
+        """Local parts of running averages, which start at zero, to be updated in place; in the dtype of computation.
+
+        Args:
+            codes: name of an average -> how it is rounded between steps with state_bits=8.
+        """
+        states = [self.state[p] for p in batch.params]
+        for name in codes:
+            for p, state in zip(batch.params, states, strict=True):
+                if name not in state:
+                    state[name] = torch.zeros_like(p, dtype=compute_dtype(p), memory_format=torch.preserve_format)
+        with exact_averages(states, codes, batch.group["state_bits"]) as found:
+            yield [[local(average) for average in averages] for averages in found]
 
     def _low_bits(self, batch: UpdateBatch) -> list[Tensor] | None:
         """Local parts of what rounding cut off; None unless the parameters are 16-bit and `kahan` is set."""

@@ -123,6 +123,7 @@ RULES = {
     "momentum": ("in [0, 1)", lambda x: 0 <= x < 1),
     "trust": ("positive, or None", lambda x: x is None or x > 0),
     "clip_projected": ("positive, or None", lambda x: x is None or x > 0),
+    "state_bits": ("8 or 32", lambda x: x in (8, 32)),
 }
 
 

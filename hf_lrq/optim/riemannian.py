@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from hf_lrq.optim.base import PairedOptimizer, Params
+from hf_lrq.optim.eight_bit import SIGNED, UNSIGNED
 from hf_lrq.optim.low_bits import working_copies
 from hf_lrq.optim.precondition import DAMPING
 from hf_lrq.optim.sharding import local
@@ -56,6 +57,8 @@ class RiemannianAdamW(PairedOptimizer):
         clip_projected: largest `projected_grad_norm()` over all parameters; switch other clipping off. None for none.
         kahan: keep what rounding cuts off 16-bit parameters (2 bytes each): they then take the steps of float32 ones.
             Without, steps below the last bit are lost.
+        state_bits: 8 keeps both averages in 8 bits between steps, for parameters of at least 4,096 elements: 2 bytes
+            for each instead of 8. Not for sharded parameters. 32 keeps them in float32.
 
     Raises:
         ValueError: if an option is out of range, or the factors of a paired group do not pair up.
@@ -77,6 +80,7 @@ class RiemannianAdamW(PairedOptimizer):
         trust: float | None = 0.3,
         clip_projected: float | None = None,
         kahan: bool = True,
+        state_bits: int = 32,
     ):
         options = {
             "lr": lr,
@@ -90,6 +94,7 @@ class RiemannianAdamW(PairedOptimizer):
             "trust": trust,
             "clip_projected": clip_projected,
             "kahan": kahan,
+            "state_bits": state_bits,
         }
         super().__init__(params, options)
 
@@ -98,21 +103,23 @@ class RiemannianAdamW(PairedOptimizer):
         two_sided = group["precond"] == "two_sided" and batch.whitening is not None
         grads = batch.whiten(grads) if two_sided else batch.precondition(grads)
 
-        m, v = self._running(batch, "exp_avg"), self._running(batch, "exp_avg_sq")
-        one_pass = batch.whitening is not None and one_pass_fits(grads, m, v, batch.params)
-        adam = one_pass_adam if one_pass else foreach_adam
-        average = Average(m, v, self._steps(batch), beta1, beta2, group["eps"])
-        # Plain parameters take the roundings of torch's AdamW.
-        with working_copies(batch.params, self._low_bits(batch)) as values:
-            if group["weight_decay"] != 0:
-                torch._foreach_mul_(values, 1 - lr * group["weight_decay"])
-            if two_sided:
-                moves = batch.scratch.like(m, "moves")
-                torch._foreach_zero_(moves)
-                adam(moves, grads, average, lr)
-                batch.add_unwhitened(values, moves, group["trust"])
-            else:
-                adam(values, grads, average, lr)
+        with self._running(batch, {"exp_avg": SIGNED, "exp_avg_sq": UNSIGNED}) as (m, v):
+            average = Average(m, v, self._steps(batch), beta1, beta2, group["eps"])
+            if group["state_bits"] == 8:
+                average.lift()
+            one_pass = batch.whitening is not None and one_pass_fits(grads, m, v, batch.params)
+            adam = one_pass_adam if one_pass else foreach_adam
+            # Plain parameters take the roundings of torch's AdamW.
+            with working_copies(batch.params, self._low_bits(batch)) as values:
+                if group["weight_decay"] != 0:
+                    torch._foreach_mul_(values, 1 - lr * group["weight_decay"])
+                if two_sided:
+                    moves = batch.scratch.like(m, "moves")
+                    torch._foreach_zero_(moves)
+                    adam(moves, grads, average, lr)
+                    batch.add_unwhitened(values, moves, group["trust"])
+                else:
+                    adam(values, grads, average, lr)
 
     def _steps(self, batch: UpdateBatch) -> list[Tensor]:
         """The number of steps before this one, for each parameter; kept as float32 on the CPU, as torch does."""
@@ -138,6 +145,18 @@ class Average:
     beta1: float
     beta2: float
     eps: float
+
+    def lift(self) -> None:
+        """Raise v where rounding took it below what goes with m; a step divided by it would have no bound.
+
+        By Cauchy and Schwarz m² <= v (1 - beta1)² / ((1 - beta2) (1 - beta1² / beta2)), whatever the gradients were.
+        """
+        ratio = 1 - self.beta1**2 / self.beta2 if self.beta2 > 0 else 0.0
+        if ratio <= 0:
+            return  # Such betas give no bound.
+        least = torch._foreach_mul(self.m, self.m)
+        torch._foreach_mul_(least, (1 - self.beta2) * ratio / (1 - self.beta1) ** 2)
+        torch._foreach_maximum_(self.v, least)
 
 
 def foreach_adam(values: list[Tensor], grads: list[Tensor], average: Average, lr: float) -> None:
@@ -192,7 +211,7 @@ class RiemannianSGD(PairedOptimizer):
         nesterov: step along gradient + momentum * buffer.
         weight_decay: decoupled, as in AdamW and unlike torch's SGD.
         precond: "one_sided", "h_aware" (see `RiemannianAdamW`), or "none" for plain SGD.
-        damping, refresh, lr_ratio, clip_projected, kahan: as in `RiemannianAdamW`.
+        damping, refresh, lr_ratio, clip_projected, kahan, state_bits: as in `RiemannianAdamW`.
 
     Raises:
         ValueError: if an option is out of range, or the factors of a paired group do not pair up.
@@ -213,6 +232,7 @@ class RiemannianSGD(PairedOptimizer):
         lr_ratio: float = 1.0,
         clip_projected: float | None = None,
         kahan: bool = True,
+        state_bits: int = 32,
     ):
         options = {
             "lr": lr,
@@ -225,6 +245,7 @@ class RiemannianSGD(PairedOptimizer):
             "lr_ratio": lr_ratio,
             "clip_projected": clip_projected,
             "kahan": kahan,
+            "state_bits": state_bits,
         }
         super().__init__(params, options)
 
@@ -232,10 +253,10 @@ class RiemannianSGD(PairedOptimizer):
         group, lr, momentum = batch.group, batch.lr, batch.group["momentum"]
         grads = batch.precondition(grads)
         if momentum != 0:
-            buffers = self._running(batch, "momentum_buffer")
-            torch._foreach_mul_(buffers, momentum)
-            torch._foreach_add_(buffers, grads)
-            grads = list(torch._foreach_add(grads, buffers, alpha=momentum)) if group["nesterov"] else buffers
+            with self._running(batch, {"momentum_buffer": SIGNED}) as (buffers,):
+                torch._foreach_mul_(buffers, momentum)
+                torch._foreach_add_(buffers, grads)
+                grads = list(torch._foreach_add(grads, buffers, alpha=momentum)) if group["nesterov"] else buffers
         with working_copies(batch.params, self._low_bits(batch)) as values:
             if group["weight_decay"] != 0:
                 torch._foreach_mul_(values, 1 - lr * group["weight_decay"])

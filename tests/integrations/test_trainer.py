@@ -185,6 +185,7 @@ def test_a_release_that_looks_elsewhere_is_refused(monkeypatch: pytest.MonkeyPat
         ("riemannian_adamw", "precond=one_sided"),
         ("riemannian_adamw", "precond=two_sided"),
         ("riemannian_adamw", "refresh=2"),  # Resumed in between.
+        ("riemannian_adamw", "precond=two_sided,state_bits=8"),
         ("riemannian_sgd", "momentum=0.9,nesterov=true"),
     ],
 )
@@ -192,6 +193,7 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
     compressed: Path, tmp_path: Path, optim: str, optim_args: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hf_lrq.optim.base.FRESH_STEPS", 0)
+    monkeypatch.setattr("hf_lrq.optim.eight_bit.SMALLEST", 1)
     options: dict[str, Any] = {
         "optim": optim, "optim_args": optim_args, "max_steps": 6, "gradient_accumulation_steps": 2,
         "per_device_train_batch_size": 2, "lr_scheduler_type": "cosine", "warmup_steps": 2,

@@ -25,11 +25,25 @@ LORA_WORDS = {
     "use_dora": "There is no such mode: leave it out.",
     "bias": "Biases are not trained: leave it out.",
 }
+# Starts of other methods -> what to say here.
+OTHER_INITS = {
+    "pissa": "Mode 'head:k' trains the leading ranks of a compressed layer, and the k leading singular vectors of one "
+    "of bitsandbytes.",
+    **dict.fromkeys(
+        ("loftq", "lq_lora"),
+        "It starts from what rounding lost, which the original is needed for: compress that with "
+        "LRQConfig(preset='loftq') or 'lq_lora', and train L and R.",
+    ),
+}
 
 
 @dataclass
 class LRQAdapterConfig(PeftConfig):
     """Fine-tune the low-rank part of compressed layers, for `peft.get_peft_model(model, LRQAdapterConfig())`.
+
+    Linear layers that bitsandbytes has loaded in 4 or 8 bits have no such part: the modes that add a pair work beside
+    them, "head:k" and "spectral:k" start from the k leading singular vectors of their rounded weight, and nothing can
+    be merged into them.
 
     Args:
         mode: what is trained. "all": copies of L and R. "head:k": of their first k ranks. "append:r": a new pair of r
@@ -84,7 +98,8 @@ class LRQAdapterConfig(PeftConfig):
         self.exclude_modules = _as_set("exclude_modules", self.exclude_modules)
         self._used(parse_mode(self.mode))
         if self.init not in INITS:
-            hint = did_you_mean(str(self.init), INITS)
+            known = OTHER_INITS.get(str(self.init).lower())
+            hint = did_you_mean(str(self.init), INITS) if known is None else f" {known}"
             raise SpecError(f"init must be one of {', '.join(map(repr, INITS))}, got {self.init!r}.{hint}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise SpecError(f"seed must be an integer from 0 to 2**63 - 1, got {self.seed!r}.")

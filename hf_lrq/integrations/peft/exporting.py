@@ -14,7 +14,7 @@ from hf_lrq.checkpoint import staged_directory
 from hf_lrq.errors import SpecError, did_you_mean
 from hf_lrq.factors import least_ranks
 from hf_lrq.integrations.peft.config import LRQAdapterConfig
-from hf_lrq.integrations.peft.layer import LRQAdapterLinear
+from hf_lrq.integrations.peft.layer import AdapterLinear
 from hf_lrq.integrations.peft.model import PREFIX
 from hf_lrq.matrices import Pair
 from hf_lrq.nn import LRQLinear
@@ -51,7 +51,7 @@ def export_lora(
     pairs = {
         name: least_ranks(*module.outer_change_of(adapter))
         for name, module in model.get_base_model().named_modules()
-        if isinstance(module, LRQAdapterLinear) and module.holds(adapter)
+        if isinstance(module, AdapterLinear) and module.holds(adapter)
     }
     pairs = {name: (L, R) for name, (L, R) in pairs.items() if L.shape[1]}
     if not pairs:

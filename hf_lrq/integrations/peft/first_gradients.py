@@ -1,4 +1,4 @@
-"""Gradients of the loss by the weights of compressed layers, which are codes: from inputs and gradients of outputs."""
+"""Gradients of the loss by weights that are codes: from inputs and gradients of outputs."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -7,19 +7,19 @@ import torch
 from torch import Tensor, nn
 
 from hf_lrq.errors import CalibrationError
-from hf_lrq.integrations.peft.layer import LRQAdapterLinear
+from hf_lrq.integrations.peft.layer import AdapterLinear
 from hf_lrq.work.memory import in_groups
 
 BUDGET = 4 << 30  # Bytes of the gradients that are in memory at a time; more layers get passes of their own.
 
 
-def groups_of(layers: Sequence[LRQAdapterLinear]) -> Iterator[list[LRQAdapterLinear]]:
+def groups_of(layers: Sequence[AdapterLinear]) -> Iterator[list[AdapterLinear]]:
     """Layers whose gradients fit into the budget together; at least one."""
     return in_groups(layers, lambda layer: 4 * layer.out_features * layer.in_features, BUDGET)
 
 
 def mean_gradients(
-    model: nn.Module, layers: Sequence[LRQAdapterLinear], adapter: str, batches: Sequence[Mapping[str, Any]]
+    model: nn.Module, layers: Sequence[AdapterLinear], adapter: str, batches: Sequence[Mapping[str, Any]]
 ) -> list[Tensor]:
     """Of each layer the gradient [out, in] of the loss by its weight, float32, averaged over the batches.
 

@@ -1,8 +1,9 @@
-"""The adapter around one compressed linear layer."""
+"""The adapter around one linear layer: what all have in common, and that around a compressed one."""
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -37,34 +38,38 @@ class LRQAdapterLayer(BaseTunerLayer):
     """
 
     adapter_layer_names = TRAINED
-    other_param_names = (*KEPT, "modes")
+    other_param_names: tuple[str, ...] = (*KEPT, "modes")
 
 
-class LRQAdapterLinear(nn.Module, MergesIntoFactors, LRQAdapterLayer):
-    """A compressed linear layer with adapters.
+class AdapterLinear(nn.Module, LRQAdapterLayer):
+    """A linear layer whose weight is not trained, with adapters.
 
     Args:
         base_layer: left as it is until adapters are merged.
     """
 
+    tensors: ClassVar[tuple[str, ...]] = (*TRAINED, *KEPT)
+
     # PEFT's, told to type checkers.
     active_adapters: list[str]
     disable_adapters: bool
     merged: bool
+    get_base_layer: Callable[[], Any]
     set_adapter: Callable[..., None]
+    unmerge: Callable[[], None]
     _cast_input_dtype: Callable[[Tensor, torch.dtype], Tensor]
     _move_adapter_to_device_of_base_layer: Callable[[str], None]
 
-    def __init__(self, base_layer: LRQLinear):
+    def __init__(self, base_layer: nn.Linear):
         super().__init__()
         self.base_layer = base_layer
-        for name in (*TRAINED, *KEPT):
+        for name in self.tensors:
             self.add_module(name, nn.ParameterDict())
         self.modes: dict[str, Mode] = {}
         self.levels: dict[str, float] = {}
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self._disable_adapters = False
-        self.merged_adapters = []
+        self.merged_adapters: list[str] = []
 
     def update_layer(
         self,
@@ -80,8 +85,8 @@ class LRQAdapterLinear(nn.Module, MergesIntoFactors, LRQAdapterLayer):
             generator: of its first values.
             randomly: start beside the base layer, not at it.
         """
-        L, R = self._base_pair()
-        trained, kept = mode.trained(L, R, generator), mode.kept(L, R)
+        (L, R), remembered = self.start_of(mode, generator)
+        trained, kept = mode.trained(L, R, generator), {**mode.kept(L, R), **remembered}
         for name, tensor in (trained | kept).items():
             if randomly and name in trained:
                 relative = L.numel() and name not in ("lrq_C", "lrq_turn")
@@ -93,13 +98,34 @@ class LRQAdapterLinear(nn.Module, MergesIntoFactors, LRQAdapterLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    @abstractmethod
+    def start_of(self, mode: Mode, generator: torch.Generator) -> tuple[Pair, Mapping[str, Tensor]]:
+        """The factors that a new adapter starts from, [out, r] and [r, in], and what of them it has to remember.
+
+        Args:
+            mode: of the adapter.
+            generator: of what is random.
+        """
+
+    @abstractmethod
+    def _through(self, adapters: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Through the base layer and those of the adapters that this layer has."""
+
+    @abstractmethod
+    def outer_change_of(self, adapter: str) -> Pair:
+        """What an adapter adds to the weight, for inputs and outputs of the layer as they are; float32."""
+
+    @abstractmethod
+    def factor_gram(self, H: Tensor, adapter: str) -> Tensor:
+        """The Gram of what the R of an adapter is multiplied with, from that of the inputs of the layer; [in, in]."""
+
     def holds(self, adapter: str) -> bool:
-        """See `MergesIntoFactors`."""
+        """Whether this layer has an adapter of this name."""
         return adapter in self.modes
 
     def own(self, adapter: str) -> dict[str, Tensor]:
         """The tensors of one adapter, by name."""
-        containers = {name: getattr(self, name) for name in (*TRAINED, *KEPT)}
+        containers = {name: getattr(self, name) for name in self.tensors}
         return {name: tensors[adapter] for name, tensors in containers.items() if adapter in tensors}
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
@@ -111,27 +137,21 @@ class LRQAdapterLinear(nn.Module, MergesIntoFactors, LRQAdapterLayer):
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
+            y: Tensor = self.base_layer(x, *args, **kwargs)
+            return y
         if adapter_names is not None:
             return self._row_by_row(x, adapter_names, *args, **kwargs)
         if self.merged:
-            return self.base_layer(x, *args, **kwargs)
+            y = self.base_layer(x, *args, **kwargs)
+            return y
         return self._through(self.active_adapters, x, *args, **kwargs)
 
-    def _through(self, adapters: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Through the base layer and those of the adapters that this layer has."""
-        names = [name for name in adapters if name in self.modes]
-        if not names:
-            return self.base_layer(x, *args, **kwargs)
-        inside = [name for name in names if not self.modes[name].outside]
-        adapt = functools.partial(self._adapted_pair, inside) if inside else None
-        y: Tensor = self.base_layer(x, *args, adapt=adapt, **kwargs)
+    def _plus(self, y: Tensor, x: Tensor, pairs: Iterable[Pair]) -> Tensor:
+        """y [..., out] and what pairs beside the layer make of x [..., in], in the dtype of y."""
         dtype = y.dtype
-        for name in names:
-            if self.modes[name].outside:
-                L, R = self._pair_beside(name)
-                z = self._cast_input_dtype(x, R.dtype)
-                y = y + nn.functional.linear(nn.functional.linear(z, R), L)
+        for L, R in pairs:
+            z = self._cast_input_dtype(x, R.dtype)
+            y = y + nn.functional.linear(nn.functional.linear(z, R), L)
         return y.to(dtype)
 
     def _pair_beside(self, adapter: str) -> Pair:
@@ -173,6 +193,48 @@ class LRQAdapterLinear(nn.Module, MergesIntoFactors, LRQAdapterLayer):
             y[rows] = self._through([name], x[rows], *args, **kwargs)
         return y
 
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What an adapter adds to the weight, [out, in] float32."""
+        L, R = self.outer_change_of(adapter)
+        return L @ R
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Yes: every adapter adds something of low rank."""
+        return True
+
+    def __repr__(self) -> str:
+        return "lrq." + super().__repr__()
+
+
+class LRQAdapterLinear(MergesIntoFactors, AdapterLinear):
+    """A compressed linear layer with adapters."""
+
+    def holds(self, adapter: str) -> bool:
+        """See `MergesIntoFactors`."""
+        return adapter in self.modes
+
+    def start_of(self, mode: Mode, generator: torch.Generator) -> tuple[Pair, Mapping[str, Tensor]]:
+        """See `AdapterLinear`: those of the layer, which has them."""
+        return self.base_pair(), {}
+
+    def base_pair(self) -> Pair:
+        """Factors of the layer without what is merged into it."""
+        base: LRQLinear = self.get_base_layer()
+        if self.unmerged is None:
+            return base.low_rank()
+        return dense_pair(self.unmerged.tensors, base.out_features, base.in_features, base.scales)
+
+    def _through(self, adapters: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """See `AdapterLinear`."""
+        names = [name for name in adapters if name in self.modes]
+        if not names:
+            plain: Tensor = self.base_layer(x, *args, **kwargs)
+            return plain
+        inside = [name for name in names if not self.modes[name].outside]
+        adapt = functools.partial(self._adapted_pair, inside) if inside else None
+        y: Tensor = self.base_layer(x, *args, adapt=adapt, **kwargs)
+        return self._plus(y, x, [self._pair_beside(name) for name in names if self.modes[name].outside])
+
     def _adapted_pair(self, inside: Sequence[str], L: Tensor, R: Tensor, dtype: torch.dtype | None = None) -> Pair:
         """The pair that the layer applies instead of (L, R).
 
@@ -195,12 +257,12 @@ class LRQAdapterLinear(nn.Module, MergesIntoFactors, LRQAdapterLayer):
         """See `MergesIntoFactors`."""
         base, mode = self.get_base_layer(), self.modes[adapter]
         with torch.no_grad():
-            L, R = (factor.float() for factor in self._base_pair())
+            L, R = (factor.float() for factor in self.base_pair())
             change = mode.change(L, R, {name: tensor.float() for name, tensor in self.own(adapter).items()})
             return base.rotated(*change) if mode.outside else change
 
     def outer_change_of(self, adapter: str) -> Pair:
-        """What an adapter adds to the weight, for inputs and outputs of the layer as they are."""
+        """See `AdapterLinear`."""
         if self.modes[adapter].outside:
             with torch.no_grad():
                 own = {name: tensor.float() for name, tensor in self.own(adapter).items()}
@@ -226,22 +288,3 @@ class LRQAdapterLinear(nn.Module, MergesIntoFactors, LRQAdapterLayer):
             return H
         rotated: Tensor = self.get_base_layer().factor_gram(H)
         return rotated
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """What an adapter adds to the weight, [out, in] float32."""
-        L, R = self.outer_change_of(adapter)
-        return L @ R
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Yes: every adapter adds something of low rank."""
-        return True
-
-    def _base_pair(self) -> Pair:
-        """Factors of the layer without what is merged into it."""
-        base: LRQLinear = self.get_base_layer()
-        if self.unmerged is None:
-            return base.low_rank()
-        return dense_pair(self.unmerged.tensors, base.out_features, base.in_features, base.scales)
-
-    def __repr__(self) -> str:
-        return "lrq." + super().__repr__()

@@ -1,4 +1,4 @@
-"""The tuner: puts adapters around the compressed layers of a model, and everything PEFT does with them afterwards."""
+"""The tuner: puts adapters around layers that are compressed, or of bitsandbytes, and all PEFT does with them then."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -13,9 +13,10 @@ from hf_lrq.checks import check_number
 from hf_lrq.decomposition import generator_for
 from hf_lrq.errors import CheckpointError, SpecError, did_you_mean
 from hf_lrq.factors import concatenated, least_ranks
+from hf_lrq.integrations.peft.bitsandbytes import BitsAndBytesAdapterLinear, check_none_is_merged
 from hf_lrq.integrations.peft.config import LRQAdapterConfig
 from hf_lrq.integrations.peft.first_gradients import groups_of, mean_gradients
-from hf_lrq.integrations.peft.layer import LRQAdapterLayer, LRQAdapterLinear
+from hf_lrq.integrations.peft.layer import AdapterLinear, LRQAdapterLayer, LRQAdapterLinear
 from hf_lrq.integrations.peft.mixed import told_to_layers
 from hf_lrq.integrations.peft.modes import parse_mode
 from hf_lrq.integrations.peft.offloading import check_none_is_offloaded
@@ -65,7 +66,7 @@ class LRQAdapterModel(BaseTuner):
     ) -> None:
         if current_key not in self._chosen:
             return
-        adapted = target if isinstance(target, LRQAdapterLinear) else LRQAdapterLinear(cast(LRQLinear, target))
+        adapted = target if isinstance(target, AdapterLinear) else adapter_around(target)
         if adapted is not target:
             adapted._active_adapter = self.active_adapter
         mode = peft_config.mode_for(current_key)
@@ -82,6 +83,13 @@ class LRQAdapterModel(BaseTuner):
                 adapted.requires_grad_(False)
             self._replace_module(parent, target_name, adapted, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put a module in place. Adapters are made where their layer is, and a layer of bitsandbytes must not be moved.
+
+        PEFT moves it, to where it is, and an Int8Params that has been used loses its scales by that (0.50).
+        """
+        setattr(parent, child_name, new_module)
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Adapters are made in float32; without autocast they get the dtype that the rest of the model has."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -89,7 +97,7 @@ class LRQAdapterModel(BaseTuner):
             return
         dtype = running_dtype(self.model)
         for module in self.model.modules():
-            if isinstance(module, LRQAdapterLinear):
+            if isinstance(module, AdapterLinear):
                 for tensor in module.own(adapter_name).values():
                     tensor.data = tensor.data.to(dtype) if tensor.is_floating_point() else tensor.data
 
@@ -100,9 +108,9 @@ class LRQAdapterModel(BaseTuner):
         return super().forward(*args, **kwargs)
 
     def _begin_pass(self) -> None:
-        drawing: dict[str, list[LRQAdapterLinear]] = {}
+        drawing: dict[str, list[AdapterLinear]] = {}
         for layer in self.model.modules():
-            if isinstance(layer, LRQAdapterLinear):
+            if isinstance(layer, AdapterLinear):
                 layer.levels.clear()
                 for adapter in layer.drawing(self.active_adapters):
                     drawing.setdefault(adapter, []).append(layer)
@@ -111,7 +119,7 @@ class LRQAdapterModel(BaseTuner):
             for adapter, layers in drawing.items():
                 self._draw(adapter, layers)
 
-    def _draw(self, adapter: str, layers: Sequence[LRQAdapterLinear]) -> None:
+    def _draw(self, adapter: str, layers: Sequence[AdapterLinear]) -> None:
         # The count is saved with the adapter, so that training that is resumed goes on as it would have.
         step = layers[0].steps(adapter)
         generator = generator_for(self.peft_config[adapter].seed, f"step/{step}")
@@ -121,11 +129,12 @@ class LRQAdapterModel(BaseTuner):
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         """What PEFT enters around every call to the model."""
-        return told_to_layers(self.model, LRQAdapterLinear, list(self.peft_config), kwargs)
+        return told_to_layers(self.model, AdapterLinear, list(self.peft_config), kwargs)
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
         check_none_is_offloaded(self.model, layers_of(self.model), "merged")
+        check_none_is_merged(self.model)
 
     def add_weighted_adapter(
         self,
@@ -154,7 +163,7 @@ class LRQAdapterModel(BaseTuner):
             raise SpecError(f"{', '.join(given)}: sums of adapters are exact (combination_type='cat'); leave it out.")
         pairs: dict[str, Pair] = {}
         for name, module in self.model.named_modules():
-            if isinstance(module, LRQAdapterLinear):
+            if isinstance(module, AdapterLinear):
                 held = [(a, float(w)) for a, w in zip(adapters, weights, strict=True) if module.holds(a)]
                 if held:
                     changes = [(module.outer_change_of(adapter), weight) for adapter, weight in held]
@@ -208,9 +217,9 @@ class LRQAdapterModel(BaseTuner):
         check_number("learning_rate", learning_rate, 0.0, float("inf"))
         if not batches:
             raise SpecError("there is no batch to take gradients of. Give at least one.")
-        layers = [module for module in self.model.modules() if isinstance(module, LRQAdapterLinear)]
+        layers = [module for module in self.model.modules() if isinstance(module, AdapterLinear)]
         # Set at the end: all gradients are those of the model as it is.
-        starts: dict[LRQAdapterLinear, dict[str, Tensor]] = {}
+        starts: dict[AdapterLinear, dict[str, Tensor]] = {}
         for group in groups_of([layer for layer in layers if layer.holds(adapter_name)]):
             for layer, G in zip(group, mean_gradients(self.model, group, adapter_name, batches), strict=True):
                 starts[layer] = first_step(G, len(layer.own(adapter_name)["lrq_C"]), learning_rate)
@@ -242,9 +251,16 @@ class LRQAdapterModel(BaseTuner):
             )
 
 
+def adapter_around(layer: nn.Module) -> AdapterLinear:
+    """A layer that takes adapters, around one of those that `chosen_layers` chooses."""
+    if isinstance(layer, LRQLinear):
+        return LRQAdapterLinear(layer)
+    return BitsAndBytesAdapterLinear(cast(nn.Linear, layer))
+
+
 def running_dtype(model: nn.Module) -> torch.dtype:
     """The dtype of what is not compressed and no adapter: that of activations."""
-    skipped = {id(p) for m in model.modules() if isinstance(m, LRQLinear | LRQAdapterLinear) for p in m.parameters()}
+    skipped = {id(p) for m in model.modules() if isinstance(m, LRQLinear | AdapterLinear) for p in m.parameters()}
     floats = (p.dtype for p in model.parameters() if p.is_floating_point() and id(p) not in skipped)
     return next(floats, torch.float32)
 
@@ -260,7 +276,7 @@ def _check_loaded(tuner: LRQAdapterModel, keys: Any) -> None:
     """
     own: dict[str, set[str]] = {}
     for name, module in tuner.named_modules():
-        if isinstance(module, LRQAdapterLinear):
+        if isinstance(module, AdapterLinear):
             for adapter in module.modes:
                 own.setdefault(adapter, set()).update(f"{name}.{kind}.{adapter}" for kind in module.own(adapter))
     known = set().union(*own.values())

@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
 from hf_lrq.errors import CheckpointError, SpecError, did_you_mean
+from hf_lrq.integrations.peft import bitsandbytes
 from hf_lrq.integrations.peft.config import LRQAdapterConfig
 from hf_lrq.integrations.peft.merging import MergesIntoFactors
 from hf_lrq.integrations.peft.offloading import check_none_is_offloaded
@@ -36,23 +37,36 @@ def layers_of(model: nn.Module) -> dict[str, LRQLinear]:
     return {name: module for name, module in modules_of(model).items() if isinstance(module, LRQLinear)}
 
 
+def adaptable_of(model: nn.Module) -> dict[str, nn.Linear]:
+    """Name -> linear layer that our adapters are for, without them: compressed, or of bitsandbytes."""
+    linears = {name: module for name, module in modules_of(model).items() if isinstance(module, nn.Linear)}
+    return {
+        name: layer for name, layer in linears.items() if isinstance(layer, LRQLinear) or bitsandbytes.bits_of(layer)
+    }
+
+
 def ranks_of(model: nn.Module) -> dict[str, int]:
-    """Name of a compressed linear layer -> its ranks, those of adapters that are merged into it not counted."""
+    """Name of a layer that can be adapted -> its ranks, those of adapters that are merged into it not counted."""
     merged = {
         name: module.unmerged.rank
         for name, module in model.named_modules()
         if isinstance(module, MergesIntoFactors) and module.unmerged is not None
     }
-    return {name: layer.factors().rank for name, layer in layers_of(model).items()} | merged
+    return {
+        name: layer.factors().rank if isinstance(layer, LRQLinear) else min(layer.out_features, layer.in_features)
+        for name, layer in adaptable_of(model).items()
+    } | merged
 
 
-def fingerprints(layers: Mapping[str, LRQLinear], ranks: Mapping[str, int]) -> dict[str, str]:
+def fingerprints(layers: Mapping[str, nn.Linear], ranks: Mapping[str, int]) -> dict[str, str]:
     """Name -> shape, ranks and a checksum of the first row of codes: equal for the same layer, in any dtype.
 
     Layers compressed from other weights, with other data or another seed have other codes.
     """
     return {
         name: f"{layer.out_features} x {layer.in_features} of rank {ranks[name]}, codes {_checksum(layer):08x}"
+        if isinstance(layer, LRQLinear)
+        else bitsandbytes.fingerprint(layer)
         for name, layer in layers.items()
     }
 
@@ -61,7 +75,7 @@ def _checksum(layer: LRQLinear) -> int:
     return zlib.crc32(layer.weight[0].detach().cpu().numpy().tobytes())
 
 
-def chosen_layers(config: LRQAdapterConfig, model: nn.Module) -> dict[str, LRQLinear]:
+def chosen_layers(config: LRQAdapterConfig, model: nn.Module) -> dict[str, nn.Linear]:
     """The layers to adapt, as the config says.
 
     Raises:
@@ -69,12 +83,13 @@ def chosen_layers(config: LRQAdapterConfig, model: nn.Module) -> dict[str, LRQLi
         SpecError: if a target matches no compressed layer, the mode does not fit one that is matched, or that is
             offloaded.
     """
-    layers = layers_of(model)
+    layers = adaptable_of(model)
     ranks = ranks_of(model)
     if not layers:
         raise SpecError(
             f"{type(model).__name__} has no compressed linear layer, so there is no L R to adapt. Load a compressed "
-            "checkpoint, or compress the model with LRQConfig first; for other models, PEFT has LoRA."
+            "checkpoint, or compress the model with LRQConfig first (one that bitsandbytes has loaded in 4 or 8 bits "
+            "does as well); for other models, PEFT has LoRA."
         )
     if config.base_layers is not None:
         chosen = {name: layers[name] for name in config.base_layers if name in layers}
@@ -100,8 +115,8 @@ def chosen_layers(config: LRQAdapterConfig, model: nn.Module) -> dict[str, LRQLi
 
 
 def _with_factors(
-    config: LRQAdapterConfig, layers: dict[str, LRQLinear], ranks: Mapping[str, int]
-) -> dict[str, LRQLinear]:
+    config: LRQAdapterConfig, layers: dict[str, nn.Linear], ranks: Mapping[str, int]
+) -> dict[str, nn.Linear]:
     """Those that nobody named and that a mode fits; where all are without factors, the caller says so of the first."""
     bare = [name for name, layer in layers.items() if not ranks[name] and _misfit(config, name, layer, 0)]
     if not 0 < len(bare) < len(layers):
@@ -115,7 +130,9 @@ def _with_factors(
     return {name: layer for name, layer in layers.items() if name not in bare}
 
 
-def _misfit(config: LRQAdapterConfig, name: str, layer: LRQLinear, rank: int) -> str | None:
+def _misfit(config: LRQAdapterConfig, name: str, layer: nn.Linear, rank: int) -> str | None:
+    if not isinstance(layer, LRQLinear):
+        return bitsandbytes.misfit(config.mode_for(name), layer)
     return config.mode_for(name).misfit(layer.out_features, layer.in_features, rank)
 
 
@@ -139,7 +156,7 @@ def _check_same(stored: Mapping[str, str], here: Mapping[str, str]) -> None:
             )
 
 
-def _matched(config: LRQAdapterConfig, model: nn.Module, layers: Mapping[str, LRQLinear]) -> dict[str, LRQLinear]:
+def _matched(config: LRQAdapterConfig, model: nn.Module, layers: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:
     """Layers that the targets of the config name.
 
     Raises:
@@ -170,7 +187,7 @@ def _names(target: str, name: str, pattern: bool) -> bool:
 
 
 def _nothing_matched(
-    target: str, names: list[str], modules: Mapping[str, nn.Module], layers: Mapping[str, LRQLinear]
+    target: str, names: list[str], modules: Mapping[str, nn.Module], layers: Mapping[str, nn.Linear]
 ) -> str:
     ends = {name.rpartition(".")[2] for name in layers}
     if names:
@@ -194,7 +211,7 @@ class _Selection:
             setattr(self, name, getattr(config, name, None))
 
 
-def _kept(config: LRQAdapterConfig, layers: Mapping[str, LRQLinear], targets: Any) -> dict[str, LRQLinear]:
+def _kept(config: LRQAdapterConfig, layers: Mapping[str, nn.Linear], targets: Any) -> dict[str, nn.Linear]:
     """Matched layers after all filters."""
     selection = _Selection(targets, config)
     return {name: layer for name, layer in layers.items() if check_target_module_exists(selection, name)}

@@ -27,6 +27,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
         ({"lora_alpha": 16}, r"has no 'lora_alpha', which is of LoraConfig\. Nothing is scaled: leave it out"),
         ({"init_lora_weights": False}, "Say init='zero'"),
         ({"init": "zeros"}, r"init must be one of 'zero', 'random', got 'zeros'. Did you mean 'zero'\?"),
+        ({"init": "loftq"}, r"got 'loftq'\. It starts from what rounding lost, which the original is needed for"),
+        ({"init": "PiSSA"}, r"got 'PiSSA'\. Mode 'head:k' trains the leading ranks"),
         ({"seed": -1}, r"seed must be an integer from 0 to 2\*\*63 - 1, got -1"),
         ({"target_modules": 3}, "target_modules must be a list of names or one regular expression, got 3"),
         ({"layers_pattern": "layers"}, "give layers_to_transform as well"),
