@@ -132,7 +132,8 @@ class LRQVllmConfig(QuantizationConfig):
         names = [name for name in self.header.embeddings if name.rpartition(".")[2] not in HEADS]
         if len(names) > 1:
             raise SpecError(
-                f"vLLM does not say which of {', '.join(names)} it asks for. Compress with embedding_bits=16."
+                f"vLLM does not say which of {', '.join(names)} it asks for. Load the model in transformers with "
+                "LRQConfig(embedding_bits=16) and save it: its tables are then in 16 bits."
             )
         return names[0] if names else ""
 
