@@ -16,7 +16,7 @@ from hf_lrq.nn import LRQLinear
 
 gguf = pytest.importorskip("gguf")
 
-STORED = {"codebook": "gguf", "bits": 4, "group_size": 32, "rotation": "none", "iters": 1}
+STORED = {"codebook": "gguf", "bits": 4, "group_size": 32, "rotation": "none", "embedding_bits": 16, "iters": 1}
 TENSOR = {"q_proj": "attn_q", "k_proj": "attn_k", "gate_proj": "ffn_gate", "down_proj": "ffn_down"}
 
 
