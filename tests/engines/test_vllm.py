@@ -101,7 +101,7 @@ LACKING = {
     "a tensor": ((f"{UP}lr_L",), True, f"{UP}lr_L: missing"),
     "a tensor that no record lists": ((f"{UP}lr_L",), False, f"{UP}lr_L: expected"),
     "a matrix that no record lists": ((UP,), False, f"the checkpoint lacks {UP}weight"),
-    "all": (("model.",), False, "no file holds the scales"),
+    "all": (("model.", "lm_head."), False, "no file holds the scales"),
 }
 
 
