@@ -59,6 +59,19 @@ def shuffled(examples: list[dict[str, Any]], size: int, seed: int) -> list[dict[
     return [{name: torch.stack([examples[i][name] for i in chunk.tolist()]) for name in examples[0]} for chunk in order]
 
 
+def prepared(arguments: argparse.Namespace) -> tuple[Any, list[Any], list[list[dict[str, Any]]]]:
+    """The compressed model, the examples that are held out, and batches of the others in an order for each seed."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(task.TINY_LM / "model")
+    base = AutoModelForCausalLM.from_pretrained(task.compress(arguments, tokenizer), dtype=torch.float32)
+    count = arguments.steps * arguments.batch
+    train = task.examples_of(tokenizer, arguments.head, arguments.body, count, held_out=False)
+    test = task.examples_of(tokenizer, arguments.head, arguments.body, arguments.test, held_out=True)
+    return base, test, [shuffled(train, arguments.batch, seed) for seed in range(arguments.seeds)]
+
+
 def main() -> None:
     """Print the table, a row as soon as it is known."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -69,15 +82,7 @@ def main() -> None:
     for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     arguments = parser.parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    tokenizer = AutoTokenizer.from_pretrained(task.TINY_LM / "model")
-    base = AutoModelForCausalLM.from_pretrained(task.compress(arguments, tokenizer), dtype=torch.float32)
-    count = arguments.steps * arguments.batch
-    train = task.examples_of(tokenizer, arguments.head, arguments.body, count, held_out=False)
-    test = task.examples_of(tokenizer, arguments.head, arguments.body, arguments.test, held_out=True)
-    orders = [shuffled(train, arguments.batch, seed) for seed in range(arguments.seeds)]
+    base, test, orders = prepared(arguments)
     before = [losses_of(base, None, batches) for batches in orders]
     start = time.perf_counter()
     print(f"not trained: {task.score(base, test)[0]:.3f}\n")

@@ -20,9 +20,7 @@ from typing import Any
 import bitsandbytes
 import peft
 import torch
-from learning_rates import losses_of, shuffled, trained
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
+from learning_rates import losses_of, prepared, trained
 
 import hf_lrq
 from hf_lrq.optim import RiemannianAdamW, precondition_gradients, riemannian_param_groups
@@ -74,16 +72,9 @@ def main() -> None:
     for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     arguments = parser.parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    tokenizer = AutoTokenizer.from_pretrained(task.TINY_LM / "model")
-    base = AutoModelForCausalLM.from_pretrained(task.compress(arguments, tokenizer), dtype=torch.float32)
+    base, test, orders = prepared(arguments)
     count = arguments.steps * arguments.batch
-    train = task.examples_of(tokenizer, arguments.head, arguments.body, count, held_out=False)
-    test = task.examples_of(tokenizer, arguments.head, arguments.body, arguments.test, held_out=True)
-    orders = [shuffled(train, arguments.batch, seed) for seed in range(arguments.seeds)]
-    print(f"{len(train)} examples; not trained: held-out {task.score(base, test)[0]:.4f}\n")
+    print(f"{count} examples; not trained: held-out {task.score(base, test)[0]:.4f}\n")
     print("| optimizer | training | held-out | bytes of the state |\n|---|---:|---:|---:|")
     for name, make in OPTIMIZERS.items():
         last, after, size = [], [], 0

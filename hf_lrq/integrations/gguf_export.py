@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from hf_lrq.checkpoint import staged_directory
 from hf_lrq.codebooks import get_codebook
 from hf_lrq.errors import LRQError, SpecError
+from hf_lrq.integrations.exportable import linear_layers
 from hf_lrq.matrices import Pair
-from hf_lrq.nn import COMPRESSED, LRQLinear
+from hf_lrq.nn import LRQLinear
 
 GROUP = 32  # Weights of a block.
 TYPES = {"gguf4": "Q4_0", "gguf8": "Q8_0"}  # Codebook -> type of block.
@@ -99,13 +100,8 @@ def blocks_of(layer: LRQLinear) -> Tensor:
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, LRQLinear]]:
     """The compressed layers, which must all be what a file can hold."""
-    found = False
-    for name, module in model.named_modules():
-        if not isinstance(module, COMPRESSED):
-            continue
-        found, layout = True, module.layout
-        if not isinstance(module, LRQLinear):
-            raise SpecError(f"{name} is {type(module).__name__}; GGUF takes linear layers. Compress with {HOW}.")
+    for name, module in linear_layers(model, "GGUF", HOW):
+        layout = module.layout
         if layout.codebook not in TYPES or layout.group_size != GROUP or layout.rotation != "none":
             raise SpecError(
                 f"{name} is stored with codebook {layout.codebook!r}, group_size {layout.group_size} and rotation "
@@ -114,8 +110,6 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, LRQLinear]]:
         if module.in_features % GROUP:
             raise SpecError(f"{name} has {module.in_features} inputs, which are not whole blocks of {GROUP}.")
         yield name, module
-    if not found:
-        raise SpecError("this model has no compressed layers. Compress it with " + HOW + ".")
 
 
 def _as_small_as_it_is(factor: Tensor) -> Tensor:

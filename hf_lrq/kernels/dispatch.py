@@ -63,7 +63,7 @@ def _name_of(device: torch.device, backend: str) -> str | None:
     if backend not in REGISTERED:
         raise BackendError(
             f"Unknown backend {backend!r}. Known backends: {', '.join(known_backends())}. That of another package has "
-            "to be registered first: import the found."
+            "to be registered first: import the package."
         )
     asked = REGISTERED[backend]
     if device.type not in asked.device_types:

@@ -19,6 +19,14 @@ def fast() -> dict[str, Any]:
     return {"bits": 4, "rank": 4, "embedding_bits": 16, **quick}
 
 
+@pytest.fixture(scope="session")
+def sequences() -> list[dict[str, torch.Tensor]]:
+    """Eight of twelve tokens, to train on."""
+    generators = (torch.Generator().manual_seed(index) for index in range(8))
+    ids = [torch.randint(0, 128, (12,), generator=generator) for generator in generators]
+    return [{"input_ids": each, "labels": each.clone()} for each in ids]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_progress_bars() -> None:
     transformers.utils.logging.disable_progress_bar()

@@ -190,7 +190,10 @@ def test_what_bitsandbytes_cannot_hold_is_refused(tmp_path: Path) -> None:
     for options, message in (
         ({**kept, "group_size": 64}, r"q_proj is stored with codebook 'bnbnf4' and rotation 'hadamard'"),
         ({**kept, "group_size": 128, "rotation": "none"}, r"q_proj has 64 inputs, which are not whole blocks of 128"),
-        ({"embedding_bits": 8}, "model.embed_tokens is LRQEmbedding, .*embedding_bits=16"),
+        (
+            {"embedding_bits": 8},
+            "model.embed_tokens is LRQEmbedding; bitsandbytes takes linear layers.*embedding_bits=16",
+        ),
         ({"bits": 4, "codebook": "nf", "rank": 0, "rotation": "none"}, "stored with codebook 'nf4'"),
     ):
         config = LRQConfig(**{"embedding_bits": 16, **options}, iters=1, rounding="nearest")

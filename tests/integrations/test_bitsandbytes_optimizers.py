@@ -20,17 +20,6 @@ pytestmark = [
 ]
 
 
-class Sequences(torch.utils.data.Dataset):
-    """Eight sequences of twelve tokens."""
-
-    def __len__(self) -> int:
-        return 8
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        ids = torch.randint(0, 128, (12,), generator=torch.Generator().manual_seed(index))
-        return {"input_ids": ids, "labels": ids.clone()}
-
-
 def with_adapter(folder: Path) -> Any:
     """Pairs of 64 x 64 and more, which bitsandbytes finds large enough for 8 bits."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -62,7 +51,7 @@ def trained(model: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "paged_adamw_8bit"])
-def test_the_trainer_takes_them_by_name(make: Callable[[], Any], tmp_path: Path, optim: str) -> None:
+def test_the_trainer_takes_them_by_name(make: Callable[[], Any], sequences: Any, tmp_path: Path, optim: str) -> None:
     """Pages are for CUDA; elsewhere bitsandbytes says so, and does without."""
     model = make()
     before = {name: p.detach().clone() for name, p in trained(model).items()}
@@ -71,7 +60,7 @@ def test_the_trainer_takes_them_by_name(make: Callable[[], Any], tmp_path: Path,
         tmp_path, optim=optim, max_steps=4, learning_rate=1e-2, lr_scheduler_type="constant", report_to=[],
         per_device_train_batch_size=8, use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=1,
     )  # fmt: skip
-    trainer = Trainer(model=model, args=arguments, train_dataset=Sequences())
+    trainer = Trainer(model=model, args=arguments, train_dataset=sequences)
     trainer.train()
     optimizer = trainer.optimizer.optimizer
     assert type(optimizer) is bitsandbytes.optim.AdamW

@@ -1,7 +1,6 @@
 """What must survive pickling and checkpoints."""
 
 import copy
-import io
 import pickle
 
 import pytest
@@ -37,26 +36,9 @@ def problem(dtype=torch.float32):
     return params, groups
 
 
-def train(params, optimizer, steps, first=0):
-    """Steps along gradients that depend on the number of the step alone."""
-    for step in range(first, first + steps):
-        generator = torch.Generator().manual_seed(step)
-        for p in params:
-            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
-        optimizer.step()
-
-
-def through_a_file(state):
-    """As a checkpoint: only tensors and primitives may be in it."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", FACTORIES)
-def test_resuming_from_a_checkpoint_is_bit_exact(name, dtype):
+def test_resuming_from_a_checkpoint_is_bit_exact(name, dtype, train, through_a_file):
     params, groups = problem(dtype)
     optimizer = FACTORIES[name](groups)
     train(params, optimizer, 3)
@@ -72,7 +54,7 @@ def test_resuming_from_a_checkpoint_is_bit_exact(name, dtype):
     assert all(torch.equal(p, q) for p, q in zip(params, resumed, strict=True))
 
 
-def test_options_travel_with_the_state():
+def test_options_travel_with_the_state(through_a_file):
     _, groups = problem()
     optimizer = RiemannianAdamW(groups, lr=1e-2, damping=1e-3, precond="two_sided", clip_projected=2.0)
     state = through_a_file(optimizer.state_dict())
@@ -94,7 +76,7 @@ def test_a_state_from_before_an_option_was_there_gets_its_default():
     assert optimizer.param_groups[0]["refresh"] == 1
 
 
-def test_a_state_with_the_former_name_of_a_preconditioner_is_taken_over():
+def test_a_state_with_the_former_name_of_a_preconditioner_is_taken_over(train, through_a_file):
     """And training goes on with it, bit for bit."""
     params, groups = problem()
     optimizer = RiemannianAdamW(groups, lr=1e-2)
@@ -127,7 +109,7 @@ def test_a_state_of_other_pairs_is_refused():
 
 @pytest.mark.parametrize("duplicate", [lambda x: pickle.loads(pickle.dumps(x)), copy.deepcopy])
 @pytest.mark.parametrize("name", FACTORIES)
-def test_a_pickled_optimizer_goes_on_as_the_original(name, duplicate):
+def test_a_pickled_optimizer_goes_on_as_the_original(name, duplicate, train):
     params, groups = problem()
     optimizer = FACTORIES[name](groups)
     train(params, optimizer, 2)
@@ -139,7 +121,7 @@ def test_a_pickled_optimizer_goes_on_as_the_original(name, duplicate):
     assert not any(p is q for p, q in zip(params, twins, strict=True))
 
 
-def test_the_moments_of_16_bit_factors_are_float32_after_loading_too():
+def test_the_moments_of_16_bit_factors_are_float32_after_loading_too(train, through_a_file):
     """torch's own loading would round them to the dtype of the parameter."""
     params, groups = problem(torch.bfloat16)
     optimizer = RiemannianAdamW(groups)

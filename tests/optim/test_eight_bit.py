@@ -1,7 +1,5 @@
 """Running averages that are kept in 8 bits between steps."""
 
-import io
-
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -25,23 +23,6 @@ def problem(dtype=torch.float32):
     generator = torch.Generator().manual_seed(7)
     params = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in SHAPES]
     return params, [{"params": params[:4], "paired": True}, {"params": params[4:]}]
-
-
-def train(params, optimizer, steps, first=0):
-    """Steps along gradients that depend on the number of the step alone."""
-    for step in range(first, first + steps):
-        generator = torch.Generator().manual_seed(step)
-        for p in params:
-            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
-        optimizer.step()
-
-
-def through_a_file(state):
-    """As a checkpoint: only tensors and primitives may be in it."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def bytes_of(optimizer, p):
@@ -95,7 +76,7 @@ def test_what_is_rounded_once_is_not_rounded_again():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", FACTORIES)
-def test_five_steps_a_file_and_five_steps_are_ten_steps(name, dtype):
+def test_five_steps_a_file_and_five_steps_are_ten_steps(name, dtype, train, through_a_file):
     params, groups = problem(dtype)
     optimizer = FACTORIES[name](groups, 8)
     train(params, optimizer, 5)
@@ -114,7 +95,7 @@ def test_five_steps_a_file_and_five_steps_are_ten_steps(name, dtype):
 
 
 @pytest.mark.parametrize("name", FACTORIES)
-def test_averages_take_a_byte_and_a_scale_for_each_block(name):
+def test_averages_take_a_byte_and_a_scale_for_each_block(name, train):
     params, groups = problem()
     optimizer = FACTORIES[name](groups, 8)
     train(params, optimizer, 1)
@@ -124,7 +105,7 @@ def test_averages_take_a_byte_and_a_scale_for_each_block(name):
 
 
 @pytest.mark.parametrize("name", FACTORIES)
-def test_small_parameters_take_the_steps_of_32_bits_and_large_ones_nearly(name):
+def test_small_parameters_take_the_steps_of_32_bits_and_large_ones_nearly(name, train):
     moves = {}
     for bits in (8, 32):
         params, groups = problem()
@@ -165,7 +146,7 @@ def test_no_step_is_longer_than_exact_averages_allow():
     assert move[~large].max() < 7.3 * (1 - 0.999**51) ** 0.5 / (1 - 0.9**51)
 
 
-def test_bits_of_a_group_can_be_changed_during_training():
+def test_bits_of_a_group_can_be_changed_during_training(train):
     params, groups = problem()
     optimizer = FACTORIES["two_sided"](groups, 32)
     train(params, optimizer, 2)
@@ -177,7 +158,7 @@ def test_bits_of_a_group_can_be_changed_during_training():
         assert ("exp_avg_scales" in optimizer.state[params[0]]) == (bits == 8)
 
 
-def test_betas_without_a_bound_are_taken_as_they_are():
+def test_betas_without_a_bound_are_taken_as_they_are(train):
     params, groups = problem()
     optimizer = RiemannianAdamW(groups, lr=1e-2, betas=(0.9, 0.0), state_bits=8)
     train(params, optimizer, 3)

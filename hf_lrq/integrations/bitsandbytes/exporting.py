@@ -15,8 +15,9 @@ from hf_lrq.checkpoint import staged_directory, weight_files
 from hf_lrq.errors import SpecError
 from hf_lrq.integrations.bitsandbytes.states import TYPES, written
 from hf_lrq.integrations.conversions import names_in_files
+from hf_lrq.integrations.exportable import linear_layers
 from hf_lrq.matrices import QuantizedMatrix
-from hf_lrq.nn import COMPRESSED, LRQLinear
+from hf_lrq.nn import LRQLinear
 from hf_lrq.safetensors_headers import sort_metadata
 
 HOW = "codebook='bnbnf' or 'bnbfp', bits=4, group_size=64, rotation='none', embedding_bits=16"
@@ -78,15 +79,8 @@ def export_bitsandbytes(
 
 def _layers(model: nn.Module, with_factors: bool) -> Iterator[tuple[str, LRQLinear]]:
     """The compressed layers, which must all be what a file can hold."""
-    found = False
-    for name, module in model.named_modules():
-        if not isinstance(module, COMPRESSED):
-            continue
-        found, layout = True, module.layout
-        if not isinstance(module, LRQLinear):
-            raise SpecError(
-                f"{name} is {type(module).__name__}, no linear layer as bitsandbytes takes it. Compress with {HOW}."
-            )
+    for name, module in linear_layers(model, "bitsandbytes", HOW):
+        layout = module.layout
         if layout.codebook not in TYPES or layout.rotation != "none":
             raise SpecError(
                 f"{name} is stored with codebook {layout.codebook!r} and rotation {layout.rotation!r}, which "
@@ -105,8 +99,6 @@ def _layers(model: nn.Module, with_factors: bool) -> Iterator[tuple[str, LRQLine
                 "them beside the model as a LoRA: --lora (save_factors= in Python)."
             )
         yield name, module
-    if not found:
-        raise SpecError("this model has no compressed layers. Compress it with " + HOW + ".")
 
 
 def _rewrite(folder: Path, layers: Mapping[str, LRQLinear], stored: Mapping[str, str], dtype: torch.dtype) -> None:

@@ -214,22 +214,11 @@ def test_it_exports_as_a_lora_for_the_rounded_model_and_for_the_original(
 # --- training
 
 
-class Sequences(torch.utils.data.Dataset):
-    """Eight sequences of twelve tokens."""
-
-    def __len__(self) -> int:
-        return 8
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        ids = torch.randint(0, 128, (12,), generator=torch.Generator().manual_seed(index))
-        return {"input_ids": ids, "labels": ids.clone()}
-
-
 @pytest.mark.parametrize(
     ("mode", "optim_args"), [("append:4", "precond=one_sided"), ("head:4", "precond=two_sided,state_bits=8")]
 )
 def test_the_trainer_trains_it_with_checkpointing(
-    model: Any, logits: Any, tmp_path: Path, mode: str, optim_args: str, monkeypatch: pytest.MonkeyPatch
+    model: Any, sequences: Any, tmp_path: Path, mode: str, optim_args: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hf_lrq.optim.eight_bit.SMALLEST", 1)
     hf_lrq.register_optimizers()
@@ -241,7 +230,7 @@ def test_the_trainer_trains_it_with_checkpointing(
         per_device_train_batch_size=8, use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=1,
         lr_scheduler_type="constant",
     )  # fmt: skip
-    trainer = Trainer(model=adapted, args=arguments, train_dataset=Sequences())
+    trainer = Trainer(model=adapted, args=arguments, train_dataset=sequences)
     trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     assert losses[-1] < losses[0] - 0.05
